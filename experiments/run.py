@@ -1,0 +1,208 @@
+"""Trains one of the networks on Fashion-MNIST and reports.
+
+    python experiments/run.py --arch small_dropout
+
+Everything is written to a folder under `runs/`; the same command goes on where it stopped.
+Exit status: 0 done, 2 bad usage or input, 3 diverged, 130 or 143 interrupted after saving.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from rich.console import Console
+from rich.table import Table
+
+import fmnist_jax as fm
+from fmnist_jax import config
+from fmnist_jax.plan import Plan, create_plan, measure_cost
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    console, errors = Console(quiet=arguments.quiet), Console(stderr=True)
+
+    def show_warning(message, *_args, **_kwargs) -> None:
+        errors.print(f"warning: {message}", style="bold yellow", highlight=False, markup=False)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", fm.DataWarning)
+        warnings.showwarning = show_warning
+        try:
+            return _run(arguments, console)
+        except (fm.ConfigError, fm.DataError, fm.CheckpointError) as error:
+            message, status = f"error: {error}", 2
+        except fm.DivergedError as error:
+            message, status = f"diverged: {error}", 3
+        except fm.Interrupted as stop:
+            message, status = str(stop), 128 + stop.signal_number
+        except KeyboardInterrupt:
+            message, status = "Stopped at once; what was saved before is kept.", 130
+    errors.print(message, highlight=False, markup=False, soft_wrap=True)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Trains a network on Fashion-MNIST and reports.",
+        epilog="The default of every training flag is the recipe's; --list shows the recipes.",
+    )
+    parser.add_argument("--arch", default="small_dropout", help="network and recipe (%(default)s)")
+    parser.add_argument("--epochs", type=int, help="passes over the training images")
+    parser.add_argument("--batch-size", type=int, help="images an update")
+    parser.add_argument("--learning-rate", type=float, help="peak of the schedule")
+    parser.add_argument("--optimizer", help=", ".join(get_args(config.OptimizerName)))
+    parser.add_argument("--seed", type=int, default=0, help="root of all randomness (%(default)s)")
+    parser.add_argument(
+        "--data-dir", type=Path, help="folder with the IDX files, or TFDS directory"
+    )
+    parser.add_argument("--sample", action="store_true", help="use the embedded sample of the data")
+    parser.add_argument("--classes", help="train on some classes, as in sandal,bag,1")
+    parser.add_argument("--train-examples", type=int, help="train on so many examples only")
+    parser.add_argument("--val-fraction", type=float, help="share held out for validation, [0, 1)")
+    parser.add_argument("--workdir", type=Path, help="folder of the run's files")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be trained")
+    parser.add_argument("--list", action="store_true", help="show the recipes")
+    parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
+    return parser
+
+
+def _run(arguments: argparse.Namespace, console: Console) -> int:
+    if arguments.list:
+        _print_recipes(console)
+        return 0
+    run = _create_run(arguments)
+    dataset = fm.load_fashion_mnist(arguments.data_dir, sample=arguments.sample)
+    if arguments.classes:
+        dataset = fm.select_classes(dataset, arguments.classes.split(","))
+    if arguments.workdir is None:
+        run = dataclasses.replace(run, workdir=_default_workdir(run, dataset))
+
+    plan = create_plan(run, dataset)
+    _print_plan(plan, console)
+    if arguments.dry_run:
+        console.print("Compiling the training loop ...")
+        cost = measure_cost(plan)
+        console.print(
+            f"One update takes {cost.flops / 1e9:,.3f} GFLOP; the loop needs "
+            f"{cost.bytes / 2**20:,.0f} MiB with the training images. Nothing was trained."
+        )
+        return 0
+
+    result = fm.fit(run, dataset, progress=fm.ConsoleProgress(console))
+    console.print("Drawing the report ...")
+    from fmnist_jax.report import write_report  # imported here: matplotlib is needed only now
+
+    page = write_report(run.workdir)
+    _print_summary(result, page, console)
+    return 0
+
+
+def _create_run(arguments: argparse.Namespace) -> fm.Run:
+    if arguments.arch not in fm.RECIPES:
+        raise fm.ConfigError(
+            f"unknown architecture {arguments.arch!r}; choose one of {', '.join(fm.RECIPES)}"
+        )
+    names = ("epochs", "batch_size", "learning_rate", "optimizer", "val_fraction")
+    given = {name: getattr(arguments, name) for name in names}
+    recipe = dataclasses.replace(
+        fm.RECIPES[arguments.arch],
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    return fm.Run(
+        recipe=recipe,
+        seed=arguments.seed,
+        train_examples=arguments.train_examples,
+        workdir=arguments.workdir or Path("runs"),
+    )
+
+
+def _default_workdir(run: fm.Run, dataset: fm.Dataset) -> Path:
+    """One folder for each set of settings, so that the same command finds its own run again."""
+    settings = [config.to_dict(run), dataset.class_names, dataset.sha256]
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    return Path("runs") / f"{run.recipe.arch}-seed{run.seed}-{digest[:8]}"
+
+
+def _print_recipes(console: Console) -> None:
+    table = Table(title="Recipes", show_lines=True)
+    for heading in ("--arch", "training", "Keras project", "its claim"):
+        table.add_column(heading)
+    for name, recipe in fm.RECIPES.items():
+        training = (
+            f"{recipe.epochs} epochs of {recipe.batch_size}, {recipe.optimizer} "
+            f"{recipe.learning_rate:g} {recipe.schedule}, augmentation {recipe.augmentation}"
+        )
+        table.add_row(name, training, recipe.source, recipe.claim)
+    console.print(table)
+
+
+def _print_plan(plan: Plan, console: Console) -> None:
+    run, recipe, dataset = plan.run, plan.run.recipe, plan.dataset
+    console.print(f"[bold]{recipe.arch}[/bold], after the Keras project {recipe.source!r}")
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in (
+        (
+            "data",
+            f"{dataset.source}: {len(plan.train_examples):,} for training, "
+            f"{len(plan.val_examples):,} for validation, {len(dataset.test_labels):,} for test; "
+            f"{len(dataset.class_names)} classes",
+        ),
+        (
+            "training",
+            f"{recipe.epochs} epochs of {plan.steps_per_epoch:,} updates with {recipe.batch_size} "
+            f"images: {plan.total_steps:,} updates",
+        ),
+        (
+            "optimizer",
+            f"{recipe.optimizer}, learning rate {recipe.learning_rate:g}, {recipe.schedule}",
+        ),
+        ("augmentation", recipe.augmentation),
+        ("seed", str(run.seed)),
+        ("files", str(run.workdir)),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+    table = Table()
+    table.add_column("parameter")
+    table.add_column("shape")
+    table.add_column("values", justify="right")
+    for name, shape, size in plan.parameters:
+        table.add_row(name, " x ".join(map(str, shape)), f"{size:,}")
+    table.add_section()
+    table.add_row("all", "", f"{plan.num_params:,}")
+    console.print(table)
+
+
+def _print_summary(result: fm.Result, page: Path, console: Console) -> None:
+    report = result.report
+    recipe = report["recipe"]
+    val_accuracy = report["val_accuracy"]
+    validation = "none" if val_accuracy is None else f"{val_accuracy:.2%}"
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("test accuracy", f"[bold]{report['test_accuracy']:.2%}[/bold]")
+    table.add_row("validation, training", f"{validation}, {report['train_accuracy']:.2%}")
+    table.add_row("the original's claim", recipe["claim"])
+    table.add_row(
+        "time",
+        f"{report['train_seconds']:,.0f} s training at {report['images_per_second']:,.0f} "
+        f"images/s, {report['compile_seconds']:.1f} s compiling",
+    )
+    table.add_row("report", str(page))
+    console.print()
+    console.print(table)
+    if report["sample"]:
+        console.print(
+            "These numbers are from the embedded sample and are no results.", style="bold red"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""What a run is made of: `Recipe` says how a network is trained, `Run` says which training it is.
+
+Both are frozen and check themselves when they are made. Standard library only.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+OptimizerName = Literal["adam", "rmsprop", "sgd"]
+ScheduleName = Literal["constant", "cosine", "one_cycle"]
+AugmentationName = Literal["none", "keras", "geometric"]
+
+
+class ConfigError(ValueError):
+    """A setting has a value that cannot work. The message names value, expectation and remedy."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one network is trained.
+
+    Attributes:
+      arch: name of the network, a key of `fmnist_jax.ARCHS`.
+      epochs: passes over the training split, at least 1.
+      batch_size: images an update, at least 1.
+      optimizer: "adam", "rmsprop" or "sgd" (momentum 0.9), in Keras' formulas.
+      learning_rate: the peak of the schedule, greater than 0.
+      schedule: "constant", "cosine" or "one_cycle" over the whole run.
+      augmentation: "none", "keras" (what `ImageDataGenerator` does) or "geometric".
+      image_size: side to which images are resized, in pixels; None keeps their own.
+      val_fraction: share of the training images held out for validation, in [0, 1).
+      source: the Keras project that the recipe stands for.
+      claim: what that project says it reached.
+      claimed_test_accuracy: the same as a fraction where the claim is a test accuracy.
+      open_choices: what the project left open and this recipe decided.
+
+    Raises:
+      ConfigError: if a value is outside its range.
+
+    Example:
+      >>> recipe = Recipe(arch="same_3x3", epochs=10)
+      >>> dataclasses.replace(recipe, epochs=0)
+      Traceback (most recent call last):
+      ...
+      fmnist_jax.config.ConfigError: epochs is 0; it must be a whole number of at least 1
+    """
+
+    arch: str
+    epochs: int
+    batch_size: int = 128
+    optimizer: OptimizerName = "adam"
+    learning_rate: float = 1e-3
+    schedule: ScheduleName = "constant"
+    augmentation: AugmentationName = "none"
+    image_size: int | None = None
+    val_fraction: float = 0.1
+    source: str = ""
+    claim: str = ""
+    claimed_test_accuracy: float | None = None
+    open_choices: str = ""
+
+    def __post_init__(self) -> None:
+        _check_count("epochs", self.epochs)
+        _check_count("batch_size", self.batch_size)
+        if self.image_size is not None:
+            _check_count("image_size", self.image_size)
+        _check_choice("optimizer", self.optimizer, OptimizerName)
+        _check_choice("schedule", self.schedule, ScheduleName)
+        _check_choice("augmentation", self.augmentation, AugmentationName)
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ConfigError(
+                f"learning_rate is {self.learning_rate}; it must be a finite number above 0"
+            )
+        if not 0 <= self.val_fraction < 1:
+            raise ConfigError(
+                f"val_fraction is {self.val_fraction}; it must be at least 0 and below 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training: a recipe, a seed and a place for its files.
+
+    Attributes:
+      recipe: how to train.
+      workdir: folder of the run's files; it is made where it does not exist.
+      seed: root of every random stream, in [0, 2**32).
+      train_examples: train on so many examples of the training split, equally from each class as
+        far as possible; None takes all.
+
+    Raises:
+      ConfigError: if a value is outside its range.
+    """
+
+    recipe: Recipe
+    workdir: Path
+    seed: int = 0
+    train_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        # jax.random.key drops the bits above 32 without a word, so two seeds would be one.
+        if isinstance(self.seed, bool) or not (
+            isinstance(self.seed, int) and 0 <= self.seed < 2**32
+        ):
+            raise ConfigError(f"seed is {self.seed}; it must be a whole number from 0 to 2**32 - 1")
+        if self.train_examples is not None:
+            _check_count("train_examples", self.train_examples)
+
+
+def to_dict(run: Run) -> dict[str, Any]:
+    """The settings that decide a run's numbers, ready for JSON. The place is not one of them.
+
+    Example:
+      >>> to_dict(Run(recipe=Recipe(arch="same_3x3", epochs=10), workdir=Path("w")))["seed"]
+      0
+    """
+    settings = dataclasses.asdict(run)
+    del settings["workdir"]
+    return settings
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not (isinstance(value, int) and value >= 1):
+        raise ConfigError(f"{name} is {value}; it must be a whole number of at least 1")
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(get_args(choices))}")

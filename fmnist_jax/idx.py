@@ -1,0 +1,74 @@
+"""The IDX files in which Fashion-MNIST is published."""
+
+import gzip
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+IMAGES_MAGIC = 0x803  # unsigned bytes in three dimensions
+LABELS_MAGIC = 0x801  # unsigned bytes in one
+
+
+class DataError(ValueError):
+    """The data is missing or not what it should be. The message names the file and the remedy."""
+
+
+def read_images(path: Path) -> np.ndarray:
+    """uint8[count, height, width] from an IDX file, gzipped or not.
+
+    Raises:
+      DataError: if the file cannot be read, is truncated or is no IDX file of images.
+    """
+    return _read(path, IMAGES_MAGIC, "images", dimensions=3)
+
+
+def read_labels(path: Path) -> np.ndarray:
+    """uint8[count] from an IDX file, gzipped or not.
+
+    Raises:
+      DataError: if the file cannot be read, is truncated or is no IDX file of labels.
+    """
+    return _read(path, LABELS_MAGIC, "labels", dimensions=1)
+
+
+def write(path: Path, array: np.ndarray) -> None:
+    """Writes uint8 images or labels as a gzipped IDX file; the same array gives the same bytes.
+
+    Example:
+      >>> import tempfile
+      >>> path = Path(tempfile.mkdtemp()) / "labels.gz"
+      >>> write(path, np.array([3, 1], np.uint8))
+      >>> read_labels(path).tolist()
+      [3, 1]
+    """
+    magic = {1: LABELS_MAGIC, 3: IMAGES_MAGIC}[array.ndim]
+    header = np.array([magic, *array.shape], ">u4").tobytes()
+    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes(), 9, mtime=0))
+
+
+def _read(path: Path, magic: int, noun: str, *, dimensions: int) -> np.ndarray:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    if content[:2] == b"\x1f\x8b" or path.suffix == ".gz":
+        try:
+            content = zlib.decompress(content, wbits=31)  # 31: a gzip header and checksum
+        except zlib.error as error:
+            raise DataError(f"{path}: damaged gzip file ({error}); fetch it again") from error
+    header_size = 4 * (1 + dimensions)
+    header = np.frombuffer(content[: len(content[:header_size]) // 4 * 4], ">u4")
+    if len(header) == 0 or header[0] != magic:
+        found = f"{int(header[0]):#x}" if len(header) else "nothing"
+        raise DataError(
+            f"{path}: not an IDX file of {noun}: it starts with {found} where {magic:#x} should be"
+        )
+    shape = tuple(int(size) for size in header[1:])
+    expected = int(np.prod(shape))
+    if len(shape) < dimensions or len(content) - header_size != expected:
+        raise DataError(
+            f"{path}: holds {max(len(content) - header_size, 0):,} bytes of {noun} where its "
+            f"header promises {expected:,}; fetch it again"
+        )
+    return np.frombuffer(content, np.uint8, offset=header_size).reshape(shape)

@@ -1,0 +1,90 @@
+"""The loss, and counts that stay sums until the last moment."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Metrics(NamedTuple):
+    """Sums over examples.
+
+    Attributes:
+      loss: float32[], sum of the losses.
+      correct: int32[], examples whose largest logit is their label's.
+      num_examples: int32[].
+      finite_steps: int32[], batches before the first with a loss that is not finite.
+    """
+
+    loss: jax.Array
+    correct: jax.Array
+    num_examples: jax.Array
+    finite_steps: jax.Array
+
+
+def zeros() -> Metrics:
+    """Metrics of no examples."""
+    return Metrics(jnp.float32(0), jnp.int32(0), jnp.int32(0), jnp.int32(0))
+
+
+def merge(first: Metrics, then: Metrics) -> Metrics:
+    """Metrics of the examples of both.
+
+    Example:
+      >>> logits, labels = jnp.float32([[1, 0]]), jnp.int32([0])
+      >>> one = measure(jnp.float32([0.5]), logits, labels, jnp.array([True]))
+      >>> to_dict(merge(one, merge(one, zeros())))
+      {'loss': 0.5, 'accuracy': 1.0}
+    """
+    return Metrics(
+        first.loss + then.loss,
+        first.correct + then.correct,
+        first.num_examples + then.num_examples,
+        first.finite_steps + jnp.where(jnp.isfinite(first.loss), then.finite_steps, 0),
+    )
+
+
+def measure(losses: jax.Array, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Metrics:
+    """Metrics of one batch.
+
+    Args:
+      losses: float[batch].
+      logits: float[batch, num_classes].
+      labels: int[batch], values in [0, num_classes).
+      mask: bool[batch], False for padding, which does not count.
+    """
+    loss = jnp.sum(jnp.where(mask, losses, 0))
+    return Metrics(
+        loss,
+        jnp.sum(mask & (jnp.argmax(logits, axis=-1) == labels), dtype=jnp.int32),
+        jnp.sum(mask, dtype=jnp.int32),
+        jnp.isfinite(loss).astype(jnp.int32),
+    )
+
+
+def to_dict(metrics: Metrics) -> dict[str, float]:
+    """Mean loss in nats and accuracy as a fraction, as Python floats."""
+    loss, correct, num_examples, _ = (float(x) for x in jax.device_get(metrics))
+    return {"loss": loss / num_examples, "accuracy": correct / num_examples}
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Softmax cross-entropy of each example in nats.
+
+    The label's logit is picked by a comparison: the gradient of an index would be a scatter, which
+    is slow on accelerators.
+
+    Args:
+      logits: float[batch, num_classes].
+      labels: int[batch], values in [0, num_classes).
+
+    Returns:
+      float[batch].
+
+    Example:
+      >>> print(cross_entropy(jnp.zeros((1, 4)), jnp.array([2])))
+      [1.3862944]
+    """
+    is_label = labels[:, None] == jnp.arange(logits.shape[-1])[None, :]
+    picked = jnp.sum(jnp.where(is_label, logits, 0), axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - picked

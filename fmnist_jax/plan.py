@@ -1,0 +1,160 @@
+"""`Plan`: everything that a run decides before its first step, without compiling anything."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmnist_jax.augment import AUGMENTATIONS, RandomAffine
+from fmnist_jax.config import ConfigError, Run
+from fmnist_jax.data import Dataset, stratified_split
+from fmnist_jax.models import create_model
+from fmnist_jax.optim import Optimizer, create_optimizer
+from fmnist_jax.streams import Streams, create_streams
+from fmnist_jax.train import TrainState, create_train_state, steps_per_epoch, train_steps
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """What follows from a run's settings and its data.
+
+    Attributes:
+      run: the settings.
+      dataset: the data.
+      streams: the random streams of the run's seed.
+      train_examples: int32[m], positions of the training split in `dataset.train_images`.
+      val_examples: int32[k], likewise of the validation split; it may be empty.
+      model: the network.
+      tx: its optimizer.
+      augment: the augmentation, or None.
+      steps_per_epoch: updates an epoch.
+    """
+
+    run: Run
+    dataset: Dataset
+    streams: Streams
+    train_examples: np.ndarray
+    val_examples: np.ndarray
+    model: Any
+    tx: Optimizer
+    augment: RandomAffine | None
+    steps_per_epoch: int
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the whole run."""
+        return self.steps_per_epoch * self.run.recipe.epochs
+
+    def create_state(self) -> TrainState:
+        """The state before the first step."""
+        height, width = self.dataset.train_images.shape[1:]
+        return create_train_state(
+            self.streams.init, self.model, self.tx, image_shape=(height, width)
+        )
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes and dtypes of the state."""
+        return jax.eval_shape(self.create_state)
+
+    @functools.cached_property
+    def parameters(self) -> list[tuple[str, tuple[int, ...], int]]:
+        """Name, shape and number of values of each parameter."""
+        leaves = jax.tree.leaves_with_path(self.abstract_state.params)
+        return [
+            (jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, leaf.size)
+            for path, leaf in leaves
+        ]
+
+    @property
+    def num_params(self) -> int:
+        """Number of trained values."""
+        return sum(size for _, _, size in self.parameters)
+
+    @property
+    def step_options(self) -> dict[str, Any]:
+        """The keyword arguments with which this run calls `train_steps`."""
+        return {
+            "batch_size": self.run.recipe.batch_size,
+            "model": self.model,
+            "tx": self.tx,
+            "augment": self.augment,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What the compiled training loop says of itself.
+
+    Attributes:
+      flops: floating-point operations an update.
+      bytes: device memory of the loop: state, training images and temporaries.
+    """
+
+    flops: float
+    bytes: int
+
+
+def create_plan(run: Run, dataset: Dataset) -> Plan:
+    """Splits the data and makes model, optimizer and augmentation.
+
+    Args:
+      run: the settings.
+      dataset: the data; the model gets one output a class.
+
+    Raises:
+      ConfigError: if the settings do not fit each other or the data.
+      DataError: if there are too few examples.
+    """
+    recipe = run.recipe
+    options = {} if recipe.image_size is None else {"image_size": recipe.image_size}
+    model = create_model(recipe.arch, len(dataset.class_names), **options)
+    streams = create_streams(run.seed)
+    train_examples, val_examples = stratified_split(
+        streams.split, dataset.train_labels, recipe.val_fraction, run.train_examples
+    )
+    if recipe.batch_size > len(train_examples):
+        raise ConfigError(
+            f"batch_size is {recipe.batch_size:,}, but there are only {len(train_examples):,} "
+            "training examples; choose a smaller batch"
+        )
+    num_batches = steps_per_epoch(len(train_examples), recipe.batch_size)
+    tx = create_optimizer(
+        recipe.optimizer,
+        recipe.learning_rate,
+        schedule=recipe.schedule,
+        total_steps=num_batches * recipe.epochs,
+    )
+    augment = None
+    if recipe.augmentation != "none":
+        augment = dataclasses.replace(
+            AUGMENTATIONS[recipe.augmentation], image_size=recipe.image_size
+        )
+    return Plan(
+        run, dataset, streams, train_examples, val_examples, model, tx, augment, num_batches
+    )
+
+
+def measure_cost(plan: Plan) -> Cost:
+    """Compiles the training loop for the default device and reads its figures."""
+    shape = jax.ShapeDtypeStruct
+    compiled = train_steps.lower(
+        plan.abstract_state,
+        shape(plan.dataset.train_images.shape, jnp.uint8),
+        shape(plan.dataset.train_labels.shape, jnp.int32),
+        shape(plan.train_examples.shape, jnp.int32),
+        plan.streams,
+        shape((), jnp.int32),
+        **plan.step_options,
+    ).compile()
+    memory = compiled.memory_analysis()
+    return Cost(
+        float(compiled.cost_analysis()["flops"]),
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+    )

@@ -1,0 +1,62 @@
+"""One recipe for each Keras project that this library brings to JAX, in the project's numbers.
+
+Where a project validated on the test images, its recipe takes a stratified validation split from
+the training images instead. What a project left open is decided here, and `open_choices` says so.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from fmnist_jax.config import Recipe
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "small_dropout": Recipe(
+            arch="small_dropout",
+            epochs=20,
+            schedule="cosine",
+            source="FashionMNIST-ImageclassificationwithCNN",
+            claim="test 91.33 %, validation 90.62 %",
+            claimed_test_accuracy=0.9133,
+            open_choices="width of the dense layer (128), optimizer, schedule, batch size, epochs",
+        ),
+        "valid_2x2": Recipe(
+            arch="valid_2x2",
+            epochs=10,
+            source="fashion_mnist_cnn, first model",
+            claim="none",
+            open_choices="learning rate, batch size, epochs",
+        ),
+        "same_3x3": Recipe(
+            arch="same_3x3",
+            epochs=10,
+            source=(
+                "Fashion-MNIST Classification with Convolutional Neural Networks; "
+                "fashion_mnist_cnn, second model"
+            ),
+            claim="test about 91 %",
+            claimed_test_accuracy=0.91,
+            open_choices="learning rate, batch size",
+        ),
+        "he_stack": Recipe(
+            arch="he_stack",
+            epochs=20,
+            optimizer="sgd",
+            learning_rate=0.01,
+            source="Fashion-MNIST-Image-Classification-using-Deep-Learning",
+            claim="none",
+            open_choices="He uniform rather than normal, padding, optimizer, batch size",
+        ),
+        "deep_augmented": Recipe(
+            arch="deep_augmented",
+            epochs=25,
+            batch_size=126,
+            optimizer="rmsprop",
+            augmentation="keras",
+            image_size=150,
+            source="Image-Classification-with-CNNs-in-the-Fashion-Mnist-dataset",
+            claim="training 98.10 %, validation 95.43 % (with three output units)",
+            open_choices="learning rate; ten outputs where the project's text has three",
+        ),
+    }
+)

@@ -1,0 +1,311 @@
+"""The training step, the training loop, evaluation and prediction: pure functions.
+
+The model, the optimizer and the loss are arguments, so any of them can be your own:
+
+- model: has `init(key, images, train=False)` and `apply(variables, images, train=..., rngs=...)`
+  as a Linen module does, and is hashable. It sees images as float32[batch, height, width, 1] in
+  [0, 1] and returns logits, float[batch, num_classes].
+- tx: an optax transformation.
+- loss: maps logits and labels, int32[batch], to float[batch].
+
+Everything here that is compiled keeps its program: it is compiled anew only for another shape,
+model, optimizer, loss or augmentation.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from fmnist_jax import metrics as metrics_lib
+from fmnist_jax.augment import RandomAffine
+from fmnist_jax.compile import compiled
+from fmnist_jax.metrics import Metrics, cross_entropy
+from fmnist_jax.streams import Streams
+
+LossFn = Callable[[jax.Array, jax.Array], jax.Array]
+
+# Images a pass of `evaluate` and `predict`: MEASURED
+EVAL_BATCH_SIZE = 128
+
+
+class TrainState(NamedTuple):
+    """All that training changes, as arrays.
+
+    Attributes:
+      step: int32[], updates made so far.
+      params: the model's parameters.
+      opt_state: the optimizer's state.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+class Batch(NamedTuple):
+    """What one update sees.
+
+    Attributes:
+      images: float32[batch, height, width, 1], values in [0, 1].
+      labels: int32[batch].
+      mask: bool[batch], False for the padding of an epoch's last batch.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    mask: jax.Array
+
+
+def create_train_state(
+    key: jax.Array,
+    model: Any,
+    tx: optax.GradientTransformation,
+    *,
+    image_shape: tuple[int, int] = (28, 28),
+) -> TrainState:
+    """Draws the first parameters.
+
+    Args:
+      key: a typed PRNG key, used here and nowhere else.
+      model: see the module.
+      tx: see the module.
+      image_shape: height and width of the images that the model will see.
+
+    Example:
+      >>> import fmnist_jax as fm
+      >>> state = create_train_state(jax.random.key(0), fm.create_model("same_3x3"), optax.sgd(0.1))
+      >>> sum(leaf.size for leaf in jax.tree.leaves(state.params))
+      423338
+    """
+    params = model.init(key, jnp.zeros((1, *image_shape, 1)), train=False)["params"]
+    # Copied, because an optimizer may put one array in two places, and a donated array must not be.
+    return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, tx.init(params)))
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    model: Any,
+    tx: optax.GradientTransformation,
+    loss: LossFn = cross_entropy,
+) -> tuple[TrainState, Metrics]:
+    """One update by the mean loss over the batch's real examples.
+
+    A plain function: call it, or `jit`, `vmap` and loop it as you like.
+
+    Args:
+      state: what training changes.
+      batch: images, labels and mask.
+      key: a typed PRNG key for dropout, used here and nowhere else.
+      model: see the module.
+      tx: see the module.
+      loss: see the module.
+
+    Returns:
+      The next state, and the batch's metrics before the update, dropout on.
+    """
+
+    def mean_loss(params: Any) -> tuple[jax.Array, Metrics]:
+        logits = model.apply({"params": params}, batch.images, train=True, rngs={"dropout": key})
+        metrics = metrics_lib.measure(loss(logits, batch.labels), logits, batch.labels, batch.mask)
+        return metrics.loss / metrics.num_examples, metrics
+
+    grads, metrics = jax.grad(mean_loss, has_aux=True)(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+@functools.partial(
+    compiled,
+    static_argnames=("batch_size", "model", "tx", "augment", "loss"),
+    donate_argnames=("state",),
+)
+def train_steps(
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+    order: jax.Array,
+    streams: Streams,
+    count: int | jax.Array,
+    metrics: Metrics | None = None,
+    *,
+    batch_size: int,
+    model: Any,
+    tx: optax.GradientTransformation,
+    augment: RandomAffine | None = None,
+    loss: LossFn = cross_entropy,
+) -> tuple[TrainState, Metrics]:
+    """`count` updates in one compiled loop.
+
+    `count` is data: one program serves every value, and however an epoch is cut into calls, the
+    bits of the state are the same, and so are those of the metrics if they are handed on. The step
+    number says where in the epoch and in the random streams the state is.
+
+    Args:
+      state: what training changes. Donated: its arrays are gone afterwards.
+      images: uint8[n, height, width], all training images.
+      labels: int32[n].
+      order: int32[m], the examples of this epoch in their order. The last batch of an epoch holds
+        what is left; each example counts once.
+      streams: the run's streams; used are `augment` and `dropout`.
+      count: number of updates. Stop at the end of the epoch to give the next one its order.
+      metrics: sums over the epoch so far; None starts at zero.
+      batch_size: images an update.
+      model: see the module.
+      tx: see the module.
+      augment: applied to every image; None only scales to [0, 1].
+      loss: see the module.
+
+    Returns:
+      The state after `count` updates, and the metrics over their examples, dropout on.
+    """
+    (num_examples,) = order.shape
+    num_batches = steps_per_epoch(num_examples, batch_size)
+    padded_order = jnp.pad(order, (0, num_batches * batch_size - num_examples))
+
+    def body(_: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+        state, metrics = carry
+        epoch, index = jnp.divmod(state.step, num_batches)
+        start = index * batch_size
+        examples = lax.dynamic_slice(padded_order, (start,), (batch_size,))
+        picked = images[examples]
+        if augment is None:
+            pixels = scale(picked)
+        else:
+            keys = example_keys(streams.augment, epoch, examples)
+            pixels = augment(keys, picked)
+        mask = start + jnp.arange(batch_size) < num_examples
+        state, step_metrics = train_step(
+            state,
+            Batch(pixels, labels[examples], mask),
+            jax.random.fold_in(streams.dropout, state.step),
+            model=model,
+            tx=tx,
+            loss=loss,
+        )
+        return state, metrics_lib.merge(metrics, step_metrics)
+
+    return lax.fori_loop(0, count, body, (state, metrics or metrics_lib.zeros()))
+
+
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    """Updates an epoch; the last one may see fewer images.
+
+    Example:
+      >>> steps_per_epoch(1001, 500)
+      3
+    """
+    return -(-num_examples // batch_size)
+
+
+@compiled
+def epoch_order(key: jax.Array, epoch: int | jax.Array, examples: jax.Array) -> jax.Array:
+    """The examples, int32[m], in the random order of an epoch, from the shuffle stream."""
+    return jax.random.permutation(jax.random.fold_in(key, epoch), examples)
+
+
+def example_keys(key: jax.Array, epoch: jax.Array, examples: jax.Array) -> jax.Array:
+    """One key for each example of an epoch, from the augment stream: the same in any batch."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, epoch), examples)
+
+
+def scale(images: jax.Array) -> jax.Array:
+    """uint8[batch, height, width] to float32[batch, height, width, 1] in [0, 1]."""
+    return images[..., None].astype(jnp.float32) / 255
+
+
+def predict(
+    params: Any, images: jax.Array, *, model: Any, batch_size: int = EVAL_BATCH_SIZE
+) -> jax.Array:
+    """Logits of any number of images, in one compiled call.
+
+    Args:
+      params: the model's parameters.
+      images: uint8[n, height, width] or uint8[n, height, width, 1], values 0 to 255.
+      model: see the module.
+      batch_size: images a pass; it bounds the memory and changes no result beyond rounding.
+
+    Returns:
+      float32[n, num_classes], in the order of the images.
+
+    Raises:
+      TypeError: if the images are not uint8.
+      ValueError: if their shape is another.
+
+    Example:
+      >>> import fmnist_jax as fm
+      >>> model = fm.create_model("small_dropout")
+      >>> state = create_train_state(jax.random.key(0), model, optax.sgd(0.1))
+      >>> predict(state.params, jnp.zeros((5, 28, 28), jnp.uint8), model=model).shape
+      (5, 10)
+    """
+    return _predict(params, _checked(images), model=model, batch_size=batch_size)
+
+
+def evaluate(
+    params: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    *,
+    model: Any,
+    loss: LossFn = cross_entropy,
+    batch_size: int = EVAL_BATCH_SIZE,
+) -> Metrics:
+    """Metrics over a whole split, dropout off, in one compiled call.
+
+    Args:
+      params: the model's parameters.
+      images: uint8[n, height, width] or uint8[n, height, width, 1], values 0 to 255.
+      labels: int32[n].
+      model: see the module.
+      loss: see the module.
+      batch_size: images a pass.
+
+    Raises:
+      TypeError: if the images are not uint8.
+      ValueError: if their shape is another.
+    """
+    return _evaluate(
+        params, _checked(images), labels, model=model, loss=loss, batch_size=batch_size
+    )
+
+
+def _checked(images: jax.Array) -> jax.Array:
+    if images.dtype != jnp.uint8:
+        raise TypeError(f"images are {images.dtype}; they must be uint8 with values 0 to 255")
+    if images.ndim == 4 and images.shape[-1] == 1:
+        images = images[..., 0]
+    if images.ndim != 3:
+        raise ValueError(
+            f"images have shape {images.shape}; expected [n, height, width] or "
+            "[n, height, width, 1]"
+        )
+    return images
+
+
+@functools.partial(compiled, static_argnames=("model", "batch_size"))
+def _predict(params: Any, images: jax.Array, *, model: Any, batch_size: int) -> jax.Array:
+    num_examples = len(images)
+    num_batches = max(1, steps_per_epoch(num_examples, batch_size))
+    padded = jnp.pad(images, ((0, num_batches * batch_size - num_examples), (0, 0), (0, 0)))
+    logits = lax.map(
+        lambda batch: model.apply({"params": params}, scale(batch), train=False),
+        padded.reshape(num_batches, batch_size, *images.shape[1:]),
+    )
+    return logits.reshape(num_batches * batch_size, -1)[:num_examples]
+
+
+@functools.partial(compiled, static_argnames=("model", "loss", "batch_size"))
+def _evaluate(
+    params: Any, images: jax.Array, labels: jax.Array, *, model: Any, loss: LossFn, batch_size: int
+) -> Metrics:
+    logits = _predict(params, images, model=model, batch_size=batch_size)
+    return metrics_lib.measure(loss(logits, labels), logits, labels, jnp.ones(len(labels), bool))
