@@ -102,7 +102,8 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=items)
         except Exception as error:  # Orbax has no error class of its own
+            reason = str(error).partition("\n")[0]
             raise CheckpointError(
-                f"the checkpoint of step {step} cannot be read: {error}"
+                f"the checkpoint of step {step} in {self._manager.directory} cannot be read: {reason}"
             ) from error
         return restored["tree"], restored["meta"]

@@ -184,7 +184,7 @@ def _max_pool_gradient_views(images, cotangent):
         jnp.where(top_left >= top_right, 0, 1),
         jnp.where(bottom_left >= bottom_right, 2, 3),
     ).astype(jnp.uint8)
-    position = jnp.arange(4, dtype=jnp.uint8).reshape(2, 1, 2, 1)
+    position = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 2, 1, 2, 1)
     # [batch, rows, 2, columns, 2, channels]: each window next to its own cotangent.
     gradient = jnp.where(
         winner[:, :, None, :, None] == position, cotangent[:, :, None, :, None], 0

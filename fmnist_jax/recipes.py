@@ -13,10 +13,10 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "small_dropout": Recipe(
             arch="small_dropout",
-            epochs=20,
+            epochs=30,
             schedule="cosine",
             source="FashionMNIST-ImageclassificationwithCNN",
-            claim="test 91.33 %, validation 90.62 %",
+            claim="test 91.33%, validation 90.62%",
             claimed_test_accuracy=0.9133,
             open_choices="width of the dense layer (128), optimizer, schedule, batch size, epochs",
         ),
@@ -34,7 +34,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
                 "Fashion-MNIST Classification with Convolutional Neural Networks; "
                 "fashion_mnist_cnn, second model"
             ),
-            claim="test about 91 %",
+            claim="test about 91%",
             claimed_test_accuracy=0.91,
             open_choices="learning rate, batch size",
         ),
@@ -55,7 +55,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             augmentation="keras",
             image_size=150,
             source="Image-Classification-with-CNNs-in-the-Fashion-Mnist-dataset",
-            claim="training 98.10 %, validation 95.43 % (with three output units)",
+            claim="training 98.10%, validation 95.43% (with three output units)",
             open_choices="learning rate; ten outputs where the project's text has three",
         ),
     }

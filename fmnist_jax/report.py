@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.special import softmax
 
 from fmnist_jax import files
@@ -53,7 +54,8 @@ def write_report(workdir: Path) -> Path:
 
     (workdir / _PLOTS).mkdir(exist_ok=True)
     draw: dict[str, Callable[[], Figure]] = {
-        "curves": lambda: _curves(history),
+        "loss": lambda: _curve(history, "loss", "loss in nats"),
+        "accuracy": lambda: _curve(history, "accuracy", "accuracy"),
         "confusion": lambda: _confusion(report),
         "samples": lambda: _samples(report, examples),
         "augmented": lambda: _augmented(examples),
@@ -98,28 +100,22 @@ def most_confused(report: dict[str, Any], count: int = 8) -> list[tuple[str, str
     return sorted(pairs, key=lambda pair: -pair[2])[:count]
 
 
-def _curves(history: list[dict[str, Any]]) -> Figure:
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
-    for axes, metric, label in (
-        (loss_axes, "loss", "loss (nats)"),
-        (accuracy_axes, "accuracy", "accuracy"),
+def _curve(history: list[dict[str, Any]], metric: str, label: str) -> Figure:
+    figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for split, name, color in (
+        ("train", "training, dropout on", _TRAIN),
+        ("val", "validation", _VAL),
     ):
-        for split, name, color in (
-            ("train", "training, dropout on", _TRAIN),
-            ("val", "validation", _VAL),
-        ):
-            lines = [line for line in history if line["split"] == split]
-            axes.plot(
-                [line["epoch"] for line in lines],
-                [line[metric] for line in lines],
-                color=color, marker="o", markersize=3, label=name,
-            )  # fmt: skip
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    accuracy_axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
-    loss_axes.legend(frameon=False)
+        lines = [line for line in history if line["split"] == split]
+        epochs, values = [line["epoch"] for line in lines], [line[metric] for line in lines]
+        axes.plot(epochs, values, color=color, marker="o", markersize=3, label=name)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if metric == "accuracy":
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.legend(frameon=False)
     return figure
 
 
@@ -215,7 +211,7 @@ h2 { font-size: 1.15rem; margin: 0 0 .9rem; }
 p { margin: .3rem 0 0; } .soft { color: var(--soft); }
 section { background: var(--card); border: 1px solid var(--line); border-radius: .8rem;
   padding: 1.2rem; margin-top: 1.2rem; overflow-x: auto; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem;
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.6rem, 1fr)); gap: .8rem;
   margin-top: 1.4rem; }
 .figure { background: var(--card); border: 1px solid var(--line); border-radius: .8rem;
   padding: .8rem 1rem; }
@@ -224,6 +220,9 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .figure span { color: var(--soft); font-size: .85rem; }
 .figure.main b { color: var(--accent); }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+/* On a phone, pictures with small print scroll sideways rather than shrink. */
+img.wide { min-width: 32rem; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, td:first-child { text-align: left; }
@@ -247,7 +246,6 @@ def _page(report: dict[str, Any], history: list[dict[str, Any]], images: dict[st
         ("", f"{report['images_per_second']:,.0f}", "training images a second"),
     ]
     titles = {
-        "curves": "Loss and accuracy",
         "confusion": "Confusion matrix on the test images",
         "samples": "Training images by class",
         "augmented": "Originals and what the first epochs saw of them",
@@ -281,7 +279,10 @@ def _page(report: dict[str, Any], history: list[dict[str, Any]], images: dict[st
         )
         if recipe["source"]
         else "",
-        _picture("curves", titles, images),
+        _section(
+            "Loss and accuracy",
+            f'<div class="pair">{_image("loss", images)}{_image("accuracy", images)}</div>',
+        ),
         _section("By class, on the test images", _class_table(report)),
         _picture("confusion", titles, images),
         _section("Most confused pairs", _pairs_table(report)),
@@ -329,8 +330,11 @@ def _section(title: str, content: str) -> str:
 def _picture(name: str, titles: dict[str, str], images: dict[str, str]) -> str:
     if name not in images:
         return ""
-    alt = html.escape(titles[name])
-    return _section(titles[name], f'<img alt="{alt}" src="data:image/png;base64,{images[name]}">')
+    return _section(titles[name], _image(name, images, kind="wide"))
+
+
+def _image(name: str, images: dict[str, str], kind: str = "") -> str:
+    return f'<img class="{kind}" alt="{name}" src="data:image/png;base64,{images[name]}">'
 
 
 def _facts(facts: dict[str, str]) -> str:

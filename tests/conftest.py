@@ -1,0 +1,73 @@
+"""Settings and fixtures of all tests."""
+
+import importlib.util
+import itertools
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+# Before anything imports Keras: the reference runs on JAX, so no TensorFlow is needed.
+os.environ["KERAS_BACKEND"] = "jax"
+
+import jax
+import numpy as np
+import pytest
+
+import fmnist_jax as fm
+
+ROOT = Path(__file__).parent.parent
+
+# A shape that grows a dimension without being asked to is an error.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def sample() -> fm.Dataset:
+    """The embedded sample: 6,000 training and 1,000 test images."""
+    return fm.load_fashion_mnist(sample=True)
+
+
+@pytest.fixture(scope="session")
+def tiny(sample: fm.Dataset) -> fm.Dataset:
+    """Sixty training and twenty test images, all ten classes."""
+    rng = np.random.default_rng(0)
+    train, test = rng.permutation(6000)[:60], rng.permutation(1000)[:20]
+    return fm.Dataset(
+        sample.train_images[train],
+        sample.train_labels[train],
+        sample.test_images[test],
+        sample.test_labels[test],
+    )
+
+
+@pytest.fixture
+def getkey():
+    """A function that never returns the same key twice."""
+    seeds = itertools.count()
+    return lambda: jax.random.key(next(seeds))
+
+
+@pytest.fixture(scope="session")
+def run_py() -> ModuleType:
+    """The command line, as a module."""
+    return load_module(ROOT / "experiments" / "run.py")
+
+
+def load_module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees or changes the caches and data sets of the person who runs it."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(home))
+    for name in ("XDG_CACHE_HOME", "TFDS_DATA_DIR", "KERAS_HOME"):
+        monkeypatch.delenv(name, raising=False)

@@ -1,0 +1,249 @@
+"""The five networks: shapes, parameters, and the same logits as Keras."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import pytest
+from flax.errors import InvalidRngError
+from keras import layers
+
+import fmnist_jax as fm
+
+# The arithmetic: kernel height x width x inputs x outputs + biases, layer by layer.
+PARAMS = {
+    "small_dropout": (
+        (3 * 3 * 1 * 32 + 32)
+        + (3 * 3 * 32 * 64 + 64)
+        + (3 * 3 * 64 * 128 + 128)
+        + (3 * 3 * 128 * 128 + 128)  # 28 -> 26 -> 13 -> 11 -> 5 -> 3
+        + (128 * 10 + 10),
+        241_546,
+    ),
+    "valid_2x2": (
+        (2 * 2 * 1 * 64 + 64)
+        + (2 * 2 * 64 * 32 + 32)
+        + (6 * 6 * 32 * 256 + 256)  # 28 -> 27 -> 13 -> 12 -> 6
+        + (256 * 10 + 10),
+        306_282,
+    ),
+    "same_3x3": (
+        (3 * 3 * 1 * 64 + 64)
+        + (3 * 3 * 64 * 32 + 32)
+        + (7 * 7 * 32 * 256 + 256)  # 28 -> 14 -> 7
+        + (256 * 10 + 10),
+        423_338,
+    ),
+    "he_stack": (
+        (3 * 3 * 1 * 64 + 64)
+        + (3 * 3 * 64 * 64 + 64) * 2
+        + (11 * 11 * 64 * 128 + 128)  # 28 -> 26 -> 24 -> 22 -> 11
+        + (128 * 10 + 10),
+        1_067_146,
+    ),
+    "deep_augmented": (
+        (3 * 3 * 3 * 64 + 64)
+        + (3 * 3 * 64 * 64 + 64)
+        + (3 * 3 * 64 * 128 + 128)
+        + (3 * 3 * 128 * 128 + 128)
+        + (7 * 7 * 128 * 512 + 512)  # 150 -> 148 -> 74 -> 72 -> 36 -> 34 -> 17 -> 15 -> 7
+        + (512 * 10 + 10),
+        3_477_066,
+    ),
+}
+
+
+def create(name, num_classes=10):
+    model = fm.create_model(name, num_classes)
+    side = 150 if name == "deep_augmented" else 28
+    params = model.init(jax.random.key(0), jnp.zeros((1, side, side, 1)), train=False)["params"]
+    return model, params, side
+
+
+@pytest.mark.parametrize("name", fm.ARCHS)
+def test_parameter_count(name):
+    model = fm.create_model(name)
+    shapes = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)), train=False)
+    )
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert PARAMS[name] == (count, count)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", fm.ARCHS)
+def test_logits_shape_and_dtype(name, jit, batch, getkey):
+    model, params, side = create(name)
+    images = jax.random.uniform(getkey(), (batch, side, side, 1))
+
+    def apply(params, images, key):
+        logits = model.apply({"params": params}, images, train=False)
+        noisy = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+        return logits, noisy
+
+    results = (jax.jit(apply) if jit else apply)(params, images, getkey())
+    for logits in results:
+        chex.assert_shape(logits, (batch, 10))
+        chex.assert_type(logits, jnp.float32)
+        chex.assert_tree_all_finite(logits)
+
+
+@pytest.mark.parametrize("name", fm.ARCHS)
+def test_num_classes(name):
+    model = fm.create_model(name, num_classes=3)
+    logits = jax.eval_shape(
+        lambda: model.init_with_output(jax.random.key(0), jnp.zeros((2, 28, 28, 1)), train=False)[0]
+    )
+    chex.assert_shape(logits, (2, 3))
+
+
+@pytest.mark.parametrize("name", [name for name in fm.ARCHS if name != "he_stack"])
+def test_dropout_needs_a_key_and_follows_it(name, getkey):
+    model, params, side = create(name)
+    images = jax.random.uniform(getkey(), (1, side, side, 1))
+
+    def train(key):
+        return model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+
+    key, other = getkey(), getkey()
+    chex.assert_trees_all_equal(train(key), train(key))
+    assert not np.array_equal(train(key), train(other))
+    with pytest.raises(InvalidRngError):
+        model.apply({"params": params}, images, train=True)
+
+
+def test_he_stack_has_no_dropout(getkey):
+    model, params, _ = create("he_stack")
+    images = jax.random.uniform(getkey(), (1, 28, 28, 1))
+    chex.assert_trees_all_equal(
+        model.apply({"params": params}, images, train=True),
+        model.apply({"params": params}, images, train=False),
+    )
+
+
+@pytest.mark.parametrize("side", [64, 100])
+def test_deep_augmented_at_another_size(side, getkey):
+    model = fm.create_model("deep_augmented", image_size=side)
+    images = jax.random.uniform(getkey(), (2, 28, 28, 1))
+    logits, variables = model.init_with_output(getkey(), images, train=False)
+    chex.assert_shape(logits, (2, 10))
+    larger = jax.image.resize(images, (2, side, side, 1), "bilinear")
+    chex.assert_trees_all_close(model.apply(variables, larger, train=False), logits, rtol=1e-5)
+
+
+def test_deep_augmented_takes_grey_images_as_three_equal_channels(getkey):
+    model, params, side = create("deep_augmented")
+    grey = jax.random.uniform(getkey(), (1, side, side, 1))
+    chex.assert_trees_all_close(
+        model.apply({"params": params}, grey, train=False),
+        model.apply({"params": params}, jnp.repeat(grey, 3, axis=-1), train=False),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def keras_network(name):
+    """The networks as the Keras projects wrote them, from their descriptions."""
+    side, channels = (150, 3) if name == "deep_augmented" else (28, 1)
+    inputs = keras.Input((side, side, channels))
+
+    def conv(features, size=3, padding="valid", **options):
+        return layers.Conv2D(features, size, padding=padding, activation="relu", **options)
+
+    networks = {
+        "small_dropout": [
+            conv(32, kernel_initializer="random_normal"), layers.MaxPooling2D(), layers.Dropout(0.2),
+            conv(64), layers.MaxPooling2D(), layers.Dropout(0.2),
+            conv(128), layers.Dropout(0.5),
+            layers.Flatten(), layers.Dense(128, activation="relu"), layers.Dense(10),
+        ],
+        "valid_2x2": [
+            conv(64, 2), layers.MaxPooling2D(), layers.Dropout(0.3),
+            conv(32, 2), layers.MaxPooling2D(), layers.Dropout(0.3),
+            layers.Flatten(), layers.Dense(256, activation="relu"), layers.Dropout(0.5),
+            layers.Dense(10),
+        ],
+        "same_3x3": [
+            conv(64, 3, "same"), layers.MaxPooling2D(), layers.Dropout(0.3),
+            conv(32, 3, "same"), layers.MaxPooling2D(), layers.Dropout(0.3),
+            layers.Flatten(), layers.Dense(256, activation="relu"), layers.Dropout(0.5),
+            layers.Dense(10),
+        ],
+        "he_stack": [
+            *[conv(64, kernel_initializer="he_uniform") for _ in range(3)], layers.MaxPooling2D(),
+            layers.Flatten(),
+            layers.Dense(128, activation="relu", kernel_initializer="he_uniform"),
+            layers.Dense(10),
+        ],
+        "deep_augmented": [
+            conv(64), layers.MaxPooling2D(), conv(64), layers.MaxPooling2D(),
+            conv(128), layers.MaxPooling2D(), conv(128), layers.MaxPooling2D(),
+            layers.Flatten(), layers.Dropout(0.5), layers.Dense(512, activation="relu"),
+            layers.Dense(10),
+        ],
+    }  # fmt: skip
+    return keras.Sequential([inputs, *networks[name]])
+
+
+def layers_in_order(params):
+    """Kernels and biases as Keras lists them: convolutions first, then dense layers."""
+    for kind in ("Conv", "Dense"):
+        for name in sorted(name for name in params if name.startswith(kind)):
+            yield params[name]["kernel"]
+            yield params[name]["bias"]
+
+
+@pytest.mark.parametrize("name", fm.ARCHS)
+def test_same_weights_give_the_logits_of_keras(name, getkey, sample):
+    model, params, side = create(name)
+    # Biases start at zero, which would hide a bias that is left out.
+    params = jax.tree.map(lambda p: p + 0.02 * jax.random.normal(getkey(), p.shape), params)
+    reference = keras_network(name)
+    reference.set_weights([np.asarray(weight) for weight in layers_in_order(params)])
+
+    images = jnp.asarray(sample.test_images[:3, ..., None] / np.float32(255))
+    if side != 28:
+        images = jax.image.resize(images, (3, side, side, 1), "bilinear")
+    with jax.numpy_rank_promotion("allow"):
+        expected = reference(jnp.repeat(images, reference.input_shape[-1], axis=-1), training=False)
+    logits = model.apply({"params": params}, images, train=False)
+    chex.assert_trees_all_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", fm.ARCHS)
+def test_initial_weights_are_drawn_as_in_keras(name):
+    _, params, _ = create(name)
+    ours = [np.asarray(weight) for weight in layers_in_order(params)]
+    for weight, reference in zip(ours, keras_network(name).get_weights(), strict=True):
+        if weight.ndim == 1:
+            np.testing.assert_array_equal(weight, reference)
+        elif weight.size >= 1000:  # enough draws to compare the distributions
+            np.testing.assert_allclose(weight.std(), reference.std(), rtol=0.06)
+            np.testing.assert_allclose(np.abs(weight).max(), np.abs(reference).max(), rtol=0.06)
+
+
+def test_first_filters_of_small_dropout_are_normal():
+    model = fm.create_model("small_dropout")
+    kernels = [
+        model.init(jax.random.key(i), jnp.zeros((1, 28, 28, 1)), train=False)["params"]["Conv_0"]
+        for i in range(20)
+    ]
+    draws = np.concatenate([np.asarray(kernel["kernel"]).ravel() for kernel in kernels])
+    np.testing.assert_allclose(draws.std(), 0.05, rtol=0.05)
+    # A normal has 31.7% of its draws beyond one standard deviation, a uniform 42.3%.
+    np.testing.assert_allclose(np.mean(np.abs(draws) > 0.05), 0.317, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("resnet",), {}, "unknown architecture 'resnet'; choose one of small_dropout"),
+        (("same_3x3", 1), {}, "num_classes is 1"),
+        (("same_3x3",), {"image_size": 64}, "same_3x3 takes no such option: image_size"),
+    ],
+)
+def test_errors(arguments, options, message):
+    with pytest.raises(fm.ConfigError, match=message):
+        fm.create_model(*arguments, **options)
