@@ -104,6 +104,7 @@ class Checkpoints:
         except Exception as error:  # Orbax has no error class of its own
             reason = str(error).partition("\n")[0]
             raise CheckpointError(
-                f"the checkpoint of step {step} in {self._manager.directory} cannot be read: {reason}"
+                f"the checkpoint of step {step} in {self._manager.directory} cannot be read: "
+                f"{reason}"
             ) from error
         return restored["tree"], restored["meta"]

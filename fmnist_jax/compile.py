@@ -18,38 +18,49 @@ COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
 }
 
 
-class compiled(Generic[P, R]):  # noqa: N801 (used as a decorator, like jax.jit)
-    """Compiles a pure function on its first call, as `jax.jit` does, and remembers the program.
+def compiled(
+    *, static_argnames: Sequence[str] = (), donate_argnames: Sequence[str] = ()
+) -> Callable[[Callable[P, R]], "Compiled[P, R]"]:
+    """Compiles a pure function on its first call, as `jax.jit` does; a decorator.
 
     JAX accepts compiler options on the outermost `jit` only. Called from plain Python, the
     function is therefore compiled with `COMPILER_OPTIONS` of the default backend; called while
     something else is being traced (`jit`, `vmap`, `grad`, `lax.map`), it is an ordinary nested
-    `jit` and composes freely. `__wrapped__` is the plain function.
+    `jit` and composes freely.
 
     Args:
-      function: a pure function.
       static_argnames: arguments that are part of the program; they must be hashable.
       donate_argnames: arguments whose buffers the result may reuse. They are gone afterwards.
 
     Example:
-      >>> import jax
-      >>> double = compiled(lambda x: 2 * x)
-      >>> print(double(3.0), jax.vmap(double)(jax.numpy.arange(2.0)))
+      >>> @compiled()
+      ... def double(x):
+      ...     return 2 * x
+      >>> print(double(3.0), jax.vmap(double)(jnp.arange(2.0)))
       6.0 [0. 2.]
     """
+    return functools.partial(
+        Compiled,
+        static_argnames=tuple(static_argnames),
+        donate_argnames=tuple(donate_argnames),
+    )
+
+
+class Compiled(Generic[P, R]):
+    """A function under `compiled`; `__wrapped__` is the function itself."""
 
     def __init__(
         self,
         function: Callable[P, R],
         *,
-        static_argnames: Sequence[str] = (),
-        donate_argnames: Sequence[str] = (),
+        static_argnames: tuple[str, ...],
+        donate_argnames: tuple[str, ...],
     ) -> None:
         functools.update_wrapper(self, function)
         self._function = function
-        self._static_argnames = tuple(static_argnames)
-        self._donate_argnames = tuple(donate_argnames)
-        self._inner = jax.jit(function, static_argnames=self._static_argnames)
+        self._static_argnames = static_argnames
+        self._donate_argnames = donate_argnames
+        self._inner = jax.jit(function, static_argnames=static_argnames)
 
     @functools.cached_property
     def _outer(self) -> Any:
@@ -71,7 +82,5 @@ class compiled(Generic[P, R]):  # noqa: N801 (used as a decorator, like jax.jit)
 
 def _is_tracing(args: Any, kwargs: Any) -> bool:
     # Under `jit` every new array is a tracer; under `vmap` and `grad` only the arguments are.
-    return any(
-        isinstance(leaf, jax.core.Tracer)
-        for leaf in (*jax.tree.leaves((args, kwargs)), jnp.zeros(()))
-    )
+    leaves = (*jax.tree.leaves((args, kwargs)), jnp.zeros(()))
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)

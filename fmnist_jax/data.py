@@ -273,7 +273,7 @@ def _load_directory(directory: Path) -> Dataset:
         for name, path in zip(_FILES, paths, strict=True)
         if path is not None
     ]
-    return _verified(arrays, str(directory), PUBLISHED_SHA256)
+    return _verified(arrays, str(directory))
 
 
 def _find_file(directory: Path, name: str) -> Path | None:
@@ -287,7 +287,7 @@ def _load_sample() -> Dataset:
         read(_SAMPLE_DIR / f"{name}-ubyte.gz")
         for name, read in zip(_FILES, 2 * (idx.read_images, idx.read_labels), strict=True)
     ]
-    return _verified(arrays, "embedded sample", SAMPLE_SHA256)
+    return _verified(arrays, "embedded sample", sample=True)
 
 
 def _load_prepared(prepared: Path) -> Dataset:
@@ -302,7 +302,7 @@ def _load_prepared(prepared: Path) -> Dataset:
         for path in tfds_source.record_files(prepared)
     ]
     arrays = _cached(f"tfds-{hashlib.sha256(repr(state).encode()).hexdigest()[:16]}.npz", read)
-    return _verified(arrays, f"TFDS {prepared}", PUBLISHED_SHA256)
+    return _verified(arrays, f"TFDS {prepared}")
 
 
 def _cached(name: str, read: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
@@ -310,7 +310,7 @@ def _cached(name: str, read: Callable[[], list[np.ndarray]]) -> list[np.ndarray]
     try:
         with np.load(folder / name) as stored:
             arrays = [stored[array] for array in stored.files]
-        if [_sha256(array) for array in arrays] == list(PUBLISHED_SHA256):
+        if tuple(_sha256(array) for array in arrays) == PUBLISHED_SHA256:
             return arrays
     except Exception:  # noqa: BLE001, S110 (absent or damaged in any way: read the source again)
         pass
@@ -325,7 +325,7 @@ def _cached(name: str, read: Callable[[], list[np.ndarray]]) -> list[np.ndarray]
     return arrays
 
 
-def _verified(arrays: list[np.ndarray], source: str, expected: Sequence[str]) -> Dataset:
+def _verified(arrays: list[np.ndarray], source: str, *, sample: bool = False) -> Dataset:
     train_images, train_labels, test_images, test_labels = arrays
     for split, images, labels in (
         ("training", train_images, train_labels),
@@ -336,8 +336,9 @@ def _verified(arrays: list[np.ndarray], source: str, expected: Sequence[str]) ->
                 f"{source}: {len(images):,} {split} images but {len(labels):,} {split} labels; "
                 "the files do not belong together"
             )
-    found = [_sha256(array) for array in arrays]
-    if found != list(expected):
+    expected = SAMPLE_SHA256 if sample else PUBLISHED_SHA256
+    found = tuple(_sha256(array) for array in arrays)
+    if found != expected:
         if tuple(np.bincount(train_labels, minlength=10)) == _MNIST_TRAIN_COUNTS:
             raise DataError(
                 f"{source}: this is MNIST (handwritten digits), not Fashion-MNIST; "
@@ -355,7 +356,7 @@ def _verified(arrays: list[np.ndarray], source: str, expected: Sequence[str]) ->
         test_labels,
         source=source,
         sha256=_combined(found),
-        sample=expected is SAMPLE_SHA256,
+        sample=sample,
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -160,6 +160,8 @@ class _Loop:
                 for epoch in range(self.step // plan.steps_per_epoch, recipe.epochs):
                     self._train_epoch(epoch, images, labels, received)
                     self._end_epoch(epoch, val_images, val_labels)
+                    if received:
+                        self._stop(received)
             finally:
                 self.progress.stop()
 
@@ -216,13 +218,10 @@ class _Loop:
                 images_per_second=count * plan.run.recipe.batch_size / seconds,
                 loss=float(metrics.loss / metrics.num_examples),
             )
-            if received:
+            # The end of an epoch is evaluated and logged before it is saved.
+            if received and done < plan.steps_per_epoch:
                 self._save()
-                raise Interrupted(
-                    f"Stopped after step {first_step + done:,} of {plan.total_steps:,}, saved; "
-                    "the same command goes on from there.",
-                    received[0],
-                )
+                self._stop(received)
             count = max(1, min(round(count * _CALL_SECONDS / seconds), 4 * count))
 
     def _end_epoch(self, epoch: int, val_images: jax.Array, val_labels: jax.Array) -> None:
@@ -248,6 +247,13 @@ class _Loop:
         self.metrics, self.epoch_seconds = metrics_lib.zeros(), 0.0
         self._save()
         self.progress.epoch(epoch=epoch + 1, train=train, val=val)
+
+    def _stop(self, received: list[int]) -> NoReturn:
+        raise Interrupted(
+            f"Stopped after step {self.step:,} of {self.plan.total_steps:,}, saved; "
+            "the same command goes on from there.",
+            received[0],
+        )
 
     def _save(self) -> None:
         self.checkpoints.save(

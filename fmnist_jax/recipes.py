@@ -23,20 +23,22 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "valid_2x2": Recipe(
             arch="valid_2x2",
             epochs=10,
+            schedule="cosine",
             source="fashion_mnist_cnn, first model",
             claim="none",
-            open_choices="learning rate, batch size, epochs",
+            open_choices="learning rate, schedule, batch size, epochs",
         ),
         "same_3x3": Recipe(
             arch="same_3x3",
             epochs=10,
+            schedule="cosine",
             source=(
                 "Fashion-MNIST Classification with Convolutional Neural Networks; "
                 "fashion_mnist_cnn, second model"
             ),
             claim="test about 91%",
             claimed_test_accuracy=0.91,
-            open_choices="learning rate, batch size",
+            open_choices="learning rate, schedule, batch size",
         ),
         "he_stack": Recipe(
             arch="he_stack",
@@ -45,7 +47,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             learning_rate=0.01,
             source="Fashion-MNIST-Image-Classification-using-Deep-Learning",
             claim="none",
-            open_choices="He uniform rather than normal, padding, optimizer, batch size",
+            open_choices="He uniform or normal, padding, optimizer, learning rate, batch size",
         ),
         "deep_augmented": Recipe(
             arch="deep_augmented",

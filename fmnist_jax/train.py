@@ -12,7 +12,6 @@ Everything here that is compiled keeps its program: it is compiled anew only for
 model, optimizer, loss or augmentation.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -123,10 +122,8 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
-@functools.partial(
-    compiled,
-    static_argnames=("batch_size", "model", "tx", "augment", "loss"),
-    donate_argnames=("state",),
+@compiled(
+    static_argnames=("batch_size", "model", "tx", "augment", "loss"), donate_argnames=("state",)
 )
 def train_steps(
     state: TrainState,
@@ -206,7 +203,7 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return -(-num_examples // batch_size)
 
 
-@compiled
+@compiled()
 def epoch_order(key: jax.Array, epoch: int | jax.Array, examples: jax.Array) -> jax.Array:
     """The examples, int32[m], in the random order of an epoch, from the shuffle stream."""
     return jax.random.permutation(jax.random.fold_in(key, epoch), examples)
@@ -291,7 +288,7 @@ def _checked(images: jax.Array) -> jax.Array:
     return images
 
 
-@functools.partial(compiled, static_argnames=("model", "batch_size"))
+@compiled(static_argnames=("model", "batch_size"))
 def _predict(params: Any, images: jax.Array, *, model: Any, batch_size: int) -> jax.Array:
     num_examples = len(images)
     num_batches = max(1, steps_per_epoch(num_examples, batch_size))
@@ -303,7 +300,7 @@ def _predict(params: Any, images: jax.Array, *, model: Any, batch_size: int) -> 
     return logits.reshape(num_batches * batch_size, -1)[:num_examples]
 
 
-@functools.partial(compiled, static_argnames=("model", "loss", "batch_size"))
+@compiled(static_argnames=("model", "loss", "batch_size"))
 def _evaluate(
     params: Any, images: jax.Array, labels: jax.Array, *, model: Any, loss: LossFn, batch_size: int
 ) -> Metrics:

@@ -154,7 +154,8 @@ def keras_network(name):
 
     networks = {
         "small_dropout": [
-            conv(32, kernel_initializer="random_normal"), layers.MaxPooling2D(), layers.Dropout(0.2),
+            conv(32, kernel_initializer="random_normal"), layers.MaxPooling2D(),
+            layers.Dropout(0.2),
             conv(64), layers.MaxPooling2D(), layers.Dropout(0.2),
             conv(128), layers.Dropout(0.5),
             layers.Flatten(), layers.Dense(128, activation="relu"), layers.Dense(10),

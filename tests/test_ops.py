@@ -47,9 +47,7 @@ def test_conv2d_and_its_gradients_are_those_of_lax(images_shape, kernel_shape, p
     chex.assert_equal_shape([result, expected])
     chex.assert_trees_all_close(result, expected, rtol=1e-5, atol=1e-5)
     cotangent = draw(getkey(), *expected.shape)
-    chex.assert_trees_all_close(
-        vjp(cotangent), expected_vjp(cotangent), rtol=1e-5, atol=1e-4
-    )
+    chex.assert_trees_all_close(vjp(cotangent), expected_vjp(cotangent), rtol=1e-5, atol=1e-4)
 
 
 def test_conv2d_under_jit_vmap_and_grad(getkey):
@@ -85,9 +83,7 @@ def test_max_pool_sends_the_gradient_of_a_tie_to_the_first(getkey):
     )
 
 
-@pytest.mark.parametrize(
-    ("platform", "plain"), [("cpu", False), ("cuda", True), ("tpu", True)]
-)
+@pytest.mark.parametrize(("platform", "plain"), [("cpu", False), ("cuda", True), ("tpu", True)])
 def test_other_platforms_get_the_plain_operations(platform, plain):
     def loss(images, kernel):
         return jnp.sum(ops.max_pool(ops.conv2d(images, kernel, "VALID")))

@@ -1,0 +1,134 @@
+"""The command line, as a person calls it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import fmnist_jax as fm
+from tests.conftest import ROOT
+
+FEW = ["--sample", "--classes", "bag,trouser", "--train-examples", "8", "--batch-size", "4"]
+
+
+@pytest.mark.parametrize("arch", fm.ARCHS)
+def test_every_network_trains(arch, run_py, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    arguments = ["--arch", arch, *FEW, "--epochs", "2", "--val-fraction", "0.01"]
+    assert run_py.main([*arguments, "--workdir", str(workdir)]) == 0
+    report = json.loads((workdir / "report.json").read_text())
+    assert (report["arch"], report["steps"]) == (arch, 4)
+    assert report["data"]["classes"] == ["Bag", "Trouser"]
+    assert (workdir / "report.html").stat().st_size > 50_000
+    output = capsys.readouterr().out
+    for expected in ("Compiling", "epoch   2", "images/s", "test accuracy", "the original's claim"):
+        assert expected in output
+
+    # The same command again finds the run complete.
+    assert run_py.main([*arguments, "--workdir", str(workdir)]) == 0
+    assert "This run is complete" in capsys.readouterr().out
+
+
+def test_the_default_folder_belongs_to_the_settings(run_py, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = [*FEW, "--arch", "valid_2x2", "--epochs", "1", "--quiet"]
+    assert run_py.main(command) == 0
+    assert run_py.main(command) == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    assert run_py.main([*command, "--seed", "1"]) == 0
+    assert run_py.main([*command, "--optimizer", "sgd", "--learning-rate", "0.1"]) == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "resnet"], "unknown architecture 'resnet'"),
+        (["--data-dir", "/nowhere"], "/nowhere: no such folder"),
+        (["--sample", "--classes", "hat,bag"], "unknown class 'hat'"),
+        (["--sample", "--epochs", "0"], "epochs is 0"),
+        (["--sample", "--batch-size", "5401"], "only 5,400 training examples"),
+        (["--sample", "--train-examples", "6000"], "only 5,400 training examples"),
+        (["--sample", "--val-fraction", "1.5"], "val_fraction is 1.5"),
+        (["--sample", "--learning-rate", "-1"], "learning_rate is -1.0"),
+        (["--sample", "--optimizer", "lion"], "optimizer is 'lion'"),
+        (["--sample", "--seed", "-1"], "seed is -1"),
+        (["--sample", "--workdir", "/dev/null"], "cannot be used"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, run_py, capsys):
+    assert run_py.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("error: ")
+    assert len(captured.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["--epochs", "many"], ["--unknown"], ["extra"]])
+def test_bad_usage_is_status_2(arguments, run_py, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_py.main(arguments)
+    assert caught.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_divergence_is_status_3(run_py, tmp_path, capsys):
+    arguments = [*FEW, "--optimizer", "sgd", "--learning-rate", "1e30", "--epochs", "5"]
+    assert run_py.main([*arguments, "--workdir", str(tmp_path)]) == 3
+    assert "diverged: the loss is not finite in epoch 1, step" in capsys.readouterr().err
+
+
+def test_dry_run_says_what_it_would_do(run_py, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert run_py.main(["--sample", "--dry-run", "--workdir", str(workdir)]) == 0
+    output = capsys.readouterr().out
+    for expected in ("241,546", "Conv_2/kernel", "3 x 3 x 64 x 128", "GFLOP", "MiB", "updates"):
+        assert expected in output
+    # Three times the forward pass, less the gradient of the images; MACs count twice.
+    forward = 26 * 26 * 9 * 32 + 11 * 11 * 9 * 32 * 64 + 3 * 3 * 9 * 64 * 128 + 1152 * 128 + 1280
+    expected_flops = 2 * 128 * (3 * forward - 26 * 26 * 9 * 32)
+    flops = float(output.split(" GFLOP")[0].split()[-1]) * 1e9
+    np.testing.assert_allclose(flops, expected_flops, rtol=0.2)
+    assert not workdir.exists()
+
+
+def test_list_shows_every_recipe(run_py, capsys):
+    assert run_py.main(["--list"]) == 0
+    output = capsys.readouterr().out
+    assert all(name in output for name in fm.RECIPES)
+
+
+def test_quiet_prints_nothing(run_py, tmp_path, capsys):
+    arguments = [*FEW, "--arch", "valid_2x2", "--epochs", "1", "--quiet"]
+    assert run_py.main([*arguments, "--workdir", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+def test_an_interrupt_saves_and_the_same_command_goes_on(tmp_path):
+    command = [
+        sys.executable, str(ROOT / "experiments" / "run.py"), "--sample", "--arch", "valid_2x2",
+        "--epochs", "3", "--batch-size", "8", "--workdir", str(tmp_path / "run"),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = iter(process.stdout.readline, "")
+    assert any(line.startswith("Compiling") for line in lines)
+    # The handler is in place before compiling is announced; the first steps follow.
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "the same command goes on from there" in errors
+    assert "Traceback" not in errors
+    assert any((tmp_path / "run" / "checkpoints").iterdir())
+
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "Going on after step" in result.stdout
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["steps"] == 3 * 675

@@ -1,0 +1,33 @@
+"""The report's numbers against their definitions."""
+
+import numpy as np
+
+from fmnist_jax.scores import score
+
+
+def test_scores():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(200, 4)).astype(np.float32)
+    labels = rng.integers(0, 3, 200)  # class 3 never occurs
+    result = score(logits, labels, ["a", "b", "c", "d"])
+
+    predicted = logits.argmax(axis=1)
+    matrix = np.zeros((4, 4), int)
+    np.add.at(matrix, (labels, predicted), 1)
+    np.testing.assert_array_equal(result.confusion_matrix, matrix)
+    assert result.accuracy == np.mean(labels == predicted)
+
+    exponentials = np.exp(logits.astype(np.float64))
+    losses = -np.log((exponentials / exponentials.sum(1, keepdims=True))[np.arange(200), labels])
+    np.testing.assert_allclose(result.losses, losses)
+    np.testing.assert_allclose(result.loss, losses.mean())
+
+    for label, row in enumerate(result.classes):
+        hits = matrix[label, label]
+        recall = hits / max(matrix[label].sum(), 1)
+        precision = hits / max(matrix[:, label].sum(), 1)
+        np.testing.assert_allclose([row["precision"], row["recall"]], [precision, recall])
+        f1 = 2 * precision * recall / (precision + recall) if hits else 0
+        np.testing.assert_allclose(row["f1"], f1)
+        assert row["support"] == matrix[label].sum()
+        assert row["name"] == "abcd"[label]

@@ -1,0 +1,260 @@
+"""The step and the loop: what they compute, what they compile to, what they never do."""
+
+import re
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fmnist_jax as fm
+from fmnist_jax import metrics, train
+from fmnist_jax.plan import create_plan
+
+BATCH = 16
+
+
+@pytest.fixture
+def setup(tiny):
+    """A small training with dropout and augmentation: 60 images, 4 updates an epoch."""
+    streams = fm.create_streams(3)
+    model = fm.create_model("small_dropout")
+    tx = fm.create_optimizer("adam", 1e-3)
+    options = {
+        "batch_size": BATCH, "model": model, "tx": tx, "augment": fm.AUGMENTATIONS["keras"]
+    }  # fmt: skip
+    arrays = jnp.asarray(tiny.train_images), jnp.asarray(tiny.train_labels)
+    return lambda: fm.create_train_state(streams.init, model, tx), arrays, streams, options
+
+
+def run(setup, chunks, epochs=2, **changes):
+    """Trains with each epoch cut into calls of so many updates."""
+    create_state, (images, labels), streams, options = setup
+    state, sums = create_state(), []
+    for epoch in range(epochs):
+        order = fm.epoch_order(streams.shuffle, epoch, jnp.arange(len(labels)))
+        total = metrics.zeros()
+        for count in chunks:
+            state, total = fm.train_steps(
+                state, images, labels, order, streams, count, total, **(options | changes)
+            )
+        sums.append(total)
+    return jax.device_get((state, sums))
+
+
+@pytest.mark.parametrize("chunks", [[1, 3], [2, 2], [1, 1, 1, 1], [0, 4]])
+def test_the_bits_do_not_depend_on_how_an_epoch_is_cut(setup, chunks):
+    chex.assert_trees_all_equal(run(setup, chunks), run(setup, [4]))
+
+
+def test_one_trace_serves_every_call(setup):
+    loss = chex.assert_max_traces(fm.cross_entropy, n=1)
+    for chunks in ([4], [1, 3], [2, 1, 1]):
+        run(setup, chunks, loss=loss)
+
+
+def test_every_example_counts_once_an_epoch(setup, tiny):
+    _, sums = run(setup, [4])
+    assert [int(total.num_examples) for total in sums] == [60, 60]
+    order = fm.epoch_order(jax.random.key(0), 1, jnp.arange(60))
+    np.testing.assert_array_equal(np.sort(order), np.arange(60))
+    assert not np.array_equal(order, fm.epoch_order(jax.random.key(0), 2, jnp.arange(60)))
+
+
+def test_every_parameter_changes(setup):
+    before = setup[0]()
+    after, _ = run(setup, [4], epochs=1)
+    assert int(after.step) == 4
+    for old, new in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
+        assert not np.array_equal(old, new)
+        chex.assert_equal_shape([old, new])
+    chex.assert_tree_all_finite(after.params)
+
+
+def test_the_loop_is_the_step_again_and_again(setup):
+    create_state, (images, labels), streams, options = setup
+    expected = create_state()
+    order = fm.epoch_order(streams.shuffle, 0, jnp.arange(60))
+    for index in range(3):
+        examples = order[index * BATCH : (index + 1) * BATCH]
+        keys = [
+            jax.random.fold_in(jax.random.fold_in(streams.augment, 0), int(example))
+            for example in examples
+        ]
+        batch = fm.Batch(
+            options["augment"](jnp.stack(keys), images[examples]),
+            labels[examples],
+            jnp.ones(BATCH, bool),
+        )
+        expected, _ = fm.train_step(
+            expected,
+            batch,
+            jax.random.fold_in(streams.dropout, index),
+            model=options["model"],
+            tx=options["tx"],
+        )
+    result, _ = run(setup, [3], epochs=1)
+    chex.assert_trees_all_close(result.params, expected.params, rtol=1e-3, atol=1e-5)
+
+
+def test_padding_has_no_influence(setup):
+    _, (images, labels), streams, _ = setup
+    model, tx = fm.create_model("he_stack"), optax.sgd(0.1)  # no dropout: no draws to shift
+    state = fm.create_train_state(streams.init, model, tx)
+    pixels = train.scale(images[:5])
+    short, short_metrics = fm.train_step(
+        state, fm.Batch(pixels, labels[:5], jnp.ones(5, bool)), streams.dropout, model=model, tx=tx
+    )
+    rows = jnp.array([0, 1, 2, 3, 4, 0, 0])
+    padded, padded_metrics = fm.train_step(
+        state,
+        fm.Batch(pixels[rows], labels[rows], jnp.arange(7) < 5),
+        streams.dropout,
+        model=model,
+        tx=tx,
+    )
+    chex.assert_trees_all_close(padded.params, short.params, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(padded_metrics, short_metrics, rtol=1e-6)
+
+
+def test_an_example_is_augmented_alike_in_any_batch():
+    key = jax.random.key(0)
+    keys = train.example_keys(key, jnp.int32(3), jnp.array([7, 2, 9]))
+    alone = jax.random.fold_in(jax.random.fold_in(key, 3), 2)
+    np.testing.assert_array_equal(jax.random.key_data(keys[1]), jax.random.key_data(alone))
+
+
+def test_streams_are_independent_of_each_other(setup):
+    create_state, arrays, streams, options = setup
+    state, _ = run(setup, [2], epochs=1)
+    for name in ("augment", "dropout"):
+        changed = streams._replace(**{name: jax.random.key(99)})
+        other, _ = run((create_state, arrays, changed, options), [2], epochs=1)
+        assert not np.array_equal(
+            other.params["Conv_0"]["kernel"], state.params["Conv_0"]["kernel"]
+        )
+    unused = streams._replace(split=jax.random.key(99))
+    chex.assert_trees_all_equal(
+        run((create_state, arrays, unused, options), [2], epochs=1)[0], state
+    )
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="it is about the compiler for the CPU")
+@pytest.mark.parametrize("name", fm.RECIPES)
+def test_the_compiled_loop_has_only_fast_operations(name, sample, tmp_path):
+    plan = create_plan(fm.Run(recipe=fm.RECIPES[name], workdir=tmp_path), sample)
+    shape = jax.ShapeDtypeStruct
+    text = (
+        fm.train_steps.lower(
+            plan.abstract_state,
+            shape(sample.train_images.shape, jnp.uint8),
+            shape(sample.train_labels.shape, jnp.int32),
+            shape(plan.train_examples.shape, jnp.int32),
+            plan.streams,
+            shape((), jnp.int32),
+            **plan.step_options,
+        )
+        .compile()
+        .as_text()
+    )
+    layouts = re.findall(r" convolution\(.*dim_labels=([^,\s]+)", text)
+    assert layouts
+    assert set(layouts) == {"b01f_01io->b01f"}
+    windows = re.findall(r" convolution\(.*window={([^}]*)}", text)
+    assert len(windows) == len(layouts)
+    assert not [window for window in windows if "reverse" in window or "dilate" in window]
+    assert "select-and-scatter" not in text
+    assert "ynn" not in text.lower()
+    assert "conditional(" not in text
+
+
+def test_predict_and_evaluate_count_every_image_once(getkey, sample):
+    model = fm.create_model("valid_2x2")
+    state = fm.create_train_state(getkey(), model, optax.sgd(0.1))
+    images, labels = jnp.asarray(sample.test_images[:53]), jnp.asarray(sample.test_labels[:53])
+    expected: Any = model.apply(
+        {"params": state.params}, images[..., None].astype(jnp.float32) / 255, train=False
+    )
+    for batch_size in (1, 10, 53, 60):
+        logits = fm.predict(state.params, images, model=model, batch_size=batch_size)
+        chex.assert_shape(logits, (53, 10))
+        chex.assert_trees_all_close(logits, expected, rtol=1e-5, atol=1e-5)
+        result = fm.evaluate(state.params, images, labels, model=model, batch_size=batch_size)
+        values = metrics.to_dict(result)
+        assert int(result.num_examples) == 53
+        assert values["accuracy"] == float(np.mean(expected.argmax(axis=1) == labels))
+        exact = np.asarray(expected, np.float64)
+        losses = np.log(np.exp(exact).sum(axis=1)) - exact[np.arange(53), labels]
+        np.testing.assert_allclose(values["loss"], losses.mean(), rtol=1e-5)
+    chex.assert_trees_all_equal(
+        fm.predict(state.params, images[..., None], model=model),
+        fm.predict(state.params, images, model=model),
+    )
+    chex.assert_shape(fm.predict(state.params, images[:0], model=model), (0, 10))
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (np.zeros((2, 28, 28), np.float32), TypeError, "images are float32; they must be uint8"),
+        (np.zeros((28, 28), np.uint8), ValueError, r"images have shape \(28, 28\)"),
+        (np.zeros((2, 28, 28, 3), np.uint8), ValueError, r"expected \[n, height, width\]"),
+    ],
+)
+def test_predict_refuses_other_images(images, error, message, getkey):
+    model = fm.create_model("same_3x3")
+    state = fm.create_train_state(getkey(), model, optax.sgd(0.1))
+    with pytest.raises(error, match=message):
+        fm.predict(state.params, images, model=model)
+
+
+def test_the_loop_can_be_mapped_over_seeds(setup):
+    _, (images, labels), _, options = setup
+
+    def trained(seed):
+        streams = fm.create_streams(seed)
+        state = fm.create_train_state(streams.init, options["model"], options["tx"])
+        order = fm.epoch_order(streams.shuffle, 0, jnp.arange(60))
+        state, total = fm.train_steps(state, images, labels, order, streams, 2, **options)
+        return state.params["Conv_1"]["kernel"], total
+
+    mapped = jax.jit(lambda seeds: jax.lax.map(trained, seeds))(jnp.array([3, 4]))
+    for index, seed in enumerate((3, 4)):
+        alone = trained(seed)
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda leaf, i=index: leaf[i], mapped), alone, rtol=1e-3, atol=1e-4
+        )
+
+
+class Linear(nn.Module):
+    """A model of one's own."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        del train
+        return nn.Dense(10)(images.reshape(len(images), -1))
+
+
+def test_model_optimizer_and_loss_can_be_your_own(tiny):
+    def hinge(logits, labels):
+        margins = 1 + logits - jnp.take_along_axis(logits, labels[:, None], axis=1)
+        return jnp.sum(jnp.maximum(margins, 0), axis=1) - 1
+
+    model, tx, streams = Linear(), optax.adamw(1e-2), fm.create_streams(0)
+    images, labels = jnp.asarray(tiny.train_images), jnp.asarray(tiny.train_labels)
+    state = fm.create_train_state(streams.init, model, tx)
+    losses = []
+    for epoch in range(5):
+        order = fm.epoch_order(streams.shuffle, epoch, jnp.arange(60))
+        state, total = fm.train_steps(
+            state, images, labels, order, streams, 4, batch_size=BATCH, model=model, tx=tx,
+            loss=hinge,
+        )  # fmt: skip
+        losses.append(metrics.to_dict(total)["loss"])
+    assert losses[-1] < losses[0] / 2
+    result = fm.evaluate(state.params, images, labels, model=model, loss=hinge)
+    assert metrics.to_dict(result)["accuracy"] > 0.5
