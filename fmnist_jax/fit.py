@@ -127,6 +127,7 @@ class _Loop:
         self.metrics_path = plan.run.workdir / files.METRICS
         self.compile_seconds = 0.0
         self.epoch_seconds = 0.0
+        self.call_steps = 1
         step = checkpoints.latest_step()
         if step is None:
             self.state, self.metrics = plan.create_state(), metrics_lib.zeros()
@@ -198,9 +199,8 @@ class _Loop:
         first_step = epoch * plan.steps_per_epoch
         done = self.step - first_step
         order = epoch_order(plan.streams.shuffle, epoch, jnp.asarray(plan.train_examples))
-        count = 1
         while done < plan.steps_per_epoch:
-            count = min(count, plan.steps_per_epoch - done)
+            count = min(self.call_steps, plan.steps_per_epoch - done)
             begun = time.perf_counter()
             metrics = self._run_steps(images, labels, order, count)
             seconds = time.perf_counter() - begun
@@ -222,19 +222,19 @@ class _Loop:
             if received and done < plan.steps_per_epoch:
                 self._save()
                 self._stop(received)
-            count = max(1, min(round(count * _CALL_SECONDS / seconds), 4 * count))
+            self.call_steps = max(1, min(round(count * _CALL_SECONDS / seconds), 4 * count))
 
     def _end_epoch(self, epoch: int, val_images: jax.Array, val_labels: jax.Array) -> None:
         common: dict[str, Any] = {"step": self.step, "epoch": epoch + 1}
         if self.plan.dataset.sample:
             common["sample"] = True
-        train = common | {"split": "train"} | metrics_lib.to_dict(self.metrics)
+        train = common | {"split": "train"} | self.metrics.means()
         train["images_per_second"] = round(len(self.plan.train_examples) / self.epoch_seconds, 1)
         train["seconds"] = round(self.epoch_seconds, 4)
         lines, val = [train], None
         if len(val_labels):
             result = evaluate(self.state.params, val_images, val_labels, model=self.plan.model)
-            val = common | {"split": "val"} | metrics_lib.to_dict(result)
+            val = common | {"split": "val"} | result.means()
             lines.append(val)
             if not math.isfinite(val["loss"]):
                 raise DivergedError(

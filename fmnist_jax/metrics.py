@@ -21,6 +21,11 @@ class Metrics(NamedTuple):
     num_examples: jax.Array
     finite_steps: jax.Array
 
+    def means(self) -> dict[str, float]:
+        """Mean loss in nats and accuracy as a fraction, as Python floats."""
+        loss, correct, num_examples, _ = (float(value) for value in jax.device_get(self))
+        return {"loss": loss / num_examples, "accuracy": correct / num_examples}
+
 
 def zeros() -> Metrics:
     """Metrics of no examples."""
@@ -33,7 +38,7 @@ def merge(first: Metrics, then: Metrics) -> Metrics:
     Example:
       >>> logits, labels = jnp.float32([[1, 0]]), jnp.int32([0])
       >>> one = measure(jnp.float32([0.5]), logits, labels, jnp.array([True]))
-      >>> to_dict(merge(one, merge(one, zeros())))
+      >>> merge(one, merge(one, zeros())).means()
       {'loss': 0.5, 'accuracy': 1.0}
     """
     return Metrics(
@@ -60,12 +65,6 @@ def measure(losses: jax.Array, logits: jax.Array, labels: jax.Array, mask: jax.A
         jnp.sum(mask, dtype=jnp.int32),
         jnp.isfinite(loss).astype(jnp.int32),
     )
-
-
-def to_dict(metrics: Metrics) -> dict[str, float]:
-    """Mean loss in nats and accuracy as a fraction, as Python floats."""
-    loss, correct, num_examples, _ = (float(x) for x in jax.device_get(metrics))
-    return {"loss": loss / num_examples, "accuracy": correct / num_examples}
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

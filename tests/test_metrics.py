@@ -45,7 +45,7 @@ def test_masked_metrics_are_those_of_the_rest(predictions):
     result = metrics.measure(losses, jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(mask))
     expected = reference_losses(logits[mask], labels[mask])
     assert int(result.num_examples) == mask.sum()
-    values = metrics.to_dict(result)
+    values = result.means()
     np.testing.assert_allclose(values["loss"], expected.mean(), rtol=1e-6)
     assert values["accuracy"] == (logits.argmax(axis=1) == labels)[mask].mean()
     chex.assert_trees_all_equal_dtypes(result, metrics.zeros())

@@ -184,7 +184,7 @@ def test_predict_and_evaluate_count_every_image_once(getkey, sample):
         chex.assert_shape(logits, (53, 10))
         chex.assert_trees_all_close(logits, expected, rtol=1e-5, atol=1e-5)
         result = fm.evaluate(state.params, images, labels, model=model, batch_size=batch_size)
-        values = metrics.to_dict(result)
+        values = result.means()
         assert int(result.num_examples) == 53
         assert values["accuracy"] == float(np.mean(expected.argmax(axis=1) == labels))
         exact = np.asarray(expected, np.float64)
@@ -254,7 +254,7 @@ def test_model_optimizer_and_loss_can_be_your_own(tiny):
             state, images, labels, order, streams, 4, batch_size=BATCH, model=model, tx=tx,
             loss=hinge,
         )  # fmt: skip
-        losses.append(metrics.to_dict(total)["loss"])
+        losses.append(total.means()["loss"])
     assert losses[-1] < losses[0] / 2
     result = fm.evaluate(state.params, images, labels, model=model, loss=hinge)
-    assert metrics.to_dict(result)["accuracy"] > 0.5
+    assert result.means()["accuracy"] > 0.5
