@@ -20,7 +20,7 @@ import numpy as np
 
 from fmnist_jax import config, files
 from fmnist_jax import metrics as metrics_lib
-from fmnist_jax.checkpoint import Checkpoints
+from fmnist_jax.checkpoint import CheckpointError, Checkpoints
 from fmnist_jax.config import ConfigError, Run
 from fmnist_jax.data import Dataset
 from fmnist_jax.metrics import Metrics
@@ -91,7 +91,7 @@ def fit(run: Run, dataset: Dataset, *, progress: Silence | None = None) -> Resul
       ConfigError: if settings and data do not fit, or the folder holds another run.
       DivergedError: if the loss is not finite.
       Interrupted: if a signal came.
-      CheckpointError: if a checkpoint cannot be written or read.
+      CheckpointError: if a checkpoint cannot be written or read, or a complete run has none.
 
     Example:
       >>> import dataclasses, tempfile, fmnist_jax as fm
@@ -106,8 +106,13 @@ def fit(run: Run, dataset: Dataset, *, progress: Silence | None = None) -> Resul
     settings = _settings(plan)
     _claim_workdir(run.workdir, settings)
     with Checkpoints(run.workdir / files.CHECKPOINTS) as checkpoints:
-        loop = _Loop(plan, checkpoints, progress)
         report = files.read_json(run.workdir / files.REPORT)
+        if report is not None and checkpoints.latest_step() is None:
+            raise CheckpointError(
+                f"the run in {run.workdir} is complete, but it has no checkpoint to take its state "
+                "from; its results stay as they are, and another folder starts anew"
+            )
+        loop = _Loop(plan, checkpoints, progress)
         if report is None:
             _append_environment(run.workdir, dataset.sample)
             loop.train()
@@ -136,11 +141,7 @@ class _Loop:
             tree, meta = checkpoints.restore(step, like)
             self.state, self.metrics = tree["state"], tree["metrics"]
             self.epoch_seconds = meta["epoch_seconds"]
-        # What was logged after the checkpoint will be logged again.
-        self.history = [
-            line for line in files.read_lines(self.metrics_path) if line["step"] <= (step or 0)
-        ]
-        files.write_lines(self.metrics_path, self.history)
+        self.history = files.read_lines(self.metrics_path)
 
     @property
     def step(self) -> int:
@@ -152,6 +153,9 @@ class _Loop:
         images = jnp.asarray(plan.dataset.train_images)
         labels = jnp.asarray(plan.dataset.train_labels)
         val_images, val_labels = images[plan.val_examples], labels[plan.val_examples]
+        # What was logged after the checkpoint will be logged again.
+        self.history = [line for line in self.history if line["step"] <= self.step]
+        files.write_lines(self.metrics_path, self.history)
         if self.step:
             self.progress.say(f"Going on after step {self.step:,} of {plan.total_steps:,}.")
         with _signals() as received:

@@ -17,11 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 
 Padding = Literal["SAME", "VALID"]
+Pads = list[tuple[int, int]]
 
 _CANONICAL = ("NHWC", "HWIO", "NHWC")
-
-
-Pads = list[tuple[int, int]]
 
 
 def _convolve(images: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import shutil
 import signal
 
 import chex
@@ -88,6 +89,15 @@ def test_a_complete_run_returns_what_it_has(straight, tiny):
     assert again.report == expected.report
     assert again.history == expected.history
     assert {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == before
+
+
+def test_a_complete_run_without_checkpoints_keeps_its_results(straight, tmp_path, tiny):
+    _, workdir = straight
+    moved = shutil.copytree(workdir, tmp_path / "run", ignore=lambda *_: ["checkpoints"])
+    before = {path: path.read_bytes() for path in moved.iterdir() if path.is_file()}
+    with pytest.raises(fm.CheckpointError, match="is complete, but it has no checkpoint"):
+        fm.fit(make_run(moved), tiny, progress=fm.Silence())
+    assert {path: path.read_bytes() for path in moved.iterdir() if path.is_file()} == before
 
 
 def test_the_files(straight, tiny):
