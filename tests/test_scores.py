@@ -7,12 +7,14 @@ from fmnist_jax.scores import score
 
 def test_scores():
     rng = np.random.default_rng(0)
-    logits = rng.normal(size=(200, 4)).astype(np.float32)
-    labels = rng.integers(0, 3, 200)  # class 3 never occurs
-    result = score(logits, labels, ["a", "b", "c", "d"])
+    logits = rng.normal(size=(200, 5)).astype(np.float32)
+    logits[:, 2] -= 20
+    # Class 2 is neither a label nor predicted, class 4 is no label.
+    labels = rng.choice([0, 1, 3], 200)
+    result = score(logits, labels, list("abcde"))
 
     predicted = logits.argmax(axis=1)
-    matrix = np.zeros((4, 4), int)
+    matrix = np.zeros((5, 5), int)
     np.add.at(matrix, (labels, predicted), 1)
     np.testing.assert_array_equal(result.confusion_matrix, matrix)
     assert result.accuracy == np.mean(labels == predicted)
@@ -30,4 +32,4 @@ def test_scores():
         f1 = 2 * precision * recall / (precision + recall) if hits else 0
         np.testing.assert_allclose(row["f1"], f1)
         assert row["support"] == matrix[label].sum()
-        assert row["name"] == "abcd"[label]
+        assert row["name"] == "abcde"[label]
