@@ -6,6 +6,13 @@ Everything is written to a folder under `runs/`; the same command goes on where 
 Exit status: 0 done, 2 bad usage or input, 3 diverged, 130 or 143 interrupted after saving.
 """
 
+import signal
+
+# Until training begins, Ctrl-C just ends the process: raised as an exception in the middle of an
+# import or of JAX's start, it would print a traceback or worse. `fit` then saves before it stops.
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import dataclasses
 import hashlib
@@ -37,14 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = show_warning
         try:
             return _run(arguments, console)
-        except (fm.ConfigError, fm.DataError, fm.CheckpointError) as error:
+        except (fm.ConfigError, fm.DataError, fm.CheckpointError, fm.DamagedFileError) as error:
             message, status = f"error: {error}", 2
         except fm.DivergedError as error:
             message, status = f"diverged: {error}", 3
         except fm.Interrupted as stop:
             message, status = str(stop), 128 + stop.signal_number
-        except KeyboardInterrupt:
-            message, status = "Stopped at once; what was saved before is kept.", 130
     errors.print(message, highlight=False, markup=False, soft_wrap=True)
     return status
 
@@ -59,11 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, help="images an update")
     parser.add_argument("--learning-rate", type=float, help="peak of the schedule")
     parser.add_argument("--optimizer", help=", ".join(get_args(config.OptimizerName)))
+    parser.add_argument("--schedule", help=", ".join(get_args(config.ScheduleName)))
+    parser.add_argument("--augmentation", help=", ".join(get_args(config.AugmentationName)))
     parser.add_argument("--seed", type=int, default=0, help="root of all randomness (%(default)s)")
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "--data-dir", type=Path, help="folder with the IDX files, or TFDS directory"
     )
-    parser.add_argument("--sample", action="store_true", help="use the embedded sample of the data")
+    source.add_argument("--sample", action="store_true", help="use the embedded sample of the data")
     parser.add_argument("--classes", help="train on some classes, as in sandal,bag,1")
     parser.add_argument("--train-examples", type=int, help="train on so many examples only")
     parser.add_argument("--val-fraction", type=float, help="share held out for validation, [0, 1)")
@@ -80,8 +88,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         return 0
     run = _create_run(arguments)
     dataset = fm.load_fashion_mnist(arguments.data_dir, sample=arguments.sample)
-    if arguments.classes:
-        dataset = fm.select_classes(dataset, arguments.classes.split(","))
+    if arguments.classes is not None:
+        dataset = fm.select_classes(dataset, arguments.classes)
     if arguments.workdir is None:
         run = dataclasses.replace(run, workdir=_default_workdir(run, dataset))
 
@@ -110,7 +118,10 @@ def _create_run(arguments: argparse.Namespace) -> fm.Run:
         raise fm.ConfigError(
             f"unknown architecture {arguments.arch!r}; choose one of {', '.join(fm.RECIPES)}"
         )
-    names = ("epochs", "batch_size", "learning_rate", "optimizer", "val_fraction")
+    names = (
+        "epochs", "batch_size", "learning_rate", "optimizer", "schedule", "augmentation",
+        "val_fraction",
+    )  # fmt: skip
     given = {name: getattr(arguments, name) for name in names}
     recipe = dataclasses.replace(
         fm.RECIPES[arguments.arch],
@@ -134,7 +145,7 @@ def _default_workdir(run: fm.Run, dataset: fm.Dataset) -> Path:
 def _print_recipes(console: Console) -> None:
     table = Table(title="Recipes", show_lines=True)
     for heading in ("--arch", "training", "Keras project", "its claim"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for name, recipe in fm.RECIPES.items():
         training = (
             f"{recipe.epochs} epochs of {recipe.batch_size}, {recipe.optimizer} "
@@ -157,8 +168,8 @@ def _print_plan(plan: Plan, console: Console) -> None:
         ),
         (
             "training",
-            f"{recipe.epochs} epochs of {plan.steps_per_epoch:,} updates with {recipe.batch_size} "
-            f"images: {plan.total_steps:,} updates",
+            f"epochs: {recipe.epochs}, updates an epoch: {plan.steps_per_epoch:,}, images an "
+            f"update: {recipe.batch_size}, updates in all: {plan.total_steps:,}",
         ),
         (
             "optimizer",

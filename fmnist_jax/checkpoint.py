@@ -73,8 +73,15 @@ class Checkpoints:
         items = ocp.args.Composite(
             tree=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(dict(meta))
         )
+        try:
+            saved = self._manager.save(step, args=items)
+        except Exception as error:  # Orbax has no error class of its own
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self._manager.directory} was not written: "
+                f"{_first_line(error)}"
+            ) from error
         # Orbax may refuse a step without an error.
-        if not self._manager.save(step, args=items):
+        if not saved:
             raise CheckpointError(
                 f"the checkpoint of step {step} was refused: step {self.latest_step()} is newer"
             )
@@ -102,9 +109,12 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=items)
         except Exception as error:  # Orbax has no error class of its own
-            reason = str(error).partition("\n")[0]
             raise CheckpointError(
                 f"the checkpoint of step {step} in {self._manager.directory} cannot be read: "
-                f"{reason}"
+                f"{_first_line(error)}"
             ) from error
         return restored["tree"], restored["meta"]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -69,10 +69,12 @@ class Recipe:
         _check_choice("optimizer", self.optimizer, OptimizerName)
         _check_choice("schedule", self.schedule, ScheduleName)
         _check_choice("augmentation", self.augmentation, AugmentationName)
+        _check_number("learning_rate", self.learning_rate)
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ConfigError(
                 f"learning_rate is {self.learning_rate}; it must be a finite number above 0"
             )
+        _check_number("val_fraction", self.val_fraction)
         if not 0 <= self.val_fraction < 1:
             raise ConfigError(
                 f"val_fraction is {self.val_fraction}; it must be at least 0 and below 1"
@@ -100,11 +102,14 @@ class Run:
     train_examples: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "workdir", Path(self.workdir))
         # jax.random.key drops the bits above 32 without a word, so two seeds would be one.
         if isinstance(self.seed, bool) or not (
             isinstance(self.seed, int) and 0 <= self.seed < 2**32
         ):
-            raise ConfigError(f"seed is {self.seed}; it must be a whole number from 0 to 2**32 - 1")
+            raise ConfigError(
+                f"seed is {self.seed!r}; it must be a whole number from 0 to 2**32 - 1"
+            )
         if self.train_examples is not None:
             _check_count("train_examples", self.train_examples)
 
@@ -123,7 +128,12 @@ def to_dict(run: Run) -> dict[str, Any]:
 
 def _check_count(name: str, value: int) -> None:
     if isinstance(value, bool) or not (isinstance(value, int) and value >= 1):
-        raise ConfigError(f"{name} is {value}; it must be a whole number of at least 1")
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+
+
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} is {value!r}; it must be a number")
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:

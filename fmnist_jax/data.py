@@ -170,24 +170,26 @@ def standard_places() -> Iterator[Path]:
         yield root / "FashionMNIST/raw"
 
 
-def select_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
+def select_classes(dataset: Dataset, classes: str | Sequence[str | int]) -> Dataset:
     """Keeps some classes; label i becomes the i-th class asked for.
 
     Args:
       dataset: the data.
-      classes: two or more names (in any case) or numbers.
+      classes: two or more names or numbers, one by one or separated by commas. Capitals, spaces
+        and punctuation do not matter.
 
     Raises:
       DataError: if a class is unknown or named twice, or only one is left.
 
     Example:
-      >>> subset = select_classes(load_fashion_mnist(sample=True), ["sandal", "bag", "1"])
+      >>> subset = select_classes(load_fashion_mnist(sample=True), "sandal,bag,1")
       >>> subset.class_names, subset.train_images.shape
       (('Sandal', 'Bag', 'Trouser'), (1800, 28, 28))
     """
-    numbers = [_class_number(dataset, name) for name in classes]
+    names = classes.split(",") if isinstance(classes, str) else [str(name) for name in classes]
+    numbers = [_class_number(dataset, name) for name in names]
     if len(set(numbers)) != len(numbers) or len(numbers) < 2:
-        raise DataError(f"classes are {','.join(classes)}; name two or more, each once")
+        raise DataError(f"classes are {','.join(names)}; name two or more, each once")
     new_label = np.full(len(dataset.class_names), -1, np.int32)
     new_label[numbers] = np.arange(len(numbers))
     train, test = new_label[dataset.train_labels] >= 0, new_label[dataset.test_labels] >= 0
@@ -256,7 +258,7 @@ class _NotFoundError(DataError):
 
 def _load_directory(directory: Path) -> Dataset:
     if not directory.is_dir():
-        raise _NotFoundError(f"{directory}: no such folder; name one with the four IDX files")
+        raise _NotFoundError(f"{directory}: not a folder; name one with the four IDX files")
     prepared = tfds_source.find_prepared(directory)
     if prepared is not None:
         return _load_prepared(prepared)
@@ -361,15 +363,19 @@ def _verified(arrays: list[np.ndarray], source: str, *, sample: bool = False) ->
 
 
 def _class_number(dataset: Dataset, name: str) -> int:
-    names = [known.lower() for known in dataset.class_names]
-    if name.strip().lower() in names:
-        return names.index(name.strip().lower())
+    names = [_plain(known) for known in dataset.class_names]
+    if _plain(name) in names:
+        return names.index(_plain(name))
     if name.strip().isdecimal() and int(name) < len(names):
         return int(name)
     raise DataError(
         f"unknown class {name!r}; the classes are "
         + ", ".join(f"{i} {known}" for i, known in enumerate(dataset.class_names))
     )
+
+
+def _plain(name: str) -> str:
+    return "".join(character for character in name.lower() if character.isalnum())
 
 
 def _tfds_dir() -> Path:

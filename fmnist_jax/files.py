@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,10 @@ PREDICTIONS = "predictions.npz"
 EXAMPLES = "examples.npz"
 REPORT = "report.json"
 CHECKPOINTS = "checkpoints"
+
+
+class DamagedFileError(ValueError):
+    """A file of a run is missing or cannot be read. The message names it."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -34,8 +40,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads JSON, or returns None where there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else None
+    """Reads JSON, or returns None where there is no such file.
+
+    Raises:
+      DamagedFileError: if it is no JSON.
+    """
+    return _parsed(path, path.read_text()) if path.exists() else None
 
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -44,10 +54,35 @@ def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads one JSON object a line; no file is no lines."""
+    """Reads one JSON object a line; no file is no lines.
+
+    Raises:
+      DamagedFileError: if a line is no JSON.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [_parsed(path, line) for line in path.read_text().splitlines()]
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Reads named NumPy arrays.
+
+    Raises:
+      DamagedFileError: if they are not there or cannot be read.
+    """
+    try:
+        # From memory: NumPy leaves the file open where it cannot be read.
+        with np.load(io.BytesIO(path.read_bytes())) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DamagedFileError(f"{path} cannot be read: {error}") from error
+
+
+def _parsed(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DamagedFileError(f"{path} is damaged: {error}") from error
 
 
 def write_arrays(path: Path, **arrays: Any) -> None:

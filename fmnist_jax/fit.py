@@ -92,6 +92,7 @@ def fit(run: Run, dataset: Dataset, *, progress: Silence | None = None) -> Resul
       DivergedError: if the loss is not finite.
       Interrupted: if a signal came.
       CheckpointError: if a checkpoint cannot be written or read, or a complete run has none.
+      DamagedFileError: if another file of the run cannot be read.
 
     Example:
       >>> import dataclasses, tempfile, fmnist_jax as fm
@@ -105,7 +106,8 @@ def fit(run: Run, dataset: Dataset, *, progress: Silence | None = None) -> Resul
     plan = create_plan(run, dataset)
     settings = _settings(plan)
     _claim_workdir(run.workdir, settings)
-    with Checkpoints(run.workdir / files.CHECKPOINTS) as checkpoints:
+    # Signals wait from here on: an exception in the middle of a save would do harm.
+    with _signals() as received, Checkpoints(run.workdir / files.CHECKPOINTS) as checkpoints:
         report = files.read_json(run.workdir / files.REPORT)
         if report is not None and checkpoints.latest_step() is None:
             raise CheckpointError(
@@ -115,7 +117,7 @@ def fit(run: Run, dataset: Dataset, *, progress: Silence | None = None) -> Resul
         loop = _Loop(plan, checkpoints, progress)
         if report is None:
             _append_environment(run.workdir, dataset.sample)
-            loop.train()
+            loop.train(received)
             report = _finish(plan, loop, settings)
         else:
             progress.say(f"This run is complete; its results are in {run.workdir}.")
@@ -147,7 +149,7 @@ class _Loop:
     def step(self) -> int:
         return int(self.state.step)
 
-    def train(self) -> None:
+    def train(self, received: list[int]) -> None:
         """Every epoch that is left."""
         plan, recipe = self.plan, self.plan.run.recipe
         images = jnp.asarray(plan.dataset.train_images)
@@ -158,17 +160,16 @@ class _Loop:
         files.write_lines(self.metrics_path, self.history)
         if self.step:
             self.progress.say(f"Going on after step {self.step:,} of {plan.total_steps:,}.")
-        with _signals() as received:
-            self._compile(images, labels)
-            self.progress.start(step=self.step, total_steps=plan.total_steps)
-            try:
-                for epoch in range(self.step // plan.steps_per_epoch, recipe.epochs):
-                    self._train_epoch(epoch, images, labels, received)
-                    self._end_epoch(epoch, val_images, val_labels)
-                    if received:
-                        self._stop(received)
-            finally:
-                self.progress.stop()
+        self._compile(images, labels)
+        self.progress.start(step=self.step, total_steps=plan.total_steps)
+        try:
+            for epoch in range(self.step // plan.steps_per_epoch, recipe.epochs):
+                self._train_epoch(epoch, images, labels, received)
+                self._end_epoch(epoch, val_images, val_labels)
+                if received:
+                    self._stop(received)
+        finally:
+            self.progress.stop()
 
     def _compile(self, images: jax.Array, labels: jax.Array) -> None:
         self.progress.say(
@@ -286,7 +287,7 @@ def _claim_workdir(workdir: Path, settings: dict[str, Any]) -> None:
         if found is None:
             files.write_json(path, settings)
             return
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ConfigError(f"workdir {workdir} cannot be used: {error}") from error
     differences = _differences(found, settings)
     if differences:

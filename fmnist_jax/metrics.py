@@ -58,7 +58,7 @@ def measure(losses: jax.Array, logits: jax.Array, labels: jax.Array, mask: jax.A
       labels: int[batch], values in [0, num_classes).
       mask: bool[batch], False for padding, which does not count.
     """
-    loss = jnp.sum(jnp.where(mask, losses, 0))
+    loss = jnp.sum(jnp.where(mask, losses.astype(jnp.float32), 0))
     return Metrics(
         loss,
         jnp.sum(mask & (jnp.argmax(logits, axis=-1) == labels), dtype=jnp.int32),

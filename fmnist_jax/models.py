@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from fmnist_jax import ops
 from fmnist_jax.config import ConfigError
@@ -133,8 +134,8 @@ class Conv(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         channels = self.in_channels or images.shape[-1]
         shape = (self.kernel_size, self.kernel_size, channels, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         if images.shape[-1] == 1:
             kernel = kernel.sum(axis=2, keepdims=True)
         x = ops.conv2d(images, kernel, self.padding)
@@ -155,6 +156,10 @@ class Dropout(nn.Module):
 
 def flatten(x: jax.Array) -> jax.Array:
     """float[batch, ...] to float[batch, features], channels fastest, as in Keras."""
+    if 0 in x.shape[1:]:
+        raise ConfigError(
+            "the images are too small: convolutions and pooling leave nothing of them"
+        )
     return x.reshape(x.shape[0], -1)
 
 

@@ -59,7 +59,7 @@ def create_optimizer(
     learning_rate: float | jax.Array,
     *,
     schedule: ScheduleName = "constant",
-    total_steps: int | jax.Array = 1,
+    total_steps: int | jax.Array | None = None,
 ) -> Optimizer:
     """Makes an optimizer.
 
@@ -70,13 +70,14 @@ def create_optimizer(
       schedule: "constant"; "cosine", half a cosine from the peak to 0; or "one_cycle" (Smith and
         Topin 2018 with fast.ai's cosine form): up from 1/25 in the first 30 % of the steps, then
         down to 1/250,000.
-      total_steps: length of the run in updates; a constant schedule does not look at it.
+      total_steps: length of the run in updates, which every schedule but "constant" needs. After
+        it, the learning rate stays where it ended.
 
     Returns:
       An optax transformation. `update` needs no params.
 
     Raises:
-      ConfigError: if a name is unknown.
+      ConfigError: if a name is unknown, or the schedule needs `total_steps`.
 
     Example:
       >>> tx = create_optimizer("sgd", 0.1)
@@ -88,6 +89,8 @@ def create_optimizer(
         raise ConfigError(f"unknown optimizer {name!r}; choose one of {', '.join(_OPTIMIZERS)}")
     if schedule not in _SCHEDULES:
         raise ConfigError(f"unknown schedule {schedule!r}; choose one of {', '.join(_SCHEDULES)}")
+    if total_steps is None and schedule != "constant":
+        raise ConfigError(f"the {schedule} schedule needs total_steps, the length of the run")
     num_moments, _ = _OPTIMIZERS[name]
 
     def init(params: optax.Params) -> OptimizerState:
@@ -96,7 +99,7 @@ def create_optimizer(
             Schedule(
                 jnp.int32(0),
                 jnp.asarray(learning_rate, jnp.float32),
-                jnp.asarray(total_steps, jnp.int32),
+                jnp.asarray(1 if total_steps is None else total_steps, jnp.int32),
             ),
             (zeros,) * num_moments,
         )
@@ -106,7 +109,8 @@ def create_optimizer(
 
 def learning_rate_at(schedule: Schedule, name: ScheduleName) -> jax.Array:
     """The learning rate of the next update, float32[]."""
-    return schedule.learning_rate * _SCHEDULES[name](schedule.step, schedule.total_steps)
+    progress = jnp.minimum(schedule.step / schedule.total_steps, 1.0)
+    return schedule.learning_rate * _SCHEDULES[name](progress)
 
 
 def _adam(gradient, mean, square, learning_rate, step):
@@ -143,18 +147,17 @@ def _cosine(progress: jax.Array) -> jax.Array:
     return 0.5 + 0.5 * jnp.cos(jnp.pi * progress)
 
 
-def _one_cycle(step: jax.Array, total_steps: jax.Array) -> jax.Array:
+def _one_cycle(progress: jax.Array) -> jax.Array:
     start, end, top = 1 / 25, 1 / 25 / 1e4, 0.3
-    progress = step / total_steps
     rising = start + (1 - start) * _cosine(1 - progress / top)
     falling = end + (1 - end) * _cosine((progress - top) / (1 - top))
     return jnp.where(progress < top, rising, falling)
 
 
-# (step, total_steps) -> share of the peak learning rate.
-_SCHEDULES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "constant": lambda step, total_steps: jnp.float32(1),
-    "cosine": lambda step, total_steps: _cosine(step / total_steps),
+# Share of the run, 0 to 1 -> share of the peak learning rate.
+_SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "constant": jnp.ones_like,
+    "cosine": _cosine,
     "one_cycle": _one_cycle,
 }
 

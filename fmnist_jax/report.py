@@ -2,7 +2,6 @@
 
 import base64
 import html
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,14 +42,14 @@ def write_report(workdir: Path) -> Path:
       The path of the page. It needs no other file.
 
     Raises:
-      FileNotFoundError: if the run is not finished.
+      DamagedFileError: if the run is not finished, or one of its files cannot be read.
     """
-    report = json.loads((workdir / files.REPORT).read_text())
+    report = files.read_json(workdir / files.REPORT)
+    if report is None:
+        raise files.DamagedFileError(f"{workdir / files.REPORT} is not there: no finished run")
     history = files.read_lines(workdir / files.METRICS)
-    with np.load(workdir / files.PREDICTIONS) as arrays:
-        predictions = dict(arrays)
-    with np.load(workdir / files.EXAMPLES) as arrays:
-        examples = dict(arrays)
+    predictions = files.read_arrays(workdir / files.PREDICTIONS)
+    examples = files.read_arrays(workdir / files.EXAMPLES)
 
     (workdir / _PLOTS).mkdir(exist_ok=True)
     draw: dict[str, Callable[[], Figure]] = {
@@ -227,7 +226,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, td:first-child { text-align: left; }
 th { color: var(--soft); font-weight: 600; font-size: .85rem; }
-tr:last-child td { border-bottom: 0; }
+tr:last-child td, tr:last-child th { border-bottom: 0; }
 .facts th, .facts td { text-align: left; vertical-align: top; }
 .facts td { overflow-wrap: anywhere; }
 .warning { background: var(--bad-soft); color: var(--bad); border: 1px solid var(--bad);

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import jax
 
+from fmnist_jax.config import ConfigError
+
 
 class Streams(NamedTuple):
     """One typed PRNG key a purpose. Exchange one of them and the others' draws stay as they were.
@@ -21,16 +23,21 @@ class Streams(NamedTuple):
     dropout: jax.Array
 
 
-def create_streams(seed: int) -> Streams:
+def create_streams(seed: int | jax.Array) -> Streams:
     """Folds a fixed number for each purpose into the seed's key.
 
     Args:
-      seed: whole number in [0, 2**32).
+      seed: whole number in [0, 2**32), or an array of it, which may be traced.
+
+    Raises:
+      ConfigError: if the seed is outside its range; JAX would drop the bits above 32 in silence.
 
     Example:
       >>> a, b = create_streams(0), create_streams(1)
       >>> bool((jax.random.bits(a.init) == jax.random.bits(b.init)))
       False
     """
+    if isinstance(seed, int) and not 0 <= seed < 2**32:
+        raise ConfigError(f"seed is {seed}; it must be a whole number from 0 to 2**32 - 1")
     root = jax.random.key(seed)
     return Streams(*(jax.random.fold_in(root, number) for number in range(len(Streams._fields))))

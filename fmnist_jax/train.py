@@ -28,7 +28,8 @@ from fmnist_jax.streams import Streams
 
 LossFn = Callable[[jax.Array, jax.Array], jax.Array]
 
-# Images a pass of `evaluate` and `predict`: MEASURED
+# Images a pass of `evaluate` and `predict`. Measured on two CPU cores for 10,000 images: 32 to 128
+# are equally fast, 2,000 are 1.4 times slower.
 EVAL_BATCH_SIZE = 128
 
 
@@ -81,7 +82,8 @@ def create_train_state(
       >>> sum(leaf.size for leaf in jax.tree.leaves(state.params))
       423338
     """
-    params = model.init(key, jnp.zeros((1, *image_shape, 1)), train=False)["params"]
+    images = jnp.zeros((1, *image_shape, 1), jnp.float32)
+    params = model.init(key, images, train=False)["params"]
     # Copied, because an optimizer may put one array in two places, and a donated array must not be.
     return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, tx.init(params)))
 
@@ -109,11 +111,19 @@ def train_step(
 
     Returns:
       The next state, and the batch's metrics before the update, dropout on.
+
+    Raises:
+      TypeError: if the images are not float.
+      ValueError: if the loss does not give one number an example.
     """
+    if not jnp.issubdtype(batch.images.dtype, jnp.floating):
+        raise TypeError(
+            f"batch.images are {batch.images.dtype}; they must be float with values in [0, 1]"
+        )
 
     def mean_loss(params: Any) -> tuple[jax.Array, Metrics]:
         logits = model.apply({"params": params}, batch.images, train=True, rngs={"dropout": key})
-        metrics = metrics_lib.measure(loss(logits, batch.labels), logits, batch.labels, batch.mask)
+        metrics = _measure(loss, logits, batch.labels, batch.mask)
         return metrics.loss / metrics.num_examples, metrics
 
     grads, metrics = jax.grad(mean_loss, has_aux=True)(state.params)
@@ -149,11 +159,12 @@ def train_steps(
     Args:
       state: what training changes. Donated: its arrays are gone afterwards.
       images: uint8[n, height, width], all training images.
-      labels: int32[n].
+      labels: int32[n], values in [0, num_classes).
       order: int32[m], the examples of this epoch in their order. The last batch of an epoch holds
         what is left; each example counts once.
       streams: the run's streams; used are `augment` and `dropout`.
-      count: number of updates. Stop at the end of the epoch to give the next one its order.
+      count: number of updates. Stop at the end of the epoch to give the next one its order;
+        further updates would go through the same order again.
       metrics: sums over the epoch so far; None starts at zero.
       batch_size: images an update.
       model: see the module.
@@ -163,7 +174,20 @@ def train_steps(
 
     Returns:
       The state after `count` updates, and the metrics over their examples, dropout on.
+
+    Raises:
+      TypeError: if the images are not uint8, or labels or order not whole numbers.
+      ValueError: if shapes do not fit together.
     """
+    images = _checked_images(images)
+    _check_labels(images, labels)
+    if order.ndim != 1 or not jnp.issubdtype(order.dtype, jnp.integer):
+        raise TypeError(f"order is {order.dtype}{list(order.shape)}; it must be int32[m]")
+    if batch_size < 1 or order.size < 1:
+        raise ValueError(
+            f"batch_size is {batch_size} and order has {order.size} examples; both must be at "
+            "least 1"
+        )
     (num_examples,) = order.shape
     num_batches = steps_per_epoch(num_examples, batch_size)
     padded_order = jnp.pad(order, (0, num_batches * batch_size - num_examples))
@@ -244,7 +268,7 @@ def predict(
       >>> predict(state.params, jnp.zeros((5, 28, 28), jnp.uint8), model=model).shape
       (5, 10)
     """
-    return _predict(params, _checked(images), model=model, batch_size=batch_size)
+    return _predict(params, _checked_images(images), model=model, batch_size=batch_size)
 
 
 def evaluate(
@@ -267,15 +291,15 @@ def evaluate(
       batch_size: images a pass.
 
     Raises:
-      TypeError: if the images are not uint8.
-      ValueError: if their shape is another.
+      TypeError: if the images are not uint8, or the labels not whole numbers.
+      ValueError: if shapes do not fit together.
     """
-    return _evaluate(
-        params, _checked(images), labels, model=model, loss=loss, batch_size=batch_size
-    )
+    images = _checked_images(images)
+    _check_labels(images, labels)
+    return _evaluate(params, images, labels, model=model, loss=loss, batch_size=batch_size)
 
 
-def _checked(images: jax.Array) -> jax.Array:
+def _checked_images(images: jax.Array) -> jax.Array:
     if images.dtype != jnp.uint8:
         raise TypeError(f"images are {images.dtype}; they must be uint8 with values 0 to 255")
     if images.ndim == 4 and images.shape[-1] == 1:
@@ -286,6 +310,25 @@ def _checked(images: jax.Array) -> jax.Array:
             "[n, height, width, 1]"
         )
     return images
+
+
+def _check_labels(images: jax.Array, labels: jax.Array) -> None:
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels are {labels.dtype}; they must be whole numbers")
+    if labels.shape != images.shape[:1] or len(labels) == 0:
+        raise ValueError(
+            f"{len(images)} images have labels of shape {labels.shape}; there must be one label an "
+            "image, and at least one image"
+        )
+
+
+def _measure(loss: LossFn, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Metrics:
+    losses = loss(logits, labels)
+    if losses.shape != labels.shape:
+        raise ValueError(
+            f"the loss has shape {losses.shape}; it must be one number an example, {labels.shape}"
+        )
+    return metrics_lib.measure(losses, logits, labels, mask)
 
 
 @compiled(static_argnames=("model", "batch_size"))
@@ -305,4 +348,4 @@ def _evaluate(
     params: Any, images: jax.Array, labels: jax.Array, *, model: Any, loss: LossFn, batch_size: int
 ) -> Metrics:
     logits = _predict(params, images, model=model, batch_size=batch_size)
-    return metrics_lib.measure(loss(logits, labels), logits, labels, jnp.ones(len(labels), bool))
+    return _measure(loss, logits, labels, jnp.ones(len(labels), bool))

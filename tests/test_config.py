@@ -1,6 +1,7 @@
 """Settings check themselves."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ GOOD = fm.Recipe(arch="same_3x3", epochs=1)
         ({"epochs": True}, "epochs is True"),
         ({"batch_size": -1}, "batch_size is -1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be a finite number above 0"),
+        ({"learning_rate": "0.1"}, "learning_rate is '0.1'; it must be a number"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"optimizer": "lion"}, "optimizer is 'lion'; choose one of adam, rmsprop, sgd"),
         ({"schedule": "step"}, "schedule is 'step'; choose one of constant, cosine, one_cycle"),
@@ -45,6 +47,16 @@ def test_run(change, message, tmp_path):
     run = fm.Run(recipe=GOOD, workdir=tmp_path)
     with pytest.raises(fm.ConfigError, match=message):
         dataclasses.replace(run, **change)
+
+
+def test_a_workdir_may_be_text():
+    assert fm.Run(recipe=GOOD, workdir="runs/a").workdir == Path("runs/a")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_streams_refuse_seeds_that_jax_would_fold_together(seed):
+    with pytest.raises(fm.ConfigError, match="seed is"):
+        fm.create_streams(seed)
 
 
 def test_there_is_a_recipe_for_every_network():

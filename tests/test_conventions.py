@@ -16,7 +16,7 @@ PACKAGE = ROOT / "fmnist_jax"
 ALLOWED = {
     "config": set(),
     "recipes": {"config"},
-    "streams": set(),
+    "streams": {"config"},
     "compile": set(),
     "idx": set(),
     "tfds_source": {"idx"},

@@ -137,7 +137,7 @@ def test_a_folder_without_data_is_named(noun, tmp_path):
         place.mkdir()
     elif noun == "file":
         place.write_text("")
-    expected = "not there" if noun == "empty" else "no such folder"
+    expected = "not there" if noun == "empty" else "not a folder"
     with pytest.raises(fm.DataError, match=expected):
         fm.load_fashion_mnist(place)
 
@@ -291,6 +291,11 @@ def test_select_classes(sample):
     kept = np.isin(sample.test_labels, [5, 8, 1])
     np.testing.assert_array_equal(subset.test_images, sample.test_images[kept])
     np.testing.assert_array_equal(subset.test_indices, np.flatnonzero(kept))
+    for classes in ([5, 8, 1], "Sandal,bag,trouser"):
+        same = fm.select_classes(sample, classes)
+        np.testing.assert_array_equal(same.test_labels, subset.test_labels)
+    boots = fm.select_classes(sample, "ankle_boot,t-shirt top")
+    assert boots.class_names == ("Ankle boot", "T-shirt/top")
     names = np.array(sample.class_names)[sample.test_labels[kept]]
     np.testing.assert_array_equal(np.array(subset.class_names)[subset.test_labels], names)
 

@@ -237,6 +237,14 @@ def test_first_filters_of_small_dropout_are_normal():
     np.testing.assert_allclose(np.mean(np.abs(draws) > 0.05), 0.317, atol=0.02)
 
 
+def test_images_that_are_too_small():
+    model = fm.create_model("deep_augmented", image_size=45)
+    with pytest.raises(fm.ConfigError, match="the images are too small"):
+        jax.eval_shape(
+            lambda: model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)), train=False)
+        )
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [

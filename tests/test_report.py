@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 import fmnist_jax as fm
-from fmnist_jax import report
+from fmnist_jax import files, report
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,20 @@ def test_a_class_name_cannot_break_the_page(tiny, tmp_path):
 
 
 def test_an_unfinished_run_has_no_report(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(files.DamagedFileError, match="no finished run"):
         report.write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["report.json", "metrics.jsonl", "predictions.npz", "examples.npz"]
+)
+@pytest.mark.parametrize("length", [0, 40])
+def test_damaged_files_are_named(name, length, workdir, tmp_path):
+    moved = shutil.copytree(workdir, tmp_path / "moved", ignore=lambda *_: ["checkpoints"])
+    content = (moved / name).read_bytes()
+    (moved / name).write_bytes(content[:length] or b"{")
+    with pytest.raises(files.DamagedFileError, match=name):
+        report.write_report(moved)
 
 
 def test_most_confused_pairs():

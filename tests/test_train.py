@@ -211,6 +211,60 @@ def test_predict_refuses_other_images(images, error, message, getkey):
         fm.predict(state.params, images, model=model)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"images": np.zeros((60, 28, 28), np.float32)}, TypeError, "images are float32"),
+        ({"labels": np.zeros(59, np.int32)}, ValueError, r"60 images have labels of shape \(59,\)"),
+        ({"labels": np.zeros((60, 1), np.int32)}, ValueError, "one label an image"),
+        ({"labels": np.zeros(60, np.float32)}, TypeError, "labels are float32"),
+        ({"order": np.zeros((2, 30), np.int32)}, TypeError, r"order is int32\[2, 30\]"),
+        ({"order": np.zeros(60, np.float32)}, TypeError, "order is float32"),
+        ({"order": np.zeros(0, np.int32)}, ValueError, "both must be at least 1"),
+        ({"batch_size": 0}, ValueError, "batch_size is 0"),
+        ({"loss": lambda logits, labels: jnp.mean(logits)}, ValueError, r"the loss has shape \(\)"),
+    ],
+)
+def test_the_loop_refuses_what_does_not_fit(change, error, message, setup):
+    create_state, (images, labels), streams, options = setup
+    arrays = {"images": images, "labels": labels, "order": jnp.arange(60)}
+    arguments = arrays | {"count": 1, "streams": streams} | options | change
+    with pytest.raises(error, match=message):
+        fm.train_steps(create_state(), **arguments)
+
+
+def test_the_step_and_evaluate_refuse_what_does_not_fit(setup, tiny):
+    create_state, (images, labels), streams, options = setup
+    state, parts = create_state(), {"model": options["model"], "tx": options["tx"]}
+    batch = fm.Batch(images[:2, ..., None], labels[:2], jnp.ones(2, bool))
+    with pytest.raises(TypeError, match="images are uint8; they must be float"):
+        fm.train_step(state, batch, streams.dropout, **parts)
+    for wrong in (labels[:1], labels[:, None]):
+        with pytest.raises(ValueError, match="one label an image"):
+            fm.evaluate(state.params, images, wrong, model=parts["model"])
+    with pytest.raises(ValueError, match="at least one image"):
+        fm.evaluate(state.params, images[:0], labels[:0], model=parts["model"])
+
+
+def test_images_may_have_a_channel(setup):
+    create_state, (images, labels), streams, options = setup
+    flat = run(setup, [4], epochs=1)
+    with_channel = run((create_state, (images[..., None], labels), streams, options), [4], epochs=1)
+    chex.assert_trees_all_equal(with_channel, flat)
+
+
+def test_sums_are_float32_whatever_the_model_computes_in(tiny):
+    class Half(nn.Module):
+        @nn.compact
+        def __call__(self, images, *, train):
+            del train
+            return nn.Dense(10, dtype=jnp.bfloat16)(images.reshape(len(images), -1))
+
+    state = fm.create_train_state(jax.random.key(0), Half(), optax.sgd(0.1))
+    result = fm.evaluate(state.params, tiny.test_images, tiny.test_labels, model=Half())
+    chex.assert_trees_all_equal_dtypes(result, metrics.zeros())
+
+
 def test_the_loop_can_be_mapped_over_seeds(setup):
     _, (images, labels), _, options = setup
 
