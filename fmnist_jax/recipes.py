@@ -23,6 +23,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "valid_2x2": Recipe(
             arch="valid_2x2",
             epochs=10,
+            batch_size=32,
             schedule="cosine",
             source="fashion_mnist_cnn, first model",
             claim="none",
@@ -31,6 +32,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "same_3x3": Recipe(
             arch="same_3x3",
             epochs=10,
+            batch_size=32,
             schedule="cosine",
             source=(
                 "Fashion-MNIST Classification with Convolutional Neural Networks; "

@@ -16,7 +16,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys, sample):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fm, "load_fashion_mnist", lambda: sample)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     namespace: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
