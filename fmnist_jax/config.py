@@ -115,7 +115,7 @@ class Run:
 
 
 def to_dict(run: Run) -> dict[str, Any]:
-    """The settings that decide a run's numbers, ready for JSON. The place is not one of them.
+    """The settings that decide a run's numbers, ready for JSON; neither its folder nor its texts.
 
     Example:
       >>> to_dict(Run(recipe=Recipe(arch="same_3x3", epochs=10), workdir=Path("w")))["seed"]
@@ -123,6 +123,8 @@ def to_dict(run: Run) -> dict[str, Any]:
     """
     settings = dataclasses.asdict(run)
     del settings["workdir"]
+    for text in ("source", "claim", "claimed_test_accuracy", "open_choices"):
+        del settings["recipe"][text]
     return settings
 
 

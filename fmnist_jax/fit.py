@@ -1,6 +1,7 @@
 """`fit`: the host side of a run. Epochs, progress, checkpoints, interrupts and files."""
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import os
@@ -118,7 +119,7 @@ def fit(run: Run, dataset: Dataset, *, progress: Silence | None = None) -> Resul
         if report is None:
             _append_environment(run.workdir, dataset.sample)
             loop.train(received)
-            report = _finish(plan, loop, settings)
+            report = _finish(plan, loop)
         else:
             progress.say(f"This run is complete; its results are in {run.workdir}.")
     return Result(loop.state, plan.model, report, loop.history)
@@ -346,7 +347,7 @@ def _num_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _finish(plan: Plan, loop: _Loop, settings: dict[str, Any]) -> dict[str, Any]:
+def _finish(plan: Plan, loop: _Loop) -> dict[str, Any]:
     """Looks at the test images and writes what is known at the end of a run."""
     from fmnist_jax import scores  # imported here: scikit-learn takes a second, needed only now
 
@@ -369,7 +370,7 @@ def _finish(plan: Plan, loop: _Loop, settings: dict[str, Any]) -> dict[str, Any]
     report = {
         "sample": dataset.sample,
         "arch": recipe.arch,
-        "recipe": settings["recipe"],
+        "recipe": dataclasses.asdict(recipe),
         "seed": plan.run.seed,
         "epochs": recipe.epochs,
         "steps": loop.step,

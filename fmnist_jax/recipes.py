@@ -27,7 +27,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             schedule="cosine",
             source="fashion_mnist_cnn, first model",
             claim="none",
-            open_choices="learning rate, schedule, batch size, epochs",
+            open_choices="learning rate, schedule, epochs; batch size (here Keras' default)",
         ),
         "same_3x3": Recipe(
             arch="same_3x3",
@@ -40,7 +40,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             ),
             claim="test about 91%",
             claimed_test_accuracy=0.91,
-            open_choices="learning rate, schedule, batch size",
+            open_choices="learning rate, schedule; batch size (here Keras' default)",
         ),
         "he_stack": Recipe(
             arch="he_stack",

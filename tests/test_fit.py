@@ -190,6 +190,12 @@ def test_a_folder_with_another_run_is_refused(straight, tiny):
         fm.fit(make_run(workdir), fewer, progress=fm.Silence())
 
 
+def test_the_words_of_a_recipe_do_not_make_another_run(straight, tiny):
+    expected, workdir = straight
+    again = fm.fit(make_run(workdir, claim="none"), tiny, progress=fm.Silence())
+    assert again.report == expected.report
+
+
 def test_a_folder_that_cannot_be_one(tmp_path, tiny):
     (tmp_path / "file").write_text("")
     with pytest.raises(fm.ConfigError, match="cannot be used"):
