@@ -4,13 +4,9 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-import os
-import platform
 import signal
-import sys
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
@@ -19,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmnist_jax import config, files
+from fmnist_jax import config, environment, files
 from fmnist_jax import metrics as metrics_lib
 from fmnist_jax.checkpoint import CheckpointError, Checkpoints
 from fmnist_jax.config import ConfigError, Run
@@ -39,7 +35,6 @@ from fmnist_jax.train import (
 # Training returns to Python about so often, to show progress and to see an interrupt. The length
 # of a call changes no bit of the result.
 _CALL_SECONDS = 0.5
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class DivergedError(ArithmeticError):
@@ -311,40 +306,8 @@ def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
 def _append_environment(workdir: Path, sample: bool) -> None:
     """Adds this process to environment.json: one entry each time a run is started or goes on."""
     path = workdir / files.ENVIRONMENT
-    device = jax.devices()[0]
-    entry: dict[str, Any] = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
-        "versions": {"python": platform.python_version()} | _versions(),
-        "device": device.device_kind,
-        "platform": device.platform,
-        "num_devices": jax.device_count(),
-        "machine": platform.platform(),
-        "processor": _processor(),
-        "num_cpus": _num_cpus(),
-    }
-    if sample:
-        entry["sample"] = True
+    entry = environment.describe() | ({"sample": True} if sample else {})
     files.write_json(path, [*(files.read_json(path) or []), entry])
-
-
-def _versions() -> dict[str, str]:
-    from fmnist_jax import __version__  # imported here: the package imports this module
-
-    return {"fmnist_jax": __version__} | {name: metadata.version(name) for name in _PACKAGES}
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def _num_cpus() -> int:
-    # What this process may use, which is what decides the speed.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _finish(plan: Plan, loop: _Loop) -> dict[str, Any]:
@@ -393,7 +356,7 @@ def _finish(plan: Plan, loop: _Loop) -> dict[str, Any]:
             "classes": list(dataset.class_names),
         },
         "params_sha256": params_sha256(loop.state.params),
-        "versions": _versions(),
+        "versions": environment.versions(),
         "device": jax.devices()[0].device_kind,
     }
     # Last, because it marks the run as complete.

@@ -29,11 +29,13 @@ ALLOWED = {
     "train": {"augment", "compile", "metrics", "streams"},
     "checkpoint": set(),
     "files": set(),
+    "environment": set(),
     "progress": set(),
     "scores": set(),
     "plan": {"augment", "config", "data", "models", "optim", "streams", "train"},
     "fit": {
-        "checkpoint", "config", "data", "files", "metrics", "plan", "progress", "scores", "train",
+        "checkpoint", "config", "data", "environment", "files", "metrics", "plan", "progress",
+        "scores", "train",
     },
     "report": {"files"},
 }  # fmt: skip
