@@ -214,7 +214,8 @@ def train_steps(
         )
         return state, metrics_lib.merge(metrics, step_metrics)
 
-    return lax.fori_loop(0, count, body, (state, metrics or metrics_lib.zeros()))
+    sums = metrics_lib.zeros() if metrics is None else metrics
+    return lax.fori_loop(0, count, body, (state, sums))
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
