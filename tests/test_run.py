@@ -126,7 +126,7 @@ def test_an_early_interrupt_is_quiet(seconds, tmp_path):
     # Ended by the signal, or saved and stopped: a shell shows 130 for both. In the first moments
     # Python has not read the script's first line yet and raises its own KeyboardInterrupt.
     assert process.returncode in (-signal.SIGINT, 130)
-    if seconds >= 0.5:
+    if seconds >= 1:
         assert "Traceback" not in errors
 
 
@@ -139,8 +139,7 @@ def test_an_interrupt_saves_and_the_same_command_goes_on(tmp_path):
     assert process.stdout is not None
     lines = iter(process.stdout.readline, "")
     assert any(line.startswith("Compiling") for line in lines)
-    # The handler is in place before compiling is announced; the first steps follow.
-    time.sleep(3)
+    # The handler is in place before compiling is announced, and waits for the first steps.
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
