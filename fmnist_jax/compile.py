@@ -11,7 +11,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # XLA:CPU of jaxlib 0.10 hands unpadded convolutions to its YNN fusions: measured 2 to 10 times
-# slower than the Eigen path here, and wrong without a word in one case (jax issue 39103). The
+# slower than the Eigen path, and wrong without a word in one case (jax issue 39103). The
 # empty value turns them off for the one program; no environment variable is touched.
 COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}

@@ -33,7 +33,6 @@ class Recipe:
       val_fraction: share of the training images held out for validation, in [0, 1).
       source: the Keras project that the recipe stands for.
       claim: what that project says it reached.
-      claimed_test_accuracy: the same as a fraction where the claim is a test accuracy.
       open_choices: what the project left open and this recipe decided.
 
     Raises:
@@ -58,7 +57,6 @@ class Recipe:
     val_fraction: float = 0.1
     source: str = ""
     claim: str = ""
-    claimed_test_accuracy: float | None = None
     open_choices: str = ""
 
     def __post_init__(self) -> None:
@@ -123,7 +121,7 @@ def to_dict(run: Run) -> dict[str, Any]:
     """
     settings = dataclasses.asdict(run)
     del settings["workdir"]
-    for text in ("source", "claim", "claimed_test_accuracy", "open_choices"):
+    for text in ("source", "claim", "open_choices"):
         del settings["recipe"][text]
     return settings
 

@@ -280,7 +280,10 @@ def _page(report: dict[str, Any], history: list[dict[str, Any]], images: dict[st
         else "",
         _section(
             "Loss and accuracy",
-            f'<div class="pair">{_image("loss", images)}{_image("accuracy", images)}</div>',
+            '<div class="pair">'
+            + _image("loss", "Loss of training and validation by epoch", images)
+            + _image("accuracy", "Accuracy of training and validation by epoch", images)
+            + "</div>",
         ),
         _section("By class, on the test images", _class_table(report)),
         _picture("confusion", titles, images),
@@ -329,11 +332,11 @@ def _section(title: str, content: str) -> str:
 def _picture(name: str, titles: dict[str, str], images: dict[str, str]) -> str:
     if name not in images:
         return ""
-    return _section(titles[name], _image(name, images, kind="wide"))
+    return _section(titles[name], _image(name, titles[name], images, kind="wide"))
 
 
-def _image(name: str, images: dict[str, str], kind: str = "") -> str:
-    return f'<img class="{kind}" alt="{name}" src="data:image/png;base64,{images[name]}">'
+def _image(name: str, alt: str, images: dict[str, str], kind: str = "") -> str:
+    return f'<img class="{kind}" alt="{alt}" src="data:image/png;base64,{images[name]}">'
 
 
 def _facts(facts: dict[str, str]) -> str:
