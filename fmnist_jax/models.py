@@ -5,7 +5,6 @@ float32[batch, num_classes]. `train=True` turns dropout on and then needs `rngs=
 Kernels start as Keras' `glorot_uniform` and biases at zero unless a class says otherwise.
 """
 
-import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -22,8 +21,6 @@ Initializer = jax.nn.initializers.Initializer
 glorot_uniform = nn.initializers.glorot_uniform()  # Keras' default, Glorot and Bengio 2010
 he_uniform = nn.initializers.he_uniform()  # He et al. 2015; std sqrt(2 / fan_in)
 small_normal = nn.initializers.normal(0.05)  # Keras' "random_normal"
-
-Dense = functools.partial(nn.Dense, kernel_init=glorot_uniform)
 
 
 class SmallDropout(nn.Module):
@@ -138,10 +135,22 @@ class Conv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         if images.shape[-1] == 1:
             kernel = kernel.sum(axis=2, keepdims=True)
-        x = ops.conv2d(images, kernel, self.padding)
-        if self.pool:
-            x = ops.max_pool(x)
-        return nn.relu(x + bias.reshape(1, 1, 1, -1))
+        convolve = ops.conv2d_max_pool if self.pool else ops.conv2d
+        x = convolve(images, kernel, self.padding)
+        return nn.relu(ops.add_bias(x, bias))
+
+
+class Dense(nn.Module):
+    """Dense layer with bias."""
+
+    features: int
+    kernel_init: Initializer = glorot_uniform
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        return ops.add_bias(ops.matmul(x, kernel), bias)
 
 
 class Dropout(nn.Module):
