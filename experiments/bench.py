@@ -213,8 +213,10 @@ class Bench:
                     record = records[name]
                     if "problem" not in record:
                         with _reported(name, record):
-                            trained = children[name].ask("train", steps=record["steps"])
-                            record["rounds"].append(trained)
+                            child, steps = children[name], record["steps"]
+                            # Untimed, because a stopped process finds the caches full of others'.
+                            child.ask("train", steps=-(-steps // 8))
+                            record["rounds"].append(child.ask("train", steps=steps))
             for name, record in records.items():
                 if "problem" not in record:
                     with _reported(name, record):

@@ -28,6 +28,7 @@ from rich.table import Table
 
 import fmnist_jax as fm
 from fmnist_jax import config
+from fmnist_jax.compile import keep_compiled
 from fmnist_jax.plan import Plan, create_plan, measure_cost
 
 
@@ -78,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workdir", type=Path, help="folder of the run's files")
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained")
     parser.add_argument("--list", action="store_true", help="show the recipes")
+    parser.add_argument(
+        "--no-cache", action="store_true", help="compile anew, and keep nothing of it"
+    )
     parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
     return parser
 
@@ -87,6 +91,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         _print_recipes(console)
         return 0
     run = _create_run(arguments)
+    if not arguments.no_cache:
+        keep_compiled()
     dataset = fm.load_fashion_mnist(arguments.data_dir, sample=arguments.sample)
     if arguments.classes is not None:
         dataset = fm.select_classes(dataset, arguments.classes)

@@ -1,12 +1,17 @@
 """Saves and restores what a run needs to go on. This is the only file that imports orbax."""
 
+from __future__ import annotations
+
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
-import orbax.checkpoint as ocp
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 # Enough to survive a save that was cut short, and no more disk than that.
 NUM_KEPT = 2
@@ -35,8 +40,14 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(),
+        self._directory = directory.absolute()
+        self._directory.mkdir(parents=True, exist_ok=True)
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        ocp = _orbax()
+        return ocp.CheckpointManager(
+            self._directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.LatestN(NUM_KEPT),
                 atomicity_options=ocp.options.AtomicityOptions(
@@ -56,11 +67,12 @@ class Checkpoints:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._manager.close()
+        if "_manager" in vars(self):
+            self._manager.close()
 
     def latest_step(self) -> int | None:
         """The newest step with a complete checkpoint, or None."""
-        return self._manager.latest_step()
+        return self._manager.latest_step() if any(self._directory.iterdir()) else None
 
     def save(self, step: int, tree: Any, meta: Mapping[str, Any]) -> None:
         """Writes arrays and a few JSON values; a step that is there already stays as it is.
@@ -70,6 +82,7 @@ class Checkpoints:
         """
         if step == self.latest_step():
             return
+        ocp = _orbax()
         items = ocp.args.Composite(
             tree=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(dict(meta))
         )
@@ -77,7 +90,7 @@ class Checkpoints:
             saved = self._manager.save(step, args=items)
         except Exception as error:  # Orbax has no error class of its own
             raise CheckpointError(
-                f"the checkpoint of step {step} in {self._manager.directory} was not written: "
+                f"the checkpoint of step {step} in {self._directory} was not written: "
                 f"{_first_line(error)}"
             ) from error
         # Orbax may refuse a step without an error.
@@ -99,6 +112,7 @@ class Checkpoints:
         Raises:
           CheckpointError: if the checkpoint cannot be read.
         """
+        ocp = _orbax()
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like
@@ -110,10 +124,16 @@ class Checkpoints:
             restored = self._manager.restore(step, args=items)
         except Exception as error:  # Orbax has no error class of its own
             raise CheckpointError(
-                f"the checkpoint of step {step} in {self._manager.directory} cannot be read: "
+                f"the checkpoint of step {step} in {self._directory} cannot be read: "
                 f"{_first_line(error)}"
             ) from error
         return restored["tree"], restored["meta"]
+
+
+def _orbax() -> Any:
+    import orbax.checkpoint as ocp  # imported here: it takes longer than a new run's first step
+
+    return ocp
 
 
 def _first_line(error: Exception) -> str:

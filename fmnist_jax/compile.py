@@ -1,7 +1,15 @@
-"""`compiled`: `jax.jit` for the outermost call, with what each platform's compiler needs."""
+"""`compiled`: `jax.jit` for the outermost call, with what each platform's compiler needs.
+
+`keep_compiled` lets later processes find what this one compiles.
+"""
 
 import functools
+import hashlib
+import os
+import platform
 from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
@@ -84,3 +92,44 @@ def _is_tracing(args: Any, kwargs: Any) -> bool:
     # Under `jit` every new array is a tracer; under `vmap` and `grad` only the arguments are.
     leaves = (*jax.tree.leaves((args, kwargs)), jnp.zeros(()))
     return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+
+
+def keep_compiled(directory: Path | None = None) -> Path:
+    """Keeps what this process compiles, and takes what an earlier one has kept.
+
+    It sets JAX's configuration for the process. JAX keys each program by its content, its options
+    and the device; the folder is moreover one for each version of JAX and each kind of processor,
+    because a program for one processor may use instructions that another has not. What cannot be
+    read is compiled anew.
+
+    Args:
+      directory: None takes `fmnist_jax` in `$XDG_CACHE_HOME`, or in `~/.cache`. Where JAX has a
+        folder already (`JAX_COMPILATION_CACHE_DIR`), that one stays.
+
+    Returns:
+      The folder.
+    """
+    present = jax.config.read("jax_compilation_cache_dir")
+    if present:
+        return Path(present)
+    if directory is None:
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmnist_jax"
+    folder = directory / f"compiled-{_machine_sha256()[:16]}"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # A run has dozens of small programs, which together take as long as the training loop.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
+
+
+def _machine_sha256() -> str:
+    parts = [platform.machine(), platform.system(), os.environ.get("XLA_FLAGS", "")]
+    parts += [metadata.version(name) for name in ("jax", "jaxlib")]
+    processor = Path("/proc/cpuinfo")
+    if processor.exists():
+        names = ("model name", "flags", "Features", "CPU part")
+        lines = processor.read_text().splitlines()
+        parts += sorted({line for line in lines if line.startswith(names)})
+    else:
+        parts += [platform.processor(), platform.node()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -86,10 +86,15 @@ def create_train_state(
       >>> sum(leaf.size for leaf in jax.tree.leaves(state.params))
       423338
     """
-    images = jnp.zeros((1, *image_shape, 1), jnp.float32)
-    params = model.init(key, images, train=False)["params"]
+    params = _create_params(key, model=model, image_shape=image_shape)
     # Copied, because an optimizer may put one array in two places, and a donated array must not be.
     return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, tx.init(params)))
+
+
+@compiled(static_argnames=("model", "image_shape"))
+def _create_params(key: jax.Array, *, model: Any, image_shape: tuple[int, int]) -> Any:
+    images = jnp.zeros((1, *image_shape, 1), jnp.float32)
+    return model.init(key, images, train=False)["params"]
 
 
 def train_step(
