@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--optimizer", help=", ".join(get_args(config.OptimizerName)))
     parser.add_argument("--schedule", help=", ".join(get_args(config.ScheduleName)))
     parser.add_argument("--augmentation", help=", ".join(get_args(config.AugmentationName)))
+    parser.add_argument("--dtype", help=", ".join(get_args(config.DtypeName)))
     parser.add_argument("--seed", type=int, default=0, help="root of all randomness (%(default)s)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
@@ -126,7 +127,7 @@ def _create_run(arguments: argparse.Namespace) -> fm.Run:
         )
     names = (
         "epochs", "batch_size", "learning_rate", "optimizer", "schedule", "augmentation",
-        "val_fraction",
+        "dtype", "val_fraction",
     )  # fmt: skip
     given = {name: getattr(arguments, name) for name in names}
     recipe = dataclasses.replace(

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 OptimizerName = Literal["adam", "rmsprop", "sgd"]
 ScheduleName = Literal["constant", "cosine", "one_cycle"]
+DtypeName = Literal["float32", "bfloat16"]
 AugmentationName = Literal["none", "keras", "geometric"]
 
 
@@ -29,6 +30,8 @@ class Recipe:
       learning_rate: the peak of the schedule, greater than 0.
       schedule: "constant", "cosine" or "one_cycle" over the whole run.
       augmentation: "none", "keras" (what `ImageDataGenerator` does) or "geometric".
+      dtype: "float32", or "bfloat16" for accelerators; in what the network computes while it is
+        trained. Parameters and evaluation are float32.
       image_size: side to which images are resized, in pixels; None keeps their own.
       val_fraction: share of the training images held out for validation, in [0, 1).
       source: the Keras project that the recipe stands for.
@@ -53,6 +56,7 @@ class Recipe:
     learning_rate: float = 1e-3
     schedule: ScheduleName = "constant"
     augmentation: AugmentationName = "none"
+    dtype: DtypeName = "float32"
     image_size: int | None = None
     val_fraction: float = 0.1
     source: str = ""
@@ -66,6 +70,7 @@ class Recipe:
             _check_count("image_size", self.image_size)
         _check_choice("optimizer", self.optimizer, OptimizerName)
         _check_choice("schedule", self.schedule, ScheduleName)
+        _check_choice("dtype", self.dtype, DtypeName)
         _check_choice("augmentation", self.augmentation, AugmentationName)
         _check_number("learning_rate", self.learning_rate)
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):

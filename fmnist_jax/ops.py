@@ -360,7 +360,9 @@ def _convolve_max_pool_gradients_cpu(images, kernel, winner, cotangent, *, pads)
 def _sum_cpu(cotangent):
     # XLA:CPU sums over the leading axes slowly, and multiplies with ones as fast as it reads.
     rows = fence(cotangent).reshape(-1, cotangent.shape[-1])
-    return jnp.ones(len(rows), rows.dtype) @ rows
+    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    ones = jnp.ones(len(rows), rows.dtype)
+    return jnp.matmul(ones, rows, preferred_element_type=dtype).astype(rows.dtype)
 
 
 def _tile_gradients(images, kernel, cotangents: Grid, pads):

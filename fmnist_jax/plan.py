@@ -82,6 +82,7 @@ class Plan:
             "model": self.model,
             "tx": self.tx,
             "augment": self.augment,
+            "dtype": jnp.dtype(self.run.recipe.dtype),
         }
 
 

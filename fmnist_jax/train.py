@@ -105,6 +105,7 @@ def train_step(
     model: Any,
     tx: optax.GradientTransformation,
     loss: LossFn = cross_entropy,
+    dtype: Any = jnp.float32,
     slice_size: int | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update by the mean loss over the batch's real examples.
@@ -118,6 +119,8 @@ def train_step(
       model: see the module.
       tx: see the module.
       loss: see the module.
+      dtype: the model computes in it, from parameters and images that are cast to it; bfloat16 is
+        for accelerators. Parameters, updates, loss and metrics stay as they are.
       slice_size: images that go through the model at once; their gradients are summed. The update
         is the same but for rounding, and for dropout, where each slice has a key of its own. None
         takes the whole batch.
@@ -137,7 +140,10 @@ def train_step(
     num_examples = jnp.sum(batch.mask)
 
     def mean_loss(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        logits = model.apply({"params": params}, part.images, train=True, rngs={"dropout": key})
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        images = part.images.astype(dtype)
+        logits = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+        logits = logits.astype(part.images.dtype)
         metrics = _measure(loss, logits, part.labels, part.mask)
         return metrics.loss / num_examples, metrics
 
@@ -161,7 +167,7 @@ def train_step(
 
 
 @compiled(
-    static_argnames=("batch_size", "model", "tx", "augment", "loss", "slice_size"),
+    static_argnames=("batch_size", "model", "tx", "augment", "loss", "dtype", "slice_size"),
     donate_argnames=("state",),
 )
 def train_steps(
@@ -178,6 +184,7 @@ def train_steps(
     tx: optax.GradientTransformation,
     augment: RandomAffine | None = None,
     loss: LossFn = cross_entropy,
+    dtype: Any = jnp.float32,
     slice_size: int | None = None,
 ) -> tuple[TrainState, Metrics]:
     """`count` updates in one compiled loop.
@@ -201,6 +208,7 @@ def train_steps(
       tx: see the module.
       augment: applied to every image; None only scales to [0, 1].
       loss: see the module.
+      dtype: as for `train_step`.
       slice_size: as for `train_step`; None takes what `choose_slice_size` finds.
 
     Returns:
@@ -246,6 +254,7 @@ def train_steps(
             model=model,
             tx=tx,
             loss=loss,
+            dtype=dtype,
             slice_size=slice_size,
         )
         return state, metrics_lib.merge(metrics, step_metrics)

@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +14,7 @@ os.environ["KERAS_BACKEND"] = "jax"
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import fmnist_jax as fm
 
@@ -65,9 +67,15 @@ def load_module(path: Path) -> ModuleType:
 
 
 @pytest.fixture(autouse=True)
-def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_home(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """No test sees or changes the caches and data sets of the person who runs it."""
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HOME", str(home))
     for name in ("XDG_CACHE_HOME", "TFDS_DATA_DIR", "KERAS_HOME"):
         monkeypatch.delenv(name, raising=False)
+    yield
+    if jax.config.read("jax_compilation_cache_dir"):  # the command line was called in this process
+        jax.config.update("jax_compilation_cache_dir", None)
+        reset_cache()

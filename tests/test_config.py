@@ -21,6 +21,7 @@ GOOD = fm.Recipe(arch="same_3x3", epochs=1)
         ({"learning_rate": "0.1"}, "learning_rate is '0.1'; it must be a number"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"optimizer": "lion"}, "optimizer is 'lion'; choose one of adam, rmsprop, sgd"),
+        ({"dtype": "float16"}, "dtype is 'float16'; choose one of float32, bfloat16"),
         ({"schedule": "step"}, "schedule is 'step'; choose one of constant, cosine, one_cycle"),
         ({"augmentation": "mixup"}, "augmentation is 'mixup'; choose one of none, keras"),
         ({"image_size": 0}, "image_size is 0"),

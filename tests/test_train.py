@@ -204,6 +204,27 @@ def test_slices_make_the_update_of_the_whole_batch(slice_size, getkey, sample):
     assert int(sliced.finite_steps) == 1
 
 
+@pytest.mark.parametrize("name", fm.ARCHS)
+def test_bfloat16_is_for_the_network_alone(name, getkey, sample):
+    side = {"image_size": 40} if name == "deep_augmented" else {}
+    model, tx = fm.create_model(name, **side), optax.sgd(0.1)
+    images, labels = train.scale(jnp.asarray(sample.train_images[:8])), sample.train_labels[:8]
+    batch = fm.Batch(images, jnp.asarray(labels), jnp.ones(8, bool))
+    state = fm.create_train_state(getkey(), model, tx)
+    step = functools.partial(fm.train_step, state, batch, getkey(), model=model, tx=tx)
+    exact, exact_metrics = jax.jit(step)()
+    half, half_metrics = jax.jit(functools.partial(step, dtype=jnp.bfloat16))()
+    chex.assert_trees_all_equal_dtypes((half, half_metrics), (exact, exact_metrics))
+    # Eight bits of mantissa: not the same numbers, but the same to about a hundredth.
+    assert float(half_metrics.loss) != float(exact_metrics.loss)
+    np.testing.assert_allclose(half_metrics.loss, exact_metrics.loss, rtol=0.03)
+    difference, change = (
+        optax.global_norm(jax.tree.map(jnp.subtract, exact.params, other.params))
+        for other in (half, state)
+    )
+    assert float(difference / change) < 0.1
+
+
 def test_slices_have_dropout_of_their_own(getkey, sample):
     model, tx = fm.create_model("small_dropout"), optax.sgd(0.1)
     state = fm.create_train_state(getkey(), model, tx)

@@ -1,0 +1,67 @@
+"""The benchmark: what it concludes from its rounds, and a small one of its own."""
+
+import json
+
+import pytest
+
+from tests.conftest import ROOT, load_module
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return load_module(ROOT / "experiments" / "bench.py")
+
+
+def record(speeds, *, losses=None, problem=None):
+    losses = losses or [2.0 - number / 10 for number in range(len(speeds))]
+    rounds = [
+        {"steps": 100, "seconds": 12_800 / speed, "loss": loss}
+        for speed, loss in zip(speeds, losses, strict=True)
+    ]
+    return {"rounds": rounds, "first_loss": 2.3, "problem": problem}
+
+
+def test_the_best_peer_is_the_fastest_that_is_right(bench):
+    result = {
+        "case": {"batch_size": 128},
+        "competitors": {
+            "fmnist_jax": record([400.0, 300.0, 500.0]),
+            "slow": record([100.0, 100.0, 100.0]),
+            "fast": record([200.0, 100.0, 250.0]),
+            "wrong": record([900.0, 900.0, 900.0], problem="disqualified: the loss is not finite"),
+        },
+    }
+    assert bench._best_peer(result) == "fast"
+    # Round by round, not of the medians.
+    assert bench._ratios(result, "fast") == pytest.approx([2, 3, 2])
+
+
+@pytest.mark.parametrize(
+    ("losses", "problem"),
+    [([2.2, 2.1], None), ([2.2, None], "not finite"), ([2.2, 2.4], "not lower")],
+)
+def test_a_wrong_answer_disqualifies(bench, losses, problem):
+    found = bench._wrong_answer(record([100.0, 100.0], losses=losses))
+    assert (found is None) if problem is None else (problem in found)
+
+
+def test_a_small_benchmark(bench, sample, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench.fm, "load_fashion_mnist", lambda: sample)
+    arguments = ["--arch", "valid_2x2", "--batch-size", "8", "--rounds", "2", "--seconds", "0.2"]
+    arguments += ["--competitor", "fmnist_jax", "linen", "--output", str(tmp_path)]
+    assert bench.main(arguments) == 0
+    (result,) = json.loads((tmp_path / "bench.json").read_text())["results"]
+    ours, linen = (result["competitors"][name] for name in ("fmnist_jax", "linen"))
+    assert len(ours["rounds"]) == len(linen["rounds"]) == 2
+    assert ours["difference"]["loss"] < 1e-5
+    # 9.5 MFLOP forward, and twice that backward but for the images' gradient.
+    assert 15e6 < result["flops_per_step"] / 8 < 40e6
+    assert (tmp_path / "bench.png").stat().st_size > 5000
+    assert "times the best peer, linen" in capsys.readouterr().out
+
+
+def test_bad_usage_is_one_message(bench, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["--rounds", "0"])
+    assert stop.value.code == 2
+    assert "--rounds must be at least 1" in capsys.readouterr().err
