@@ -109,7 +109,7 @@ def keep_compiled(directory: Path | None = None) -> Path:
     Returns:
       The folder.
     """
-    present = jax.config.read("jax_compilation_cache_dir")
+    present = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if present:
         return Path(present)
     if directory is None:

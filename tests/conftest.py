@@ -76,6 +76,7 @@ def _own_home(
     for name in ("XDG_CACHE_HOME", "TFDS_DATA_DIR", "KERAS_HOME"):
         monkeypatch.delenv(name, raising=False)
     yield
-    if jax.config.read("jax_compilation_cache_dir"):  # the command line was called in this process
+    # The command line may have been called in this process.
+    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", None)
         reset_cache()

@@ -54,8 +54,9 @@ def test_a_small_benchmark(bench, sample, tmp_path, monkeypatch, capsys):
     ours, linen = (result["competitors"][name] for name in ("fmnist_jax", "linen"))
     assert len(ours["rounds"]) == len(linen["rounds"]) == 2
     assert ours["difference"]["loss"] < 1e-5
-    # 9.5 MFLOP forward, and twice that backward but for the images' gradient.
-    assert 15e6 < result["flops_per_step"] / 8 < 40e6
+    # Forward 0.37, 2.36 and 0.59 MFLOP for the layers, twice that backward but for the images'
+    # gradient, and what is no product on top.
+    assert 9.6e6 < result["flops_per_step"] / 8 < 13e6
     assert (tmp_path / "bench.png").stat().st_size > 5000
     assert "times the best peer, linen" in capsys.readouterr().out
 

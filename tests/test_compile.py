@@ -78,9 +78,13 @@ def test_versions_processors_and_flags_have_folders_of_their_own(folder, monkeyp
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
     folders.add(folder())
     monkeypatch.undo()
-    monkeypatch.setattr(
-        Path, "read_text", lambda path, *_: "model name : Another\nflags : fpu vme\n"
-    )
+    read_text = Path.read_text
+
+    def read(path, *args, **kwargs):
+        other = "model name : Another\nflags : fpu vme\n"
+        return other if path == Path("/proc/cpuinfo") else read_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", read)
     folders.add(folder())
     assert len(folders) == (4 if Path("/proc/cpuinfo").exists() else 3)
 
