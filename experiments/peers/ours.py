@@ -177,7 +177,7 @@ def follow_reference(
             params, loss = step(before, examples)
             difference = abs(ours.train(1).loss - float(loss)) / float(loss)
             apart, change = (
-                optax.global_norm(jax.tree.map(jnp.subtract, ours.state.params, other))
+                optax.tree.norm(jax.tree.map(jnp.subtract, ours.state.params, other))
                 for other in (params, before.params)
             )
             differences.append((difference, float(apart / change)))
