@@ -9,7 +9,7 @@ The model, the optimizer and the loss are arguments, so any of them can be your 
 - loss: maps logits and labels, int32[batch], to float[batch].
 
 Everything here that is compiled keeps its program: it is compiled anew only for another shape,
-model, optimizer, loss or augmentation.
+model, optimizer, loss, augmentation, dtype or size of the slices.
 """
 
 from collections.abc import Callable
