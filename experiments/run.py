@@ -3,7 +3,8 @@
     python experiments/run.py --arch small_dropout
 
 Everything is written to a folder under `runs/`; the same command goes on where it stopped.
-Exit status: 0 done, 2 bad usage or input, 3 diverged, 130 or 143 interrupted after saving.
+Exit status: 0 done, 1 a verification that failed, 2 bad usage, bad input or a state that could not
+be saved, 3 diverged, 130 or 143 interrupted.
 """
 
 import signal
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+import resume
 from rich.console import Console
 from rich.table import Table
 
@@ -41,12 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.print(f"warning: {message}", style="bold yellow", highlight=False, markup=False)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("always", fm.DataWarning)
+        for category in (fm.DataWarning, fm.CheckpointWarning):
+            warnings.simplefilter("always", category)
         warnings.showwarning = show_warning
         try:
             return _run(arguments, console)
-        except (fm.ConfigError, fm.DataError, fm.CheckpointError, fm.DamagedFileError) as error:
+        except (fm.ConfigError, fm.DataError, fm.DamagedFileError, OSError) as error:
             message, status = f"error: {error}", 2
+        except resume.VerificationError as error:
+            message, status = f"not verified: {error}", 1
         except fm.DivergedError as error:
             message, status = f"diverged: {error}", 3
         except fm.Interrupted as stop:
@@ -78,6 +83,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--train-examples", type=int, help="train on so many examples only")
     parser.add_argument("--val-fraction", type=float, help="share held out for validation, [0, 1)")
     parser.add_argument("--workdir", type=Path, help="folder of the run's files")
+    parser.add_argument(
+        "--checkpoint-every",
+        default="1ep",
+        help="updates, epochs or seconds, as in 500st, 1ep, 60s (%(default)s)",
+    )
+    parser.add_argument("--keep-every", help="keep checkpoints at multiples of it, as in 10ep")
+    parser.add_argument(
+        "--verify-resume",
+        action="store_true",
+        help="show on this machine that a run that is killed goes on to the same bits",
+    )
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained")
     parser.add_argument("--list", action="store_true", help="show the recipes")
     parser.add_argument(
@@ -92,6 +108,9 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         _print_recipes(console)
         return 0
     run = _create_run(arguments)
+    if arguments.verify_resume:
+        flags = ["--no-cache"] if arguments.no_cache else []
+        return 0 if resume.verify(run.recipe.arch, console, flags) else 1
     if not arguments.no_cache:
         keep_compiled()
     dataset = fm.load_fashion_mnist(arguments.data_dir, sample=arguments.sample)
@@ -138,6 +157,8 @@ def _create_run(arguments: argparse.Namespace) -> fm.Run:
         recipe=recipe,
         seed=arguments.seed,
         train_examples=arguments.train_examples,
+        checkpoint_every=arguments.checkpoint_every,
+        keep_every=arguments.keep_every,
         workdir=arguments.workdir or Path("runs"),
     )
 

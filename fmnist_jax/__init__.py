@@ -2,7 +2,10 @@
 
 from fmnist_jax.augment import AUGMENTATIONS as AUGMENTATIONS
 from fmnist_jax.augment import RandomAffine as RandomAffine
+from fmnist_jax.checkpoint import Checkpoint as Checkpoint
 from fmnist_jax.checkpoint import CheckpointError as CheckpointError
+from fmnist_jax.checkpoint import CheckpointWarning as CheckpointWarning
+from fmnist_jax.checkpoint import load_checkpoint as load_checkpoint
 from fmnist_jax.config import ConfigError as ConfigError
 from fmnist_jax.config import Recipe as Recipe
 from fmnist_jax.config import Run as Run

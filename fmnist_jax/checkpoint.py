@@ -1,140 +1,415 @@
-"""Saves and restores what a run needs to go on. This is the only file that imports orbax."""
+"""Saves and restores what a run needs to go on. This is the only file that imports orbax.
 
-from __future__ import annotations
+A checkpoint is a folder named by its step:
+
+    arrays/        the arrays by name, written by Orbax
+    manifest.json  what they are: step, settings, values of JSON, dtype, shape and SHA-256 of each
+                   array, SHA-256 of each file, and of itself
+
+It is written under another name, forced to the disk, and renamed; it is renamed before it is
+removed. So a folder with the name of a step was whole once, and if it is not now, it was damaged.
+"""
 
 import functools
-from collections.abc import Mapping
+import hashlib
+import json
+import math
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-if TYPE_CHECKING:
-    import orbax.checkpoint as ocp
+from fmnist_jax import files
+from fmnist_jax.config import differences
 
-# Enough to survive a save that was cut short, and no more disk than that.
-NUM_KEPT = 2
+# Raised when what is written here could not be read by the version before.
+FORMAT = 1
+
+# Enough to survive damage to one, and no more disk than that.
+NUM_LATEST = 2
+
+_ARRAYS, _MANIFEST = "arrays", "manifest.json"
+_SAVING, _REMOVING, _DAMAGED = ".saving-", ".removing-", "damaged-"
 
 
 class CheckpointError(OSError):
     """A checkpoint could not be written or read."""
 
 
-class Checkpoints:
-    """The checkpoints in a folder, one a step; a context manager.
+class CheckpointWarning(UserWarning):
+    """A checkpoint was passed over, or could not be written for now."""
 
-    A save is complete on return. Orbax writes `commit_success.txt` into a checkpoint last, and one
-    without that file is not seen: neither a save cut short nor an empty folder is taken for one.
+
+class _DamagedError(Exception):
+    """A checkpoint is not what was written."""
+
+
+class Checkpoint(NamedTuple):
+    """What was saved, as plain NumPy.
+
+    Attributes:
+      step: updates made.
+      arrays: each array by its name, such as "state.params.Conv_0.kernel".
+      meta: the values of JSON that were saved with them.
+      settings: the settings of the run.
+      score: what it was saved with, or None.
+    """
+
+    step: int
+    arrays: dict[str, np.ndarray]
+    meta: dict[str, Any]
+    settings: dict[str, Any]
+    score: float | None
+
+
+class Checkpoints:
+    """The checkpoints in a folder, one a step.
+
+    A save is on the disk on return. Kept are the two newest, the one of the highest score, and
+    every `keep_every`-th step. One process at a time may save.
 
     Args:
-      directory: made where it does not exist.
+      directory: made at the first save.
+      settings: the settings of the run, ready for JSON; a checkpoint of others is refused.
+      keep_every: steps that are multiples of it are kept.
 
     Example:
-      >>> import tempfile, jax.numpy as jnp
-      >>> with Checkpoints(Path(tempfile.mkdtemp())) as checkpoints:
-      ...     checkpoints.save(7, {"w": jnp.ones(2)}, {"note": "seven"})
-      ...     tree, meta = checkpoints.restore(7, {"w": jnp.zeros(2)})
+      >>> import tempfile
+      >>> checkpoints = Checkpoints(Path(tempfile.mkdtemp()), {"seed": 0})
+      >>> checkpoints.save(7, {"w": jnp.ones(2)}, {"note": "seven"})
+      >>> tree, meta = checkpoints.restore({"w": jnp.zeros(2)})
       >>> tree["w"].tolist(), meta
       ([1.0, 1.0], {'note': 'seven'})
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory.absolute()
-        self._directory.mkdir(parents=True, exist_ok=True)
-
-    @functools.cached_property
-    def _manager(self) -> ocp.CheckpointManager:
-        ocp = _orbax()
-        return ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.LatestN(NUM_KEPT),
-                atomicity_options=ocp.options.AtomicityOptions(
-                    mode=ocp.options.AtomicityMode.COMMIT_FILE
-                ),
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=False,
-            ),
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
+    def __init__(
         self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
+        directory: Path,
+        settings: Mapping[str, Any] | None = None,
+        keep_every: int | None = None,
     ) -> None:
-        if "_manager" in vars(self):
-            self._manager.close()
+        self._directory = directory.absolute()
+        # As it will be read: JSON has no tuples.
+        self._settings = json.loads(json.dumps(settings or {}))
+        self._keep_every = keep_every
 
-    def latest_step(self) -> int | None:
-        """The newest step with a complete checkpoint, or None."""
-        return self._manager.latest_step() if any(self._directory.iterdir()) else None
+    def steps(self) -> list[int]:
+        """The steps that were saved, in rising order; damage is not looked for."""
+        return sorted(int(path.name) for path in self._paths() if path.name.isdigit())
 
-    def save(self, step: int, tree: Any, meta: Mapping[str, Any]) -> None:
-        """Writes arrays and a few JSON values; a step that is there already stays as it is.
+    def save(
+        self, step: int, tree: Any, meta: Mapping[str, Any], score: float | None = None
+    ) -> None:
+        """Writes arrays and a few values of JSON; a step that is there already stays as it is.
 
         Raises:
-          CheckpointError: if the checkpoint was not written.
+          CheckpointError: if the checkpoint was not written; nothing of it is left then, and what
+            was saved before is as it was.
         """
-        if step == self.latest_step():
+        if step in self.steps():
             return
-        ocp = _orbax()
-        items = ocp.args.Composite(
-            tree=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(dict(meta))
-        )
+        temporary = self._directory / f"{_SAVING}{step}"
         try:
-            saved = self._manager.save(step, args=items)
+            # Whatever is left of others would keep their place on the disk.
+            self._clean()
+            temporary.mkdir(parents=True)
+            arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(tree).items()}
+            _check_room(temporary, sum(array.nbytes for array in arrays.values()))
+            _write_arrays(temporary / _ARRAYS, arrays)
+            body = {
+                "format": FORMAT,
+                "step": step,
+                "score": score,
+                "settings": self._settings,
+                "meta": dict(meta),
+                "arrays": {name: _describe(array) for name, array in arrays.items()},
+                "files": {
+                    path.relative_to(temporary).as_posix(): _file_sha256(path)
+                    for path in sorted((temporary / _ARRAYS).rglob("*"))
+                    if path.is_file()
+                },
+            }
+            manifest = json.dumps({"sha256": _json_sha256(body), "content": body}, indent=1)
+            (temporary / _MANIFEST).write_text(manifest)
+            for path in [*temporary.rglob("*"), temporary]:
+                files.sync(path)
+            temporary.rename(self._directory / str(step))
+            files.sync(self._directory)
         except Exception as error:  # Orbax has no error class of its own
+            shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(
-                f"the checkpoint of step {step} in {self._directory} was not written: "
+                f"the checkpoint of step {step} was not written to {self._directory}: "
                 f"{_first_line(error)}"
             ) from error
-        # Orbax may refuse a step without an error.
-        if not saved:
-            raise CheckpointError(
-                f"the checkpoint of step {step} was refused: step {self.latest_step()} is newer"
-            )
+        self._remove_old()
 
-    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Reads a step.
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+        """Reads the newest checkpoint that is undamaged.
+
+        A damaged one is reported by a `CheckpointWarning`, kept aside under another name, and
+        passed over.
 
         Args:
-          step: one that is there.
           like: a tree of arrays, or their shapes and dtypes, of the structure that was saved.
 
         Returns:
-          The arrays on the default device, and the JSON values.
+          The arrays on the default device, and the values of JSON; None where nothing was ever
+          saved.
 
         Raises:
-          CheckpointError: if the checkpoint cannot be read.
+          CheckpointError: if all are damaged, if one cannot be read, or if it is of other settings,
+            shapes or dtypes; the message lists the differences.
         """
-        ocp = _orbax()
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like
-        )
-        items = ocp.args.Composite(
-            tree=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
-        )
-        try:
-            restored = self._manager.restore(step, args=items)
-        except Exception as error:  # Orbax has no error class of its own
+        for step in reversed(self.steps()):
+            path = self._directory / str(step)
+            try:
+                tree, checkpoint = self._restore(path, like)
+            except _DamagedError as error:
+                aside = _free(self._directory / f"{_DAMAGED}{step}")
+                path.rename(aside)
+                warnings.warn(
+                    f"the checkpoint of step {step} is damaged ({error}); it is kept as {aside}",
+                    CheckpointWarning,
+                    stacklevel=2,
+                )
+            else:
+                return tree, checkpoint.meta
+        if any(path.name.startswith(_DAMAGED) for path in self._paths()):
             raise CheckpointError(
-                f"the checkpoint of step {step} in {self._directory} cannot be read: "
-                f"{_first_line(error)}"
+                f"every checkpoint in {self._directory} is damaged; they stay there. Move the "
+                "folder away to start from the first step"
+            )
+        return None
+
+    def restore_step(self, step: int, like: Any) -> Any:
+        """Reads the arrays of one step, as `restore` does.
+
+        Raises:
+          CheckpointError: also if this step is damaged or not there.
+        """
+        try:
+            return self._restore(self._directory / str(step), like)[0]
+        except _DamagedError as error:
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self._directory} is damaged: {error}"
             ) from error
-        return restored["tree"], restored["meta"]
+
+    def _restore(self, path: Path, like: Any) -> tuple[Any, Checkpoint]:
+        content = _verified_content(path)
+        leaves = _named_leaves(like)
+        wanted = {
+            name: f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for name, leaf in leaves.items()
+        }
+        found = {
+            name: f"{array['dtype']}{array['shape']}" for name, array in content["arrays"].items()
+        }
+        lines = [
+            *differences(content["settings"], self._settings),
+            *differences(found, wanted),
+        ]
+        if lines:
+            raise CheckpointError(
+                f"the checkpoint {path} is of another run or program. It differs in\n"
+                + "\n".join(f"  {line}" for line in lines)
+            )
+        checkpoint = _read(path, content)
+        arrays = [jnp.asarray(checkpoint.arrays[name]) for name in leaves]
+        return jax.tree.unflatten(jax.tree.structure(like), arrays), checkpoint
+
+    def _paths(self) -> list[Path]:
+        return list(self._directory.iterdir()) if self._directory.is_dir() else []
+
+    def _clean(self) -> None:
+        for path in self._paths():
+            if path.name.startswith((_SAVING, _REMOVING)):
+                shutil.rmtree(path)
+
+    def _remove_old(self) -> None:
+        steps = self.steps()
+        kept = set(steps[-NUM_LATEST:])
+        best = _best_step(self._directory, steps)
+        for step in steps:
+            if step in kept or step == best or (self._keep_every and step % self._keep_every == 0):
+                continue
+            removing = self._directory / f"{_REMOVING}{step}"
+            # What cannot be removed is in nobody's way, and the next save tries again.
+            try:
+                (self._directory / str(step)).rename(removing)
+                shutil.rmtree(removing)
+            except OSError:
+                continue
 
 
+def load_checkpoint(
+    workdir: Path | str, which: int | Literal["latest", "best"] = "latest"
+) -> Checkpoint:
+    """Reads a checkpoint of a run as plain NumPy; neither its model nor its settings are needed.
+
+    Args:
+      workdir: folder of the run.
+      which: a step, the latest, or the one with the best validation accuracy.
+
+    Raises:
+      CheckpointError: if it is not there, damaged or cannot be read.
+    """
+    directory = Path(workdir).absolute() / files.CHECKPOINTS
+    steps = Checkpoints(directory).steps()
+    if which == "latest":
+        step = steps[-1] if steps else None
+    elif which == "best":
+        step = _best_step(directory, steps)
+    else:
+        step = which
+    if step not in steps:
+        raise CheckpointError(f"{directory} has no checkpoint {which!r}; it has the steps {steps}")
+    path = directory / str(step)
+    try:
+        return _read(path, _verified_content(path))
+    except _DamagedError as error:
+        raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
+
+
+def _best_step(directory: Path, steps: list[int]) -> int | None:
+    """The step of the highest score, the first of equal ones."""
+    scores = {}
+    for step in steps:
+        try:
+            score = _manifest(directory / str(step))["score"]
+        except (_DamagedError, CheckpointError):
+            continue
+        if score is not None and math.isfinite(score):
+            scores[step] = score
+    return max(scores, key=lambda step: (scores[step], -step), default=None)
+
+
+def _verified_content(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are, byte by byte, what was written."""
+    content = _manifest(path)
+    if str(content["step"]) != path.name:
+        raise _DamagedError(f"it is that of step {content['step']}")
+    for name, sha256 in content["files"].items():
+        try:
+            intact = _file_sha256(path / name) == sha256
+        except FileNotFoundError:
+            raise _DamagedError(f"{name} is missing") from None
+        except OSError as error:
+            raise _DamagedError(f"{name} cannot be read: {error.strerror}") from error
+        if not intact:
+            raise _DamagedError(f"{name} is not what was written")
+    return content
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / _MANIFEST).read_bytes())
+        content = manifest["content"]
+        intact = manifest["sha256"] == _json_sha256(content)
+    except FileNotFoundError:
+        raise _DamagedError(f"{_MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        intact = False
+    if not intact:
+        raise _DamagedError(f"{_MANIFEST} is not what was written")
+    if content["format"] != FORMAT:
+        raise CheckpointError(
+            f"the checkpoint {path} has format {content['format']}; this version reads {FORMAT}"
+        )
+    return content
+
+
+def _read(path: Path, content: dict[str, Any]) -> Checkpoint:
+    described = content["arrays"]
+    try:
+        arrays = _read_arrays(path / _ARRAYS, described)
+    except Exception as error:  # Orbax has no error class of its own
+        raise CheckpointError(
+            f"the checkpoint {path} is undamaged, but Orbax cannot read it: {_first_line(error)}"
+        ) from error
+    for name, array in arrays.items():
+        if _describe(array) != described[name]:
+            raise _DamagedError(f"{name} is not what was written")
+    return Checkpoint(
+        content["step"], arrays, content["meta"], content["settings"], content["score"]
+    )
+
+
+def _check_room(folder: Path, size: int) -> None:
+    """Raises OSError where so many bytes cannot be written.
+
+    Orbax would find out as well, but with a traceback on stderr from a thread of its own.
+    """
+    trial = folder / "trial"
+    trial.write_bytes(bytes(size))
+    trial.unlink()
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    ocp = _orbax()
+    # Orbax saves no array without elements; the manifest says all about them.
+    filled = {name: array for name, array in arrays.items() if array.size}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(filled))
+
+
+def _read_arrays(path: Path, described: dict[str, Any]) -> dict[str, np.ndarray]:
+    ocp = _orbax()
+    arrays = {name: np.zeros(d["shape"], d["dtype"]) for name, d in described.items()}
+    restore_args = {
+        name: ocp.RestoreArgs(restore_type=np.ndarray)
+        for name, array in arrays.items()
+        if array.size
+    }
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        args = ocp.args.PyTreeRestore(restore_args=restore_args)
+        return arrays | checkpointer.restore(path, args=args)
+
+
+@functools.cache
 def _orbax() -> Any:
     import orbax.checkpoint as ocp  # imported here: it takes longer than a new run's first step
 
     return ocp
 
 
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree.leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    if len(named) != len(leaves):
+        raise ValueError("two leaves of the tree have the same name")
+    return named
+
+
+def _describe(array: np.ndarray) -> dict[str, Any]:
+    sha256 = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    return {"dtype": str(array.dtype), "shape": list(array.shape), "sha256": sha256}
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _json_sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _free(path: Path) -> Path:
+    """The path, or the first with a number behind it that is not taken."""
+    return next(free for free in _numbered(path) if not free.exists())
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    yield path
+    count = 1
+    while True:
+        yield path.with_name(f"{path.name}.{count}")
+        count += 1
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -87,6 +87,10 @@ class Compiled(Generic[P, R]):
         """The outermost program, lowered for these arguments or their shapes, as `jax.jit`'s."""
         return self._outer.lower(*args, **kwargs)
 
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        """The same, traced only; a call with arguments of these shapes finds it done."""
+        return self._outer.trace(*args, **kwargs)
+
 
 def _is_tracing(args: Any, kwargs: Any) -> bool:
     # Under `jit` every new array is a tracer; under `vmap` and `grad` only the arguments are.

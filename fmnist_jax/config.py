@@ -5,13 +5,18 @@ Both are frozen and check themselves when they are made. Standard library only.
 
 import dataclasses
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 OptimizerName = Literal["adam", "rmsprop", "sgd"]
 ScheduleName = Literal["constant", "cosine", "one_cycle"]
 DtypeName = Literal["float32", "bfloat16"]
 AugmentationName = Literal["none", "keras", "geometric"]
+
+
+_NOTHING = "nothing"
 
 
 class ConfigError(ValueError):
@@ -84,6 +89,35 @@ class Recipe:
             )
 
 
+class Interval(NamedTuple):
+    """A number of updates ("st"), epochs ("ep") or seconds ("s").
+
+    Example:
+      >>> Interval.parse("checkpoint_every", "500st", ("st", "ep", "s"))
+      Interval(number=500, unit='st')
+    """
+
+    number: int
+    unit: str
+
+    @classmethod
+    def parse(cls, name: str, text: str, units: Sequence[str]) -> Self:
+        """Reads a number and its unit.
+
+        Raises:
+          ConfigError: if it is another text; `name` is the setting that it calls wrong.
+        """
+        match = re.fullmatch(rf"([1-9][0-9]*)({'|'.join(units)})", text)
+        if match is None:
+            counts = {"st": 500, "ep": 1, "s": 60}
+            examples = " or ".join(f"{counts[unit]}{unit}" for unit in units)
+            raise ConfigError(
+                f"{name} is {text!r}; it must be a number of at least 1 and a unit, such as "
+                f"{examples} (st updates, ep epochs, s seconds)"
+            )
+        return cls(int(match[1]), match[2])
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """One training: a recipe, a seed and a place for its files.
@@ -94,6 +128,11 @@ class Run:
       seed: root of every random stream, in [0, 2**32).
       train_examples: train on so many examples of the training split, equally from each class as
         far as possible; None takes all.
+      checkpoint_every: "1ep", at the end of each epoch; "5ep", of each fifth one; "500st" and
+        "60s", at the end of each epoch, every 500 updates or 60 seconds as well. The last state is
+        always saved.
+      keep_every: "5000st" or "10ep": checkpoints at multiples of it are kept, besides the latest
+        two and the one with the best validation accuracy, which are always kept.
 
     Raises:
       ConfigError: if a value is outside its range.
@@ -103,6 +142,8 @@ class Run:
     workdir: Path
     seed: int = 0
     train_examples: int | None = None
+    checkpoint_every: str = "1ep"
+    keep_every: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "workdir", Path(self.workdir))
@@ -115,6 +156,9 @@ class Run:
             )
         if self.train_examples is not None:
             _check_count("train_examples", self.train_examples)
+        Interval.parse("checkpoint_every", self.checkpoint_every, ("st", "ep", "s"))
+        if self.keep_every is not None:
+            Interval.parse("keep_every", self.keep_every, ("st", "ep"))
 
 
 def to_dict(run: Run) -> dict[str, Any]:
@@ -125,10 +169,29 @@ def to_dict(run: Run) -> dict[str, Any]:
       0
     """
     settings = dataclasses.asdict(run)
-    del settings["workdir"]
+    for name in ("workdir", "checkpoint_every", "keep_every"):
+        del settings[name]
     for text in ("source", "claim", "open_choices"):
         del settings["recipe"][text]
     return settings
+
+
+def differences(found: Any, wanted: Any, name: str = "") -> list[str]:
+    """What differs between two sets of settings, a line each.
+
+    Example:
+      >>> differences({"seed": 0, "recipe": {"epochs": 3}}, {"seed": 0, "recipe": {"epochs": 5}})
+      ['recipe.epochs: 3 there, 5 asked for']
+    """
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        return [
+            line
+            for key in {**found, **wanted}
+            for line in differences(
+                found.get(key, _NOTHING), wanted.get(key, _NOTHING), f"{name}.{key}".lstrip(".")
+            )
+        ]
+    return [] if found == wanted else [f"{name}: {found} there, {wanted} asked for"]
 
 
 def _check_count(name: str, value: int) -> None:

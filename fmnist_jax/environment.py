@@ -11,6 +11,9 @@ from typing import Any
 
 import jax
 
+# What decides the bits of a run, besides its settings.
+DECISIVE = ("program", "versions", "device", "num_devices", "processor", "num_cpus")
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 

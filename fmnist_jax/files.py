@@ -25,13 +25,28 @@ class DamagedFileError(ValueError):
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replaces a file in one step: whenever a reader looks, it is the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Replaces a file in one step: whenever a reader looks, it is the old one or the new one.
+
+    On return it is on the disk, and would be there after a loss of power.
+    """
+    # One name for all processes, so that what a killed one leaves is replaced by the next.
+    temporary = path.with_name(f".{path.name}.new")
     try:
         temporary.write_bytes(content)
+        sync(temporary)
         temporary.replace(path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Forces a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,11 +4,9 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-import signal
 import time
-from collections.abc import Iterator
+import warnings
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -17,12 +15,14 @@ import numpy as np
 
 from fmnist_jax import config, environment, files
 from fmnist_jax import metrics as metrics_lib
-from fmnist_jax.checkpoint import CheckpointError, Checkpoints
-from fmnist_jax.config import ConfigError, Run
+from fmnist_jax.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
+from fmnist_jax.config import ConfigError, Interval, Run, differences
 from fmnist_jax.data import Dataset
+from fmnist_jax.lock import locked
 from fmnist_jax.metrics import Metrics
-from fmnist_jax.plan import Plan, create_plan
+from fmnist_jax.plan import Plan, create_plan, program_sha256
 from fmnist_jax.progress import ConsoleProgress, Silence
+from fmnist_jax.signals import Signals, waiting_signals
 from fmnist_jax.train import (
     TrainState,
     epoch_order,
@@ -35,6 +35,8 @@ from fmnist_jax.train import (
 # Training returns to Python about so often, to show progress and to see an interrupt. The length
 # of a call changes no bit of the result.
 _CALL_SECONDS = 0.5
+
+_UNITS = ("st", "ep", "s")
 
 
 class DivergedError(ArithmeticError):
@@ -75,6 +77,11 @@ def fit(run: Run, dataset: Dataset, *, progress: Silence | None = None) -> Resul
     After each epoch it evaluates on the validation split and saves a checkpoint. The test images
     are looked at once, at the end. SIGINT and SIGTERM save and stop; a second one stops at once.
 
+    A run that goes on gives the bits of one that was never stopped, wherever that was. A damaged
+    checkpoint is passed over for the one before it. Where one cannot be written, the disk being
+    full for instance, training goes on and the next interval tries again; both are reported by a
+    `CheckpointWarning`.
+
     Args:
       run: the settings. The same settings and folder go on, or return a finished run's result.
       dataset: the data.
@@ -84,10 +91,11 @@ def fit(run: Run, dataset: Dataset, *, progress: Silence | None = None) -> Resul
       The last state and the report.
 
     Raises:
-      ConfigError: if settings and data do not fit, or the folder holds another run.
+      ConfigError: if settings and data do not fit, or the folder holds another run, is used by
+        one that is under way, or cannot be written.
       DivergedError: if the loss is not finite.
       Interrupted: if a signal came.
-      CheckpointError: if a checkpoint cannot be written or read, or a complete run has none.
+      CheckpointError: if the last state cannot be written, or no checkpoint can be read.
       DamagedFileError: if another file of the run cannot be read.
 
     Example:
@@ -101,71 +109,134 @@ def fit(run: Run, dataset: Dataset, *, progress: Silence | None = None) -> Resul
     progress = progress or ConsoleProgress()
     plan = create_plan(run, dataset)
     settings = _settings(plan)
-    _claim_workdir(run.workdir, settings)
-    # Signals wait from here on: an exception in the middle of a save would do harm.
-    with _signals() as received, Checkpoints(run.workdir / files.CHECKPOINTS) as checkpoints:
-        report = files.read_json(run.workdir / files.REPORT)
-        if report is not None and checkpoints.latest_step() is None:
-            raise CheckpointError(
-                f"the run in {run.workdir} is complete, but it has no checkpoint to take its state "
-                "from; its results stay as they are, and another folder starts anew"
-            )
-        loop = _Loop(plan, checkpoints, progress)
+    workdir = run.workdir
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(waiting_signals())
+        signals.nothing_to_lose = True
+        report = _read_report(workdir, settings)
         if report is None:
-            _append_environment(run.workdir, dataset.sample)
-            loop.train(received)
+            try:
+                workdir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(workdir))
+                _claim(workdir, settings)
+            except OSError as error:
+                raise ConfigError(f"workdir {workdir} cannot be used: {error}") from error
+        loop = _Loop(plan, settings, progress)
+        if report is None:
+            loop.train(signals)
+            signals.nothing_to_lose = True
             report = _finish(plan, loop)
+            if signals.received:
+                raise Interrupted("Stopped; the run is complete.", signals.received[0])
         else:
-            progress.say(f"This run is complete; its results are in {run.workdir}.")
+            loop.restore_complete(report)
+            progress.say(f"This run is complete; its results are in {workdir}.")
     return Result(loop.state, plan.model, report, loop.history)
 
 
 class _Loop:
     """A run under way: its state on the device and its log on the disk."""
 
-    def __init__(self, plan: Plan, checkpoints: Checkpoints, progress: Silence) -> None:
+    def __init__(self, plan: Plan, settings: dict[str, Any], progress: Silence) -> None:
         self.plan = plan
-        self.checkpoints = checkpoints
         self.progress = progress
+        self.every = Interval.parse("checkpoint_every", plan.run.checkpoint_every, _UNITS)
+        keep_every = None
+        if plan.run.keep_every is not None:
+            keep_every, unit = Interval.parse("keep_every", plan.run.keep_every, _UNITS)
+            if unit == "ep":
+                keep_every *= plan.steps_per_epoch
+        self.checkpoints = Checkpoints(
+            plan.run.workdir / files.CHECKPOINTS, settings, keep_every=keep_every
+        )
         self.metrics_path = plan.run.workdir / files.METRICS
-        self.compile_seconds = 0.0
-        self.epoch_seconds = 0.0
+        self.history: list[dict[str, Any]] = []
+        self.metrics = metrics_lib.zeros()
+        self.compile_seconds = self.epoch_seconds = 0.0
         self.call_steps = 1
-        step = checkpoints.latest_step()
-        if step is None:
-            self.state, self.metrics = plan.create_state(), metrics_lib.zeros()
-        else:
-            like = {"state": plan.abstract_state, "metrics": jax.eval_shape(metrics_lib.zeros)}
-            tree, meta = checkpoints.restore(step, like)
-            self.state, self.metrics = tree["state"], tree["metrics"]
-            self.epoch_seconds = meta["epoch_seconds"]
+        self.saved_at = time.monotonic()  # the time of day may jump
+        self.saved_step = 0
+
+    def restore(self) -> None:
+        """The newest state that was saved, or the first one."""
+        restored = self.checkpoints.restore(self._like)
+        if restored is None:
+            self.state = self.plan.create_state()
+            return
+        tree, meta = restored
+        self.state, self.metrics = tree["state"], tree["metrics"]
+        self.epoch_seconds, self.history = meta["epoch_seconds"], meta["history"]
+        self.saved_step = self.step
+
+    def restore_complete(self, report: dict[str, Any]) -> None:
+        """The last state of a complete run.
+
+        Raises:
+          CheckpointError: if it is not there any more.
+        """
+        if not self.checkpoints.steps():
+            raise CheckpointError(
+                f"the run in {self.plan.run.workdir} is complete, but it has no checkpoint to take "
+                "its state from; its results stay as they are, and another folder starts anew"
+            )
+        self.state = self.checkpoints.restore_step(report["steps"], self._like)["state"]
         self.history = files.read_lines(self.metrics_path)
+
+    @property
+    def _like(self) -> dict[str, Any]:
+        return {
+            "state": self.plan.abstract_state,
+            "metrics": jax.eval_shape(metrics_lib.zeros),
+        }
 
     @property
     def step(self) -> int:
         return int(self.state.step)
 
-    def train(self, received: list[int]) -> None:
+    def train(self, signals: Signals) -> None:
         """Every epoch that is left."""
         plan, recipe = self.plan, self.plan.run.recipe
+        self.restore()
         images = jnp.asarray(plan.dataset.train_images)
         labels = jnp.asarray(plan.dataset.train_labels)
         val_images, val_labels = images[plan.val_examples], labels[plan.val_examples]
         # What was logged after the checkpoint will be logged again.
-        self.history = [line for line in self.history if line["step"] <= self.step]
         files.write_lines(self.metrics_path, self.history)
         if self.step:
             self.progress.say(f"Going on after step {self.step:,} of {plan.total_steps:,}.")
+        self._note_conditions()
         self._compile(images, labels)
         self.progress.start(step=self.step, total_steps=plan.total_steps)
+        signals.nothing_to_lose = False
         try:
             for epoch in range(self.step // plan.steps_per_epoch, recipe.epochs):
-                self._train_epoch(epoch, images, labels, received)
+                self._train_epoch(epoch, images, labels, signals)
                 self._end_epoch(epoch, val_images, val_labels)
-                if received:
-                    self._stop(received)
+                if signals.received:
+                    self._stop(signals)
         finally:
             self.progress.stop()
+
+    def _note_conditions(self) -> None:
+        """Adds this process to environment.json, and says what has changed since the last one."""
+        path = self.plan.run.workdir / files.ENVIRONMENT
+        entry = environment.describe() | {"program": program_sha256(self.plan)}
+        if self.plan.dataset.sample:
+            entry["sample"] = True
+        entries = files.read_json(path) or []
+        if entries and self.step:
+            before, now = (
+                {key: conditions.get(key) for key in environment.DECISIVE}
+                for conditions in (entries[-1], entry)
+            )
+            changed = differences(before, now)
+            if changed:
+                self.progress.say(
+                    "The conditions are not those of before, so the bits of what follows may be "
+                    "others than without the stop:\n"
+                    + "\n".join(f"  {line}" for line in changed).replace("asked for", "here")
+                )
+        files.write_json(path, [*entries, entry])
 
     def _compile(self, images: jax.Array, labels: jax.Array) -> None:
         self.progress.say(
@@ -187,14 +258,14 @@ class _Loop:
             labels,
             order,
             self.plan.streams,
-            count,
+            jnp.int32(count),  # as in the program's shapes, so that it is traced once
             self.metrics,
             **self.plan.step_options,
         )
         return jax.device_get(self.metrics)
 
     def _train_epoch(
-        self, epoch: int, images: jax.Array, labels: jax.Array, received: list[int]
+        self, epoch: int, images: jax.Array, labels: jax.Array, signals: Signals
     ) -> None:
         plan = self.plan
         first_step = epoch * plan.steps_per_epoch
@@ -202,6 +273,8 @@ class _Loop:
         order = epoch_order(plan.streams.shuffle, epoch, jnp.asarray(plan.train_examples))
         while done < plan.steps_per_epoch:
             count = min(self.call_steps, plan.steps_per_epoch - done)
+            if self.every.unit == "st":
+                count = min(count, self.every.number - (first_step + done) % self.every.number)
             begun = time.perf_counter()
             metrics = self._run_steps(images, labels, order, count)
             seconds = time.perf_counter() - begun
@@ -220,10 +293,18 @@ class _Loop:
                 loss=float(metrics.loss / metrics.num_examples),
             )
             # The end of an epoch is evaluated and logged before it is saved.
-            if received and done < plan.steps_per_epoch:
-                self._save()
-                self._stop(received)
-            self.call_steps = max(1, min(round(count * _CALL_SECONDS / seconds), 4 * count))
+            if done < plan.steps_per_epoch:
+                if signals.received:
+                    self._stop(signals)
+                if self._is_due():
+                    self._save()
+            self.call_steps = _next_call_steps(count, seconds)
+
+    def _is_due(self) -> bool:
+        """Whether a checkpoint is wanted inside an epoch."""
+        if self.every.unit == "s":
+            return time.monotonic() - self.saved_at >= self.every.number
+        return self.every.unit == "st" and self.step % self.every.number == 0
 
     def _end_epoch(self, epoch: int, val_images: jax.Array, val_labels: jax.Array) -> None:
         common: dict[str, Any] = {"step": self.step, "epoch": epoch + 1}
@@ -243,25 +324,79 @@ class _Loop:
                     f"{self.step:,}; a lower learning rate often helps"
                 )
         self.history += lines
-        # The log first: a checkpoint promises that everything up to its step is logged.
-        files.write_lines(self.metrics_path, self.history)
         self.metrics, self.epoch_seconds = metrics_lib.zeros(), 0.0
-        self._save()
+        last = self.step == self.plan.total_steps
+        if last or self.every.unit != "ep" or (epoch + 1) % self.every.number == 0:
+            self._save(score=val["accuracy"] if val else None)
+        # For readers only: the checkpoint has the lines as well.
+        with contextlib.suppress(OSError):
+            files.write_lines(self.metrics_path, self.history)
         self.progress.epoch(epoch=epoch + 1, train=train, val=val)
 
-    def _stop(self, received: list[int]) -> NoReturn:
+    def _stop(self, signals: Signals) -> NoReturn:
+        total = self.plan.total_steps
+        if self.saved_step < self.step:
+            self._save()
+        if self.saved_step < self.step:
+            raise CheckpointError(
+                f"stopped after step {self.step:,} of {total:,}, which could not be saved; the "
+                f"same command goes on after step {self.saved_step:,}"
+            )
         raise Interrupted(
-            f"Stopped after step {self.step:,} of {self.plan.total_steps:,}, saved; "
+            f"Stopped after step {self.step:,} of {total:,}, saved; "
             "the same command goes on from there.",
-            received[0],
+            signals.received[0],
         )
 
-    def _save(self) -> None:
-        self.checkpoints.save(
-            self.step,
-            {"state": self.state, "metrics": self.metrics},
-            {"epoch_seconds": self.epoch_seconds},
+    def _save(self, score: float | None = None) -> None:
+        tree = {"state": self.state, "metrics": self.metrics}
+        meta = {"epoch_seconds": self.epoch_seconds, "history": self.history}
+        try:
+            self.checkpoints.save(self.step, tree, meta, score)
+        except CheckpointError as error:
+            warnings.warn(
+                f"{error}; training goes on, and the next checkpoint is tried as usual",
+                CheckpointWarning,
+                stacklevel=2,
+            )
+        else:
+            self.saved_step = self.step
+        self.saved_at = time.monotonic()
+
+
+def _next_call_steps(count: int, seconds: float) -> int:
+    """Updates of the next call into XLA, after one of `count` took so long."""
+    return max(1, min(round(count * _CALL_SECONDS / seconds), 4 * count))
+
+
+def _read_report(workdir: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of this very run, if it is complete.
+
+    Raises:
+      ConfigError: if the folder holds another run.
+    """
+    try:
+        found = files.read_json(workdir / files.CONFIG)
+        report = files.read_json(workdir / files.REPORT)
+    except OSError as error:
+        raise ConfigError(f"workdir {workdir} cannot be used: {error}") from error
+    if found is None:
+        return None
+    changed = differences(found, settings)
+    if changed:
+        raise ConfigError(
+            f"workdir {workdir} holds another run; name another folder. It differs in\n"
+            + "\n".join(f"  {line}" for line in changed)
         )
+    return report
+
+
+def _claim(workdir: Path, settings: dict[str, Any]) -> None:
+    """Makes the folder this run's; it is locked."""
+    # Another process may have been faster since the folder was looked at.
+    if _read_report(workdir, settings) is not None:
+        raise ConfigError(f"the run in {workdir} was just completed; the same command shows it")
+    files.write_json(workdir / files.CONFIG, settings)
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
@@ -275,46 +410,17 @@ def _settings(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _claim_workdir(workdir: Path, settings: dict[str, Any]) -> None:
-    path = workdir / files.CONFIG
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        found = files.read_json(path)
-        if found is None:
-            files.write_json(path, settings)
-            return
-    except OSError as error:
-        raise ConfigError(f"workdir {workdir} cannot be used: {error}") from error
-    differences = _differences(found, settings)
-    if differences:
-        raise ConfigError(
-            f"workdir {workdir} holds another run; name another folder. It differs in\n"
-            + "\n".join(f"  {line}" for line in differences)
-        )
-
-
-def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        return [
-            line
-            for key in {**found, **wanted}
-            for line in _differences(found.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
-        ]
-    return [] if found == wanted else [f"{name}: {found} there, {wanted} asked for"]
-
-
-def _append_environment(workdir: Path, sample: bool) -> None:
-    """Adds this process to environment.json: one entry each time a run is started or goes on."""
-    path = workdir / files.ENVIRONMENT
-    entry = environment.describe() | ({"sample": True} if sample else {})
-    files.write_json(path, [*(files.read_json(path) or []), entry])
-
-
 def _finish(plan: Plan, loop: _Loop) -> dict[str, Any]:
     """Looks at the test images and writes what is known at the end of a run."""
     from fmnist_jax import scores  # imported here: scikit-learn takes a second, needed only now
 
     dataset, workdir, recipe = plan.dataset, plan.run.workdir, plan.run.recipe
+    if loop.saved_step < loop.step:
+        raise CheckpointError(
+            f"the last state, of step {loop.step:,}, could not be saved; the same command goes on "
+            f"after step {loop.saved_step:,}"
+        )
+    files.write_lines(loop.metrics_path, loop.history)
     loop.progress.say(f"Evaluating on {len(dataset.test_labels):,} test images ...")
     logits = np.asarray(
         predict(loop.state.params, jnp.asarray(dataset.test_images), model=plan.model)
@@ -407,27 +513,3 @@ def _examples(plan: Plan, test_losses: np.ndarray) -> dict[str, np.ndarray]:
         # [example, epoch, side, side], the very images that the first epochs saw.
         examples["augmented"] = np.asarray(jnp.stack(versions, axis=1))[..., 0]
     return examples
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM; the second one acts as it did before."""
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    def note(number: int, frame: FrameType | None) -> None:
-        del frame
-        received.append(number)
-        restore()
-
-    with contextlib.suppress(ValueError):  # only the main thread may; elsewhere nothing changes
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        restore()

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import hashlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fmnist_jax import metrics as metrics_lib
 from fmnist_jax.augment import AUGMENTATIONS, RandomAffine
 from fmnist_jax.config import ConfigError, Run
 from fmnist_jax.data import Dataset, stratified_split
@@ -156,14 +158,24 @@ def measure_cost(plan: Plan) -> Cost:
 
 def compile_loop(plan: Plan, slice_size: int | None = None) -> Any:
     """The compiled `train_steps` of a run; `slice_size` as there."""
+    lowered = train_steps.lower(*_loop_shapes(plan), slice_size=slice_size, **plan.step_options)
+    return lowered.compile()
+
+
+def program_sha256(plan: Plan) -> str:
+    """SHA-256 of the training loop's jaxpr, which says what is computed from what, and how."""
+    jaxpr = train_steps.trace(*_loop_shapes(plan), **plan.step_options).jaxpr
+    return hashlib.sha256(str(jaxpr).encode()).hexdigest()
+
+
+def _loop_shapes(plan: Plan) -> tuple[Any, ...]:
     shape = jax.ShapeDtypeStruct
-    return train_steps.lower(
+    return (
         plan.abstract_state,
         shape(plan.dataset.train_images.shape, jnp.uint8),
         shape(plan.dataset.train_labels.shape, jnp.int32),
         shape(plan.train_examples.shape, jnp.int32),
         plan.streams,
         shape((), jnp.int32),
-        slice_size=slice_size,
-        **plan.step_options,
-    ).compile()
+        jax.eval_shape(metrics_lib.zeros),
+    )

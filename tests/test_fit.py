@@ -2,10 +2,12 @@
 
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import shutil
 import signal
+import time
 
 import chex
 import jax
@@ -13,7 +15,9 @@ import numpy as np
 import pytest
 
 import fmnist_jax as fm
-from fmnist_jax import files
+from fmnist_jax import environment, files
+from fmnist_jax.checkpoint import Checkpoints
+from fmnist_jax.plan import create_plan, program_sha256
 
 # `fm.fit` is the function.
 fit_module = importlib.import_module("fmnist_jax.fit")
@@ -43,10 +47,13 @@ def figures(line):
 
 
 class Stop(fm.Silence):
-    """Sends a signal when a step is reached."""
+    """Sends a signal when a step is reached, and keeps what is said."""
 
     def __init__(self, step, number=signal.SIGINT):
-        self.step, self.number = step, number
+        self.step, self.number, self.texts = step, number, []
+
+    def say(self, text):
+        self.texts.append(text)
 
     def update(self, *, step, epoch, images_per_second, loss):
         if step == self.step:
@@ -89,6 +96,120 @@ def test_a_complete_run_returns_what_it_has(straight, tiny):
     assert again.report == expected.report
     assert again.history == expected.history
     assert {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("steps_a_call", "checkpoint_every"),
+    [(1, "1st"), (7, "2ep"), (100, "2st"), (100, "1s"), (1, "1ep")],
+)
+def test_neither_calls_nor_checkpoints_change_a_bit(
+    steps_a_call, checkpoint_every, straight, tmp_path, tiny, monkeypatch
+):
+    monkeypatch.setattr(fit_module, "_next_call_steps", lambda count, seconds: steps_a_call)
+    expected, _ = straight
+    run = dataclasses.replace(make_run(tmp_path), checkpoint_every=checkpoint_every)
+    result = fm.fit(run, tiny, progress=fm.Silence())
+    assert result.report["params_sha256"] == expected.report["params_sha256"]
+    chex.assert_trees_all_equal(result.state, expected.state)
+
+
+def test_a_clock_that_jumps_changes_nothing(straight, tmp_path, tiny, monkeypatch):
+    expected, _ = straight
+    times = itertools.cycle([0.0, 1e9, -1e9])
+    monkeypatch.setattr(time, "time", lambda: next(times))
+    run = dataclasses.replace(make_run(tmp_path), checkpoint_every="60s")
+    result = fm.fit(run, tiny, progress=fm.Silence())
+    chex.assert_trees_all_equal(result.state, expected.state)
+
+
+def test_which_checkpoints_are_made_and_kept(tmp_path, tiny, monkeypatch):
+    saved = []
+    save = Checkpoints.save
+
+    def save_and_note(self, step, *rest):
+        saved.append(step)
+        save(self, step, *rest)
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_note)
+
+    def steps(name, **changes):
+        saved.clear()
+        run = dataclasses.replace(make_run(tmp_path / name), **changes)
+        fm.fit(run, tiny, progress=fm.Silence())
+        return list(saved)
+
+    assert steps("a") == [3, 6, 9]
+    assert steps("b", checkpoint_every="2ep") == [6, 9]
+    assert steps("c", checkpoint_every="2st", keep_every="1ep") == [2, 3, 4, 6, 8, 9]
+    assert {int(path.name) for path in (tmp_path / "c" / "checkpoints").iterdir()} == {3, 6, 8, 9}
+
+
+@pytest.mark.parametrize("text", ["0ep", "5", "ep", "1.5s", "-1st", "10 st", "1h"])
+def test_intervals_that_are_none(text, tmp_path):
+    with pytest.raises(fm.ConfigError, match=r"checkpoint_every is .* such as 500st or 1ep or 60s"):
+        dataclasses.replace(make_run(tmp_path), checkpoint_every=text)
+    with pytest.raises(fm.ConfigError, match=r"keep_every is .* such as 500st or 1ep \("):
+        dataclasses.replace(make_run(tmp_path), keep_every=text)
+
+
+def test_a_damaged_checkpoint_is_passed_over(straight, tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(fit_module, "_CALL_SECONDS", 0.0)
+    with pytest.raises(fm.Interrupted):
+        fm.fit(make_run(tmp_path), tiny, progress=Stop(8))
+    for path in (tmp_path / "checkpoints" / "8").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.warns(fm.CheckpointWarning, match="step 8 is damaged"):
+        result = fm.fit(make_run(tmp_path), tiny, progress=fm.Silence())
+    expected, _ = straight
+    chex.assert_trees_all_equal(result.state, expected.state)
+    assert [figures(line) for line in result.history] == [
+        figures(line) for line in expected.history
+    ]
+
+
+def test_the_log_is_made_anew_from_the_checkpoint(straight, tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(fit_module, "_CALL_SECONDS", 0.0)
+    for step, content in ((4, b'{"step": 3, "epo'), (7, None)):
+        with pytest.raises(fm.Interrupted):
+            fm.fit(make_run(tmp_path), tiny, progress=Stop(step))
+        path = tmp_path / files.METRICS
+        path.write_bytes(content) if content else path.unlink()
+    result = fm.fit(make_run(tmp_path), tiny, progress=fm.Silence())
+    expected = [figures(line) for line in straight[0].history]
+    assert [figures(line) for line in result.history] == expected
+    assert [figures(line) for line in files.read_lines(path)] == expected
+
+
+def test_other_conditions_are_said(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(fit_module, "_CALL_SECONDS", 0.0)
+    first, same, other = Stop(2), Stop(4), Stop(None)
+    for progress in (first, same):
+        with pytest.raises(fm.Interrupted):
+            fm.fit(make_run(tmp_path), tiny, progress=progress)
+    describe = environment.describe
+    monkeypatch.setattr(environment, "describe", lambda: describe() | {"num_cpus": 77})
+    fm.fit(make_run(tmp_path), tiny, progress=other)
+    assert not any("conditions" in text for text in same.texts)
+    (text,) = [text for text in other.texts if "conditions" in text]
+    assert text.splitlines()[1:] == [f"  num_cpus: {describe()['num_cpus']} there, 77 here"]
+
+
+def test_the_program_is_known_by_its_content(tmp_path, tiny):
+    def sha256(**changes):
+        return program_sha256(create_plan(make_run(tmp_path, **changes), tiny))
+
+    assert sha256() == sha256(learning_rate=0.5)
+    assert len({sha256(), sha256(batch_size=8), sha256(augmentation="none")}) == 3
+
+
+def test_a_damaged_checkpoint_of_a_complete_run(straight, tmp_path, tiny):
+    moved = shutil.copytree(straight[1], tmp_path / "run")
+    (moved / "checkpoints" / "9" / "manifest.json").write_text("")
+    before = {path: path.read_bytes() for path in moved.rglob("*") if path.is_file()}
+    with pytest.raises(fm.CheckpointError, match=r"step 9 in .* is damaged"):
+        fm.fit(make_run(moved), tiny, progress=fm.Silence())
+    assert {path: path.read_bytes() for path in moved.rglob("*") if path.is_file()} == before
 
 
 def test_a_complete_run_without_checkpoints_keeps_its_results(straight, tmp_path, tiny):

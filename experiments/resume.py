@@ -1,0 +1,156 @@
+"""Shows that a run that is killed goes on to the very bits of one that was never stopped.
+
+    python experiments/run.py --verify-resume --arch small_dropout
+
+It trains on the embedded sample three times over: once in one go, and once killed in the middle of
+a save, by SIGTERM inside an epoch and by SIGKILL right after a save, and each time started again.
+"""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import fmnist_jax as fm
+from fmnist_jax import files
+
+RUN = Path(__file__).with_name("run.py")
+
+# What a clock decides.
+_TIMES = ("seconds", "images_per_second", "compile_seconds", "train_seconds")
+
+# Two epochs of six updates. Two percent for validation, so that 150 x 150 pixels take no longer
+# than they must.
+FLAGS = (
+    "--sample", "--epochs", "2", "--batch-size", "8", "--train-examples", "48",
+    "--val-fraction", "0.02", "--checkpoint-every", "2st",
+)  # fmt: skip
+
+
+class VerificationError(Exception):
+    """A run of the verification did not do what it should have."""
+
+
+def outcome(workdir: Path) -> dict[str, str]:
+    """SHA-256 of each thing in a complete run's folder that must not depend on interruptions."""
+    checkpoint = fm.load_checkpoint(workdir)
+    things: dict[str, Any] = {"step": checkpoint.step, **checkpoint.arrays}
+    things[files.METRICS] = [_timeless(line) for line in files.read_lines(workdir / files.METRICS)]
+    things[files.REPORT] = _timeless(files.read_json(workdir / files.REPORT))
+    for name in (files.PREDICTIONS, files.EXAMPLES):
+        for key, array in files.read_arrays(workdir / name).items():
+            things[f"{name}: {key}"] = array
+    return {name: _sha256(thing) for name, thing in things.items()}
+
+
+def verify(arch: str, console: Console, flags: Sequence[str] = ()) -> bool:
+    """Runs, kills, goes on, compares and prints; True if every bit is equal.
+
+    Args:
+      arch: the recipe.
+      console: where to print.
+      flags: further flags of both runs.
+
+    Raises:
+      VerificationError: if a run fails.
+    """
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        straight, killed = Path(folder) / "straight", Path(folder) / "killed"
+
+        def start(workdir: Path) -> subprocess.Popen[str]:
+            command = [sys.executable, str(RUN), "--arch", arch, *FLAGS, *flags]
+            return subprocess.Popen(
+                [*command, "--quiet", "--workdir", str(workdir)], stderr=subprocess.PIPE, text=True
+            )
+
+        console.print(f"Training {arch} in one go ...")
+        _finish(start(straight))
+        checkpoints = killed / files.CHECKPOINTS
+        for text, number, reached in (
+            ("Killing a run while it saves step 4", signal.SIGKILL, ".saving-4"),
+            ("Going on, and stopping it after step 6", signal.SIGTERM, "6"),
+            ("Going on, and killing it after step 10", signal.SIGKILL, "10"),
+        ):
+            console.print(f"{text} ...")
+            _kill(start(killed), number, (checkpoints / reached).exists)
+        console.print("Going on to the end ...")
+        _finish(start(killed))
+        expected, found = outcome(straight), outcome(killed)
+    return _print_comparison(expected, found, console, time.monotonic() - begun)
+
+
+def _finish(process: subprocess.Popen[str]) -> None:
+    _, errors = process.communicate()
+    if process.returncode != 0:
+        raise VerificationError(f"a run ended with status {process.returncode}: {errors.strip()}")
+
+
+def _kill(
+    process: subprocess.Popen[str], number: signal.Signals, reached: Callable[[], bool]
+) -> None:
+    while not reached():
+        if process.poll() is not None:
+            raise VerificationError(
+                f"a run ended with status {process.returncode} before it was killed: "
+                f"{process.communicate()[1].strip()}"
+            )
+        time.sleep(0.0005)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 128 + signal.SIGTERM}[number]
+    if process.returncode != expected:
+        raise VerificationError(
+            f"a run ended with status {process.returncode} on {number.name}: {errors.strip()}"
+        )
+
+
+def _print_comparison(
+    expected: dict[str, str], found: dict[str, str], console: Console, seconds: float
+) -> bool:
+    groups: dict[str, list[str]] = {}
+    for name in {**expected, **found}:
+        file, colon, _ = name.partition(":")
+        groups.setdefault(file if colon else ".".join(name.split(".")[:2]), []).append(name)
+    table = Table()
+    for heading in ("compared", "things", "SHA-256 in one go", "killed three times"):
+        table.add_column(heading)
+    for group, names in groups.items():
+        pair = [
+            _sha256([things.get(name, "missing") for name in names])[:16]
+            for things in (expected, found)
+        ]
+        style = None if pair[0] == pair[1] else "bold red"
+        table.add_row(group, str(len(names)), *pair, style=style)
+    console.print(table)
+    different = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    for name in different:
+        console.print(f"different: {name}", style="bold red")
+    equal = not different
+    console.print(
+        f"{'Equal to the last bit' if equal else 'NOT EQUAL'}: {len(expected)} things compared "
+        f"after three interruptions, in {seconds:.0f} s."
+    )
+    return equal
+
+
+def _timeless(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in _TIMES}
+
+
+def _sha256(thing: Any) -> str:
+    if isinstance(thing, np.ndarray):
+        content = f"{thing.dtype} {thing.shape};".encode() + np.ascontiguousarray(thing).tobytes()
+    else:
+        content = json.dumps(thing).encode()
+    return hashlib.sha256(content).hexdigest()
