@@ -117,7 +117,8 @@ class Checkpoints:
         try:
             # Whatever is left of others would keep their place on the disk.
             self._clean()
-            temporary.mkdir(parents=True)
+            files.make_folder(self._directory)
+            temporary.mkdir()
             arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(tree).items()}
             _check_room(temporary, sum(array.nbytes for array in arrays.values()))
             _write_arrays(temporary / _ARRAYS, arrays)
@@ -186,18 +187,19 @@ class Checkpoints:
             )
         return None
 
-    def restore_step(self, step: int, like: Any) -> Any:
-        """Reads the arrays of one step, as `restore` does.
+    def restore_step(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        """Reads one step, as `restore` does.
 
         Raises:
           CheckpointError: also if this step is damaged or not there.
         """
         try:
-            return self._restore(self._directory / str(step), like)[0]
+            tree, checkpoint = self._restore(self._directory / str(step), like)
         except _DamagedError as error:
             raise CheckpointError(
                 f"the checkpoint of step {step} in {self._directory} is damaged: {error}"
             ) from error
+        return tree, checkpoint.meta
 
     def _restore(self, path: Path, like: Any) -> tuple[Any, Checkpoint]:
         content = _verified_content(path)

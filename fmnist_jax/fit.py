@@ -116,7 +116,7 @@ def fit(run: Run, dataset: Dataset, *, progress: Silence | None = None) -> Resul
         report = _read_report(workdir, settings)
         if report is None:
             try:
-                workdir.mkdir(parents=True, exist_ok=True)
+                files.make_folder(workdir)
                 stack.enter_context(locked(workdir))
                 _claim(workdir, settings)
             except OSError as error:
@@ -179,8 +179,8 @@ class _Loop:
                 f"the run in {self.plan.run.workdir} is complete, but it has no checkpoint to take "
                 "its state from; its results stay as they are, and another folder starts anew"
             )
-        self.state = self.checkpoints.restore_step(report["steps"], self._like)["state"]
-        self.history = files.read_lines(self.metrics_path)
+        tree, meta = self.checkpoints.restore_step(report["steps"], self._like)
+        self.state, self.history = tree["state"], meta["history"]
 
     @property
     def _like(self) -> dict[str, Any]:
@@ -205,7 +205,8 @@ class _Loop:
         if self.step:
             self.progress.say(f"Going on after step {self.step:,} of {plan.total_steps:,}.")
         self._note_conditions()
-        self._compile(images, labels)
+        if self.step < plan.total_steps:
+            self._compile(images, labels)
         self.progress.start(step=self.step, total_steps=plan.total_steps)
         signals.nothing_to_lose = False
         try:

@@ -102,8 +102,9 @@ def test_twenty_kills(harness):
 
 
 @pytest.mark.soak
-def test_five_hundred_kills(harness):
-    print(harness.kill_often(500, seed=1), "and not a bit differs")
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_five_hundred_kills(seed, harness):
+    print(harness.kill_often(100, seed=seed), "and not a bit differs")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

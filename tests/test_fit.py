@@ -17,6 +17,7 @@ import pytest
 import fmnist_jax as fm
 from fmnist_jax import environment, files
 from fmnist_jax.checkpoint import Checkpoints
+from fmnist_jax.lock import locked
 from fmnist_jax.plan import create_plan, program_sha256
 
 # `fm.fit` is the function.
@@ -321,6 +322,24 @@ def test_a_folder_that_cannot_be_one(tmp_path, tiny):
     (tmp_path / "file").write_text("")
     with pytest.raises(fm.ConfigError, match="cannot be used"):
         fm.fit(make_run(tmp_path / "file"), tiny, progress=fm.Silence())
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, tiny, monkeypatch):
+    def refuse(path):
+        raise OSError(30, "Read-only file system", str(path))
+
+    # The user of the tests may be one whom no permission stops.
+    monkeypatch.setattr(files, "sync", refuse)
+    with pytest.raises(fm.ConfigError, match=r"cannot be used: .*Read-only"):
+        fm.fit(make_run(tmp_path), tiny, progress=fm.Silence())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_use(tmp_path, tiny):
+    with locked(tmp_path), pytest.raises(fm.ConfigError, match="used by another run"):
+        fm.fit(make_run(tmp_path), tiny, progress=fm.Silence())
+    with locked(tmp_path):
+        pass
 
 
 def test_a_batch_larger_than_the_data(tmp_path, tiny):

@@ -61,6 +61,8 @@ def test_the_default_folder_belongs_to_the_settings(run_py, tmp_path, monkeypatc
         (["--sample", "--optimizer", "lion"], "optimizer is 'lion'"),
         (["--sample", "--seed", "-1"], "seed is -1"),
         (["--sample", "--workdir", "/dev/null"], "cannot be used"),
+        (["--sample", "--checkpoint-every", "5"], "checkpoint_every is '5'"),
+        (["--sample", "--keep-every", "60s"], "keep_every is '60s'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, run_py, capsys):
