@@ -1,8 +1,11 @@
 """Checkpoints: what is saved comes back, what is damaged does not come back as something else."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -295,6 +298,28 @@ def test_checkpoints_of_two_steps_exchanged(tmp_path):
         pytest.raises(fm.CheckpointError, match=r"every checkpoint in .* is damaged"),
     ):
         Checkpoints(tmp_path).restore(LIKE)
+
+
+def test_a_checkpoint_of_more_devices_loads_on_fewer(tmp_path):
+    program = f"""
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from pathlib import Path
+from fmnist_jax.checkpoint import Checkpoints
+
+mesh = jax.make_mesh((4,), ("devices",))
+split = NamedSharding(mesh, PartitionSpec("devices"))
+x = jax.device_put(jnp.arange(8.0), split)
+assert len(x.sharding.device_set) == 4
+Checkpoints(Path({str(tmp_path)!r})).save(1, {{"x": x}}, {{}})
+"""
+    flags = "--xla_force_host_platform_device_count=4"
+    subprocess.run(
+        [sys.executable, "-c", program], check=True, env=os.environ | {"XLA_FLAGS": flags}
+    )
+    tree, _ = restore(Checkpoints(tmp_path), {"x": jnp.zeros(8)})
+    assert tree["x"].tolist() == list(range(8))
+    assert len(tree["x"].sharding.device_set) == 1
 
 
 def test_the_manifest_says_what_is_there(tmp_path):
