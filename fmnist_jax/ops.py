@@ -12,7 +12,6 @@ The rules are `custom_vjp`: reverse mode, `vmap` and `jit` compose; forward mode
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from jax import lax
 
 from fmnist_jax import winograd
 from fmnist_jax.fence import fence
+from fmnist_jax.winograd import Grid
 
 Padding = Literal["SAME", "VALID"]
 Pads = list[tuple[int, int]]
@@ -277,14 +277,16 @@ def _convolve_cpu(images, kernel, *, pads):
     if tiles is None:
         return _convolve(images, kernel, pads=pads)
     height, width = _out_shape(images, kernel, pads)
-    outputs = winograd.join(winograd.tile_outputs(_padded(images, pads), kernel, *tiles))
-    return outputs[:, :height, :width]
+    outputs = winograd.tile_outputs(_padded(images, pads), kernel, tiles)
+    return winograd.join(outputs)[:, :height, :width]
 
 
 def _convolve_gradients_cpu(images, kernel, cotangent, *, pads):
     tiles = _tiles(images, kernel, pads)
     if tiles is not None:
-        return _tile_gradients(images, kernel, cotangent, tiles, pads)
+        missing = [2 * n - size for n, size in zip(tiles, cotangent.shape[1:3], strict=True)]
+        whole = jnp.pad(cotangent, [(0, 0), (0, missing[0]), (0, missing[1]), (0, 0)])
+        return _tile_gradients(images, kernel, winograd.split(whole), pads)
 
     images_gradient = _images_gradient_cpu(images, kernel, cotangent, pads)
     # d/d kernel[i, j]: the images shifted by (i, j) against the cotangent, summed over the batch.
@@ -326,28 +328,24 @@ def _images_gradient_cpu(images, kernel, cotangent, pads):
 
 
 def _convolve_max_pool_cpu(images, kernel, *, pads):
-    tiles = _tiles(images, kernel, pads, pool=True)
-    height, width = (size // 2 for size in _out_shape(images, kernel, pads))
-    if tiles is None:
+    if _tiles(images, kernel, pads) is None:
         outputs = _convolve_cpu(images, kernel, pads=pads)
-        grid = [[outputs[:, i : 2 * height : 2, j : 2 * width : 2] for j in (0, 1)] for i in (0, 1)]
+        height, width = (size // 2 * 2 for size in outputs.shape[1:3])
+        corners = winograd.split(outputs[:, :height, :width])
     else:
-        grid = winograd.tile_outputs(_padded(images, pads), kernel, *tiles)
-    # A tile holds whole windows.
-    pooled = fence(
-        [
-            [_first_maximum(*top[j : j + 2], *bottom[j : j + 2]) for j in range(0, len(grid), 2)]
-            for top, bottom in zip(grid[::2], grid[1::2], strict=True)
-        ]
-    )
-    outputs, winner = (
-        winograd.join([[window[part] for window in row] for row in pooled])[:, :height, :width]
-        for part in (0, 1)
-    )
-    return outputs, winner
+        # A tile is just what a window of the pool takes.
+        height, width = _out_shape(images, kernel, pads)
+        tiles = height // 2, width // 2
+        corners = winograd.tile_outputs(_padded(images, pads), kernel, tiles)
+    return fence(_first_maximum(corners))
 
 
 def _convolve_max_pool_gradients_cpu(images, kernel, winner, cotangent, *, pads):
+    if _tiles(images, kernel, pads) is not None:
+        cotangents = [
+            [jnp.where(winner == 2 * i + j, cotangent, 0) for j in (0, 1)] for i in (0, 1)
+        ]
+        return _tile_gradients(images, kernel, cotangents, pads)
     height, width = _out_shape(images, kernel, pads)
     batch, rows, columns, features = cotangent.shape
     position = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 2, 1, 2, 1)
@@ -355,9 +353,6 @@ def _convolve_max_pool_gradients_cpu(images, kernel, winner, cotangent, *, pads)
     gradient = jnp.where(
         winner[:, :, None, :, None] == position, cotangent[:, :, None, :, None], 0
     ).reshape(batch, 2 * rows, 2 * columns, features)
-    tiles = _tiles(images, kernel, pads, pool=True)
-    if tiles is not None:
-        return _tile_gradients(images, kernel, gradient, tiles, pads)
     left_out = [(0, 0), (0, height - 2 * rows), (0, width - 2 * columns), (0, 0)]
     return _convolve_gradients_cpu(images, kernel, jnp.pad(gradient, left_out), pads=pads)
 
@@ -370,34 +365,31 @@ def _sum_cpu(cotangent):
     return jnp.matmul(ones, rows, preferred_element_type=dtype).astype(rows.dtype)
 
 
-def _tile_gradients(images, kernel, cotangent, tiles, pads):
+def _tile_gradients(images, kernel, cotangents: Grid, pads):
     images_gradient, kernel_gradient = winograd.tile_gradients(
-        _padded(images, pads), kernel, cotangent, *tiles
+        _padded(images, pads), kernel, cotangents
     )
     return _cropped(images_gradient, images, pads), kernel_gradient
 
 
-def _tiles(images, kernel, pads, pool=False) -> tuple[int, tuple[int, int]] | None:
-    """Side, rows and columns of Winograd's tiles, or None where it is not the faster way."""
+def _tiles(images, kernel, pads) -> tuple[int, int] | None:
+    """Rows and columns of Winograd's tiles, or None where it is not the faster way."""
     rows, columns, channels, _ = kernel.shape
-    height, width = _out_shape(images, kernel, pads)
-    # Measured: with maps of 14 x 14 and less, tiles of 4x4 are no faster.
-    tile = 4 if (4, rows) in winograd.POINTS and min(height, width) >= 20 else 2
-    if rows != columns or (tile, rows) not in winograd.POINTS or channels == 1:
+    if rows != columns or rows not in winograd.MATRICES or channels == 1:
         return None
     if jnp.finfo(images.dtype).bits < 32:
         return None  # the additions would round too much
-    if pool:  # an odd last row or column is left out
-        height, width = 2 * (height // 2), 2 * (width // 2)
-    tiles = -(-height // tile), -(-width // tile)
-    # Its multiplications and those of the definition; tiles may reach beyond the edge. Measured: at
-    # a share of 0.45 to 0.57 it is 1.5 to 2 times faster, at 0.79 (3 x 3 outputs) slower.
-    needed = math.prod(tiles) * (tile + rows - 1) ** 2
-    return (tile, tiles) if needed < 0.7 * height * width * rows**2 else None
+    height, width = _out_shape(images, kernel, pads)
+    tiles = -(-height // 2), -(-width // 2)
+    # Its multiplications over those of the definition; tiles may reach beyond the edge. Measured:
+    # at 0.45 to 0.57 it is 1.5 to 2 times faster, at 0.79 (3 x 3 outputs) slower.
+    share = tiles[0] * tiles[1] * (rows + 1) ** 2 / (height * width * rows**2)
+    return tiles if share < 0.7 else None
 
 
-def _first_maximum(top_left, top_right, bottom_left, bottom_right):
+def _first_maximum(corners: Grid) -> tuple[jax.Array, jax.Array]:
     """The largest of the four, and uint8: which is the first of them in reading order."""
+    (top_left, top_right), (bottom_left, bottom_right) = corners
     top, bottom = jnp.maximum(top_left, top_right), jnp.maximum(bottom_left, bottom_right)
     winner = jnp.where(
         top >= bottom,
