@@ -2,8 +2,8 @@
 
     python experiments/run.py --verify-resume --arch small_dropout
 
-It trains on the embedded sample three times over: once in one go, and once killed in the middle of
-a save, by SIGTERM inside an epoch and by SIGKILL right after a save, and each time started again.
+It trains on the embedded sample twice: in one go, and killed by SIGKILL in the middle of a
+save, stopped by SIGTERM, killed right after a save, and each time started again.
 """
 
 import hashlib

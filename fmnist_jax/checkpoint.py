@@ -12,11 +12,12 @@ removed. So a folder with the name of a step was whole once, and if it is not no
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -402,15 +403,8 @@ def _json_sha256(value: Any) -> str:
 
 def _free(path: Path) -> Path:
     """The path, or the first with a number behind it that is not taken."""
-    return next(free for free in _numbered(path) if not free.exists())
-
-
-def _numbered(path: Path) -> Iterator[Path]:
-    yield path
-    count = 1
-    while True:
-        yield path.with_name(f"{path.name}.{count}")
-        count += 1
+    numbered = (path.with_name(f"{path.name}.{count}") for count in itertools.count(1))
+    return next(free for free in itertools.chain([path], numbered) if not free.exists())
 
 
 def _first_line(error: Exception) -> str:

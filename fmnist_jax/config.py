@@ -93,7 +93,7 @@ class Interval(NamedTuple):
     """A number of updates ("st"), epochs ("ep") or seconds ("s").
 
     Example:
-      >>> Interval.parse("checkpoint_every", "500st", ("st", "ep", "s"))
+      >>> Interval.parse("checkpoint_every", "500st")
       Interval(number=500, unit='st')
     """
 
@@ -101,7 +101,7 @@ class Interval(NamedTuple):
     unit: str
 
     @classmethod
-    def parse(cls, name: str, text: str, units: Sequence[str]) -> Self:
+    def parse(cls, name: str, text: str, units: Sequence[str] = ("st", "ep", "s")) -> Self:
         """Reads a number and its unit.
 
         Raises:
@@ -156,7 +156,7 @@ class Run:
             )
         if self.train_examples is not None:
             _check_count("train_examples", self.train_examples)
-        Interval.parse("checkpoint_every", self.checkpoint_every, ("st", "ep", "s"))
+        Interval.parse("checkpoint_every", self.checkpoint_every)
         if self.keep_every is not None:
             Interval.parse("keep_every", self.keep_every, ("st", "ep"))
 

@@ -36,8 +36,6 @@ from fmnist_jax.train import (
 # of a call changes no bit of the result.
 _CALL_SECONDS = 0.5
 
-_UNITS = ("st", "ep", "s")
-
 
 class DivergedError(ArithmeticError):
     """The loss is not finite. The message names epoch and step."""
@@ -140,10 +138,10 @@ class _Loop:
     def __init__(self, plan: Plan, settings: dict[str, Any], progress: Silence) -> None:
         self.plan = plan
         self.progress = progress
-        self.every = Interval.parse("checkpoint_every", plan.run.checkpoint_every, _UNITS)
+        self.every = Interval.parse("checkpoint_every", plan.run.checkpoint_every)
         keep_every = None
         if plan.run.keep_every is not None:
-            keep_every, unit = Interval.parse("keep_every", plan.run.keep_every, _UNITS)
+            keep_every, unit = Interval.parse("keep_every", plan.run.keep_every)
             if unit == "ep":
                 keep_every *= plan.steps_per_epoch
         self.checkpoints = Checkpoints(
