@@ -36,6 +36,8 @@ ALLOWED = {
     "environment": set(),
     "progress": set(),
     "scores": set(),
+    "stats": set(),
+    "calibration": set(),
     "plan": {"augment", "config", "data", "metrics", "models", "optim", "streams", "train"},
     "fit": {
         "checkpoint", "config", "data", "environment", "files", "lock", "metrics", "plan",
