@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import cli
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -35,10 +36,6 @@ FLAGS = (
     "--sample", "--epochs", "2", "--batch-size", "8", "--train-examples", "48",
     "--val-fraction", "0.02", "--checkpoint-every", "2st",
 )  # fmt: skip
-
-
-class VerificationError(Exception):
-    """A run of the verification did not do what it should have."""
 
 
 def outcome(workdir: Path) -> dict[str, str]:
@@ -62,7 +59,7 @@ def verify(arch: str, console: Console, flags: Sequence[str] = ()) -> bool:
       flags: further flags of both runs.
 
     Raises:
-      VerificationError: if a run fails.
+      cli.VerificationError: if a run fails.
     """
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +90,9 @@ def verify(arch: str, console: Console, flags: Sequence[str] = ()) -> bool:
 def _finish(process: subprocess.Popen[str]) -> None:
     _, errors = process.communicate()
     if process.returncode != 0:
-        raise VerificationError(f"a run ended with status {process.returncode}: {errors.strip()}")
+        raise cli.VerificationError(
+            f"a run ended with status {process.returncode}: {errors.strip()}"
+        )
 
 
 def _kill(
@@ -101,7 +100,7 @@ def _kill(
 ) -> None:
     while not reached():
         if process.poll() is not None:
-            raise VerificationError(
+            raise cli.VerificationError(
                 f"a run ended with status {process.returncode} before it was killed: "
                 f"{process.communicate()[1].strip()}"
             )
@@ -110,7 +109,7 @@ def _kill(
     _, errors = process.communicate()
     expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 128 + signal.SIGTERM}[number]
     if process.returncode != expected:
-        raise VerificationError(
+        raise cli.VerificationError(
             f"a run ended with status {process.returncode} on {number.name}: {errors.strip()}"
         )
 

@@ -19,17 +19,18 @@ import dataclasses
 import hashlib
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+import cli
+import many_seeds
 import resume
 from rich.console import Console
 from rich.table import Table
 
 import fmnist_jax as fm
-from fmnist_jax import config
+from fmnist_jax import config, files
 from fmnist_jax.compile import keep_compiled
 from fmnist_jax.plan import Plan, create_plan, measure_cost
 
@@ -37,27 +38,7 @@ from fmnist_jax.plan import Plan, create_plan, measure_cost
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     arguments = _parser().parse_args(argv)
-    console, errors = Console(quiet=arguments.quiet), Console(stderr=True)
-
-    def show_warning(message, *_args, **_kwargs) -> None:
-        errors.print(f"warning: {message}", style="bold yellow", highlight=False, markup=False)
-
-    with warnings.catch_warnings():
-        for category in (fm.DataWarning, fm.CheckpointWarning):
-            warnings.simplefilter("always", category)
-        warnings.showwarning = show_warning
-        try:
-            return _run(arguments, console)
-        except (fm.ConfigError, fm.DataError, fm.DamagedFileError, OSError) as error:
-            message, status = f"error: {error}", 2
-        except resume.VerificationError as error:
-            message, status = f"not verified: {error}", 1
-        except fm.DivergedError as error:
-            message, status = f"diverged: {error}", 3
-        except fm.Interrupted as stop:
-            message, status = str(stop), 128 + stop.signal_number
-    errors.print(message, highlight=False, markup=False, soft_wrap=True)
-    return status
+    return cli.run(_run, arguments, quiet=arguments.quiet)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,14 +54,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--schedule", help=", ".join(get_args(config.ScheduleName)))
     parser.add_argument("--augmentation", help=", ".join(get_args(config.AugmentationName)))
     parser.add_argument("--dtype", help=", ".join(get_args(config.DtypeName)))
+    parser.add_argument("--augmentation-strength", type=float, help="share of its ranges; 1 is all")
+    parser.add_argument("--dropout", type=float, help="one rate for every dropout, [0, 1)")
+    parser.add_argument("--label-smoothing", type=float, help="share of the target, [0, 1)")
+    parser.add_argument("--weight-decay", type=float, help="decoupled, of the kernels")
     parser.add_argument("--seed", type=int, default=0, help="root of all randomness (%(default)s)")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--data-dir", type=Path, help="folder with the IDX files, or TFDS directory"
+    parser.add_argument("--seeds", type=int, help="train so many times: seed S, S + 1, and so on")
+    parser.add_argument(
+        "--vary",
+        nargs="+",
+        default=[],
+        metavar="STREAM",
+        help="with --seeds, also let one random stream alone follow the seeds: "
+        + ", ".join(get_args(config.StreamName)),
     )
-    source.add_argument("--sample", action="store_true", help="use the embedded sample of the data")
+    cli.add_data_flags(parser)
     parser.add_argument("--classes", help="train on some classes, as in sandal,bag,1")
     parser.add_argument("--train-examples", type=int, help="train on so many examples only")
+    parser.add_argument("--exclude", type=Path, help="file of training images to leave out")
     parser.add_argument("--val-fraction", type=float, help="share held out for validation, [0, 1)")
     parser.add_argument("--workdir", type=Path, help="folder of the run's files")
     parser.add_argument(
@@ -93,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         "--verify-resume",
         action="store_true",
         help="show on this machine that a run that is killed goes on to the same bits",
+    )
+    parser.add_argument(
+        "--replay", type=int, metavar="STEP", help="show what an update of the run in --workdir saw"
     )
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained")
     parser.add_argument("--list", action="store_true", help="show the recipes")
@@ -108,16 +102,24 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         _print_recipes(console)
         return 0
     run = _create_run(arguments)
+    if arguments.vary and arguments.seeds is None:
+        raise fm.ConfigError("--vary needs --seeds, the number of runs for each stream")
+    if arguments.exclude is not None and arguments.classes is not None:
+        raise fm.ConfigError(
+            "--exclude counts all training images, so it does not go with --classes"
+        )
     if arguments.verify_resume:
         flags = ["--no-cache"] if arguments.no_cache else []
         return 0 if resume.verify(run.recipe.arch, console, flags) else 1
     if not arguments.no_cache:
         keep_compiled()
-    dataset = fm.load_fashion_mnist(arguments.data_dir, sample=arguments.sample)
+    dataset = cli.load_data(arguments)
+    if arguments.replay is not None:
+        return _replay(arguments, dataset, console)
     if arguments.classes is not None:
         dataset = fm.select_classes(dataset, arguments.classes)
     if arguments.workdir is None:
-        run = dataclasses.replace(run, workdir=_default_workdir(run, dataset))
+        run = dataclasses.replace(run, workdir=_default_workdir(run, dataset, arguments.seeds))
 
     plan = create_plan(run, dataset)
     _print_plan(plan, console)
@@ -130,6 +132,9 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         )
         return 0
 
+    if arguments.seeds is not None:
+        many_seeds.train(run, dataset, arguments.seeds, arguments.vary, console)
+        return 0
     result = fm.fit(run, dataset, progress=fm.ConsoleProgress(console))
     console.print("Drawing the report ...")
     from fmnist_jax.report import write_report  # imported here: matplotlib is needed only now
@@ -146,7 +151,8 @@ def _create_run(arguments: argparse.Namespace) -> fm.Run:
         )
     names = (
         "epochs", "batch_size", "learning_rate", "optimizer", "schedule", "augmentation",
-        "dtype", "val_fraction",
+        "augmentation_strength", "dropout", "label_smoothing", "weight_decay", "dtype",
+        "val_fraction",
     )  # fmt: skip
     given = {name: getattr(arguments, name) for name in names}
     recipe = dataclasses.replace(
@@ -157,17 +163,56 @@ def _create_run(arguments: argparse.Namespace) -> fm.Run:
         recipe=recipe,
         seed=arguments.seed,
         train_examples=arguments.train_examples,
+        exclude=[] if arguments.exclude is None else _read_positions(arguments.exclude),
         checkpoint_every=arguments.checkpoint_every,
         keep_every=arguments.keep_every,
         workdir=arguments.workdir or Path("runs"),
     )
 
 
-def _default_workdir(run: fm.Run, dataset: fm.Dataset) -> Path:
+def _read_positions(path: Path) -> list[int]:
+    """One whole number a line; what follows a # is a comment."""
+    lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+    wrong = next((line for line in lines if line and not line.isdecimal()), None)
+    if wrong is not None:
+        raise fm.ConfigError(f"{path} has the line {wrong!r}; each is the number of an image")
+    return [int(line) for line in lines if line]
+
+
+def _replay(arguments: argparse.Namespace, dataset: fm.Dataset, console: Console) -> int:
+    if arguments.workdir is None:
+        raise fm.ConfigError("--replay needs --workdir, the folder of the run")
+    if arguments.classes is None:
+        classes = (files.read_json(arguments.workdir / files.CONFIG) or {}).get("classes")
+    else:
+        classes = arguments.classes
+    if classes is not None:
+        dataset = fm.select_classes(dataset, classes)
+    console.print("Going to that update ...")
+    shown = fm.replay(arguments.workdir, dataset, arguments.replay)
+    from fmnist_jax.report import write_replay  # imported here: matplotlib is needed only now
+
+    picture = write_replay(arguments.workdir, shown, dataset.class_names)
+    table = Table(
+        title=f"Update {shown.step:,}: mean loss {shown.losses.mean():.4f}, gradient "
+        f"norm {shown.gradient_norm:.4f}"
+    )
+    for heading in ("training image", "label", "loss"):
+        table.add_column(heading, justify="right")
+    for example, label, loss in zip(shown.examples, shown.labels, shown.losses, strict=True):
+        table.add_row(f"{example:,}", dataset.class_names[label], f"{loss:.4f}")
+    console.print(table)
+    console.print(f"The images as the network saw them: {picture}")
+    return 0
+
+
+def _default_workdir(run: fm.Run, dataset: fm.Dataset, seeds: int | None) -> Path:
     """One folder for each set of settings, so that the same command finds its own run again."""
     settings = [config.to_dict(run), dataset.class_names, dataset.sha256]
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    return Path("runs") / f"{run.recipe.arch}-seed{run.seed}-{digest[:8]}"
+    # Without their number, so that more seeds can be added.
+    name = f"seed{run.seed}" if seeds is None else f"seeds-from-{run.seed}"
+    return Path("runs") / f"{run.recipe.arch}-{name}-{digest[:8]}"
 
 
 def _print_recipes(console: Console) -> None:

@@ -6,6 +6,7 @@ from fmnist_jax.checkpoint import Checkpoint as Checkpoint
 from fmnist_jax.checkpoint import CheckpointError as CheckpointError
 from fmnist_jax.checkpoint import CheckpointWarning as CheckpointWarning
 from fmnist_jax.checkpoint import load_checkpoint as load_checkpoint
+from fmnist_jax.compare import compare as compare
 from fmnist_jax.config import ConfigError as ConfigError
 from fmnist_jax.config import Recipe as Recipe
 from fmnist_jax.config import Run as Run
@@ -29,9 +30,14 @@ from fmnist_jax.optim import create_optimizer as create_optimizer
 from fmnist_jax.progress import ConsoleProgress as ConsoleProgress
 from fmnist_jax.progress import Silence as Silence
 from fmnist_jax.recipes import RECIPES as RECIPES
+from fmnist_jax.replay import Replay as Replay
+from fmnist_jax.replay import replay as replay
+from fmnist_jax.seeds import SeedsResult as SeedsResult
+from fmnist_jax.seeds import fit_seeds as fit_seeds
 from fmnist_jax.streams import Streams as Streams
 from fmnist_jax.streams import create_streams as create_streams
 from fmnist_jax.train import Batch as Batch
+from fmnist_jax.train import Regularization as Regularization
 from fmnist_jax.train import TrainState as TrainState
 from fmnist_jax.train import create_train_state as create_train_state
 from fmnist_jax.train import epoch_order as epoch_order
@@ -40,5 +46,6 @@ from fmnist_jax.train import predict as predict
 from fmnist_jax.train import steps_per_epoch as steps_per_epoch
 from fmnist_jax.train import train_step as train_step
 from fmnist_jax.train import train_steps as train_steps
+from fmnist_jax.views import predict_views as predict_views
 
 __version__ = "0.1.0"

@@ -67,22 +67,27 @@ class RandomAffine:
     keras_shear: bool = False
     image_size: int | None = None
 
-    def __call__(self, keys: jax.Array, images: jax.Array) -> jax.Array:
+    def __call__(
+        self, keys: jax.Array, images: jax.Array, strength: float | jax.Array = 1.0
+    ) -> jax.Array:
         """Draws a transform for each key and applies it.
 
         Args:
           keys: typed PRNG keys of shape [batch], each used here and nowhere else.
           images: uint8[batch, side, side].
+          strength: share of every range, and of the flips, that is used; 0 only resizes. It may be
+            traced.
 
         Returns:
           float32[batch, image_size, image_size, 1], values in [0, 1].
         """
-        transforms = jax.vmap(self.draw)(keys)
+        transforms = jax.vmap(self.draw, (0, None))(keys, jnp.asarray(strength, jnp.float32))
         return apply(transforms, images, keras_shear=self.keras_shear, image_size=self.image_size)
 
-    def draw(self, key: jax.Array) -> Transform:
-        """Draws one example's transform."""
-        draws = jax.random.uniform(key, (7,), minval=-1)
+    def draw(self, key: jax.Array, strength: float | jax.Array = 1.0) -> Transform:
+        """Draws one example's transform, with so large a share of each range."""
+        *draws, side = jax.random.uniform(key, (7,), minval=-1)
+        draws = [strength * draw for draw in draws]
         degree = jnp.pi / 180
         return Transform(
             rotation=self.rotation * degree * draws[0],
@@ -91,7 +96,7 @@ class RandomAffine:
             shear=self.shear * (degree if self.keras_shear else 1) * draws[3],
             row_zoom=1 + self.zoom * draws[4],
             column_zoom=1 + self.zoom * draws[5],
-            flip=jnp.where(self.flip & (draws[6] < 0), 1.0, 0.0),
+            flip=jnp.where(self.flip & (side < jnp.minimum(strength, 1) - 1), 1.0, 0.0),
         )
 
 

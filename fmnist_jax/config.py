@@ -6,7 +6,7 @@ Both are frozen and check themselves when they are made. Standard library only.
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
@@ -14,9 +14,13 @@ OptimizerName = Literal["adam", "rmsprop", "sgd"]
 ScheduleName = Literal["constant", "cosine", "one_cycle"]
 DtypeName = Literal["float32", "bfloat16"]
 AugmentationName = Literal["none", "keras", "geometric"]
+StreamName = Literal["init", "split", "shuffle", "augment", "dropout"]
 
 
 _NOTHING = "nothing"
+
+# What a recipe says and does not do.
+_TEXTS = ("source", "claim", "claimed_test_accuracy", "not_comparable", "open_choices")
 
 
 class ConfigError(ValueError):
@@ -34,13 +38,19 @@ class Recipe:
       optimizer: "adam", "rmsprop" or "sgd" (momentum 0.9), in Keras' formulas.
       learning_rate: the peak of the schedule, greater than 0.
       schedule: "constant", "cosine" or "one_cycle" over the whole run.
+      weight_decay: decoupled, of the kernels, at least 0; None is none.
+      dropout: one rate in [0, 1) for every dropout of the network; None leaves each its own.
+      label_smoothing: share of the target spread over all classes, in [0, 1); None is none.
       augmentation: "none", "keras" (what `ImageDataGenerator` does) or "geometric".
+      augmentation_strength: share of every range of the augmentation, at least 0; None is 1.
       dtype: "float32", or "bfloat16" for accelerators; in what the network computes while it is
         trained. Parameters and evaluation are float32.
       image_size: side to which images are resized, in pixels; None keeps their own.
       val_fraction: share of the training images held out for validation, in [0, 1).
       source: the Keras project that the recipe stands for.
       claim: what that project says it reached.
+      claimed_test_accuracy: the accuracy on test images in it, a fraction; None if there is none.
+      not_comparable: why its numbers cannot be compared with this recipe's; empty if they can.
       open_choices: what the project left open and this recipe decided.
 
     Raises:
@@ -60,12 +70,18 @@ class Recipe:
     optimizer: OptimizerName = "adam"
     learning_rate: float = 1e-3
     schedule: ScheduleName = "constant"
+    weight_decay: float | None = None
+    dropout: float | None = None
+    label_smoothing: float | None = None
     augmentation: AugmentationName = "none"
+    augmentation_strength: float | None = None
     dtype: DtypeName = "float32"
     image_size: int | None = None
     val_fraction: float = 0.1
     source: str = ""
     claim: str = ""
+    claimed_test_accuracy: float | None = None
+    not_comparable: str = ""
     open_choices: str = ""
 
     def __post_init__(self) -> None:
@@ -82,10 +98,20 @@ class Recipe:
             raise ConfigError(
                 f"learning_rate is {self.learning_rate}; it must be a finite number above 0"
             )
-        _check_number("val_fraction", self.val_fraction)
-        if not 0 <= self.val_fraction < 1:
+        _check_share("val_fraction", self.val_fraction)
+        for name in ("dropout", "label_smoothing"):
+            if getattr(self, name) is not None:
+                _check_share(name, getattr(self, name))
+        for name in ("weight_decay", "augmentation_strength"):
+            value = getattr(self, name)
+            if value is not None:
+                _check_number(name, value)
+                if not (math.isfinite(value) and value >= 0):
+                    raise ConfigError(f"{name} is {value}; it must be a finite number from 0 on")
+        if self.augmentation_strength is not None and self.augmentation == "none":
             raise ConfigError(
-                f"val_fraction is {self.val_fraction}; it must be at least 0 and below 1"
+                f"augmentation_strength is {self.augmentation_strength}, but there is no "
+                "augmentation; choose one, or leave the strength out"
             )
 
 
@@ -126,6 +152,9 @@ class Run:
       recipe: how to train.
       workdir: folder of the run's files; it is made where it does not exist.
       seed: root of every random stream, in [0, 2**32).
+      stream_seeds: other seeds for some of the streams, as in {"init": 3}.
+      exclude: training images that are left out of training and validation, by their positions in
+        the published file.
       train_examples: train on so many examples of the training split, equally from each class as
         far as possible; None takes all.
       checkpoint_every: "1ep", at the end of each epoch; "5ep", of each fifth one; "500st" and
@@ -141,19 +170,23 @@ class Run:
     recipe: Recipe
     workdir: Path
     seed: int = 0
+    stream_seeds: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    exclude: Sequence[int] = ()
     train_examples: int | None = None
     checkpoint_every: str = "1ep"
     keep_every: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "workdir", Path(self.workdir))
-        # jax.random.key drops the bits above 32 without a word, so two seeds would be one.
-        if isinstance(self.seed, bool) or not (
-            isinstance(self.seed, int) and 0 <= self.seed < 2**32
-        ):
-            raise ConfigError(
-                f"seed is {self.seed!r}; it must be a whole number from 0 to 2**32 - 1"
-            )
+        object.__setattr__(self, "stream_seeds", dict(self.stream_seeds))
+        object.__setattr__(self, "exclude", sorted(set(self.exclude)))
+        _check_seed("seed", self.seed)
+        for name, seed in self.stream_seeds.items():
+            _check_choice("a stream", name, StreamName)
+            _check_seed(f"the seed of {name}", seed)
+        for position in self.exclude:
+            if isinstance(position, bool) or not (isinstance(position, int) and position >= 0):
+                raise ConfigError(f"exclude has {position!r}; it must have whole numbers from 0 on")
         if self.train_examples is not None:
             _check_count("train_examples", self.train_examples)
         Interval.parse("checkpoint_every", self.checkpoint_every)
@@ -171,9 +204,25 @@ def to_dict(run: Run) -> dict[str, Any]:
     settings = dataclasses.asdict(run)
     for name in ("workdir", "checkpoint_every", "keep_every"):
         del settings[name]
-    for text in ("source", "claim", "open_choices"):
+    for text in _TEXTS:
         del settings["recipe"][text]
     return settings
+
+
+def from_dict(settings: Mapping[str, Any], workdir: Path) -> Run:
+    """The run with these settings, as `to_dict` wrote them; others are passed over.
+
+    Raises:
+      ConfigError: if a value is outside its range.
+
+    Example:
+      >>> run = Run(recipe=Recipe(arch="same_3x3", epochs=10), workdir=Path("w"), seed=5)
+      >>> from_dict(to_dict(run), Path("w")) == run
+      True
+    """
+    names = {field.name for field in dataclasses.fields(Run)}
+    given = {name: value for name, value in settings.items() if name in names}
+    return Run(**given | {"recipe": Recipe(**settings["recipe"])}, workdir=workdir)
 
 
 def differences(found: Any, wanted: Any, name: str = "") -> list[str]:
@@ -191,12 +240,31 @@ def differences(found: Any, wanted: Any, name: str = "") -> list[str]:
                 found.get(key, _NOTHING), wanted.get(key, _NOTHING), f"{name}.{key}".lstrip(".")
             )
         ]
-    return [] if found == wanted else [f"{name}: {found} there, {wanted} asked for"]
+    if found == wanted:
+        return []
+    return [f"{name}: {_short(found)} there, {_short(wanted)} asked for"]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _check_count(name: str, value: int) -> None:
     if isinstance(value, bool) or not (isinstance(value, int) and value >= 1):
         raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+
+
+def _check_seed(name: str, value: int) -> None:
+    # jax.random.key drops the bits above 32 without a word, so two seeds would be one.
+    if isinstance(value, bool) or not (isinstance(value, int) and 0 <= value < 2**32):
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number from 0 to 2**32 - 1")
+
+
+def _check_share(name: str, value: float) -> None:
+    _check_number(name, value)
+    if not 0 <= value < 1:
+        raise ConfigError(f"{name} is {value}; it must be at least 0 and below 1")
 
 
 def _check_number(name: str, value: float) -> None:

@@ -206,7 +206,11 @@ def select_classes(dataset: Dataset, classes: str | Sequence[str | int]) -> Data
 
 
 def stratified_split(
-    key: jax.Array, labels: np.ndarray, val_fraction: float, train_examples: int | None = None
+    key: jax.Array,
+    labels: np.ndarray,
+    val_fraction: float,
+    train_examples: int | None = None,
+    exclude: Sequence[int] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws a validation split with the classes in proportion; the rest is for training.
 
@@ -215,12 +219,14 @@ def stratified_split(
       labels: int[n].
       val_fraction: share for validation, in [0, 1).
       train_examples: keep so many of the rest, the classes in proportion; None keeps all.
+      exclude: positions that are in neither; those that are left keep their random order.
 
     Returns:
       int32 positions of the training and of the validation examples, ascending.
 
     Raises:
-      DataError: if there are fewer than `train_examples` left to train on.
+      DataError: if there are fewer than `train_examples` left to train on, or a position to
+        exclude is not there.
 
     Example:
       >>> labels = np.repeat([0, 1], 10)
@@ -228,8 +234,14 @@ def stratified_split(
       >>> np.bincount(labels[train]).tolist(), np.bincount(labels[val]).tolist()
       ([8, 8], [2, 2])
     """
+    if exclude and not 0 <= min(exclude) <= max(exclude) < len(labels):
+        raise DataError(
+            f"exclude has {min(exclude)} to {max(exclude)}; the {len(labels):,} training images "
+            "are counted from 0"
+        )
     shuffled = np.asarray(jax.random.permutation(key, len(labels)))
-    val, rest = _take(shuffled, labels, round(val_fraction * len(labels)))
+    shuffled = shuffled[~np.isin(shuffled, np.asarray(exclude, int))]
+    val, rest = _take(shuffled, labels, round(val_fraction * len(shuffled)))
     if train_examples is not None:
         if train_examples > len(rest):
             raise DataError(

@@ -1,6 +1,7 @@
-"""`fence`: where XLA:CPU must store what it has computed."""
+"""`fence` and `isolated`: what XLA:CPU must store, and what it must compile by itself."""
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 from jax import lax
@@ -30,3 +31,24 @@ def fence(arrays: T) -> T:
     """
     with set_xla_metadata(inlineable="false"):
         return _stored(arrays)
+
+
+def isolated(function: Callable[..., T], *arrays: Any) -> T:
+    """Calls a pure function so that its bits are the same in every program on a CPU.
+
+    XLA:CPU fuses what a function computes with what is around it, and the rounding follows the
+    fusion. It never fuses across a call that it may not inline.
+
+    For programs on a CPU only.
+
+    Args:
+      function: hashable.
+      *arrays: its arguments.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> isolated(jnp.add, 1.0, 2.0)
+      Array(3., dtype=float32, weak_type=True)
+    """
+    with set_xla_metadata(inlineable="false"):
+        return jax.jit(function)(*arrays)

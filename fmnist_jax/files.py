@@ -17,6 +17,7 @@ METRICS = "metrics.jsonl"
 PREDICTIONS = "predictions.npz"
 EXAMPLES = "examples.npz"
 REPORT = "report.json"
+SEEDS = "seeds.json"
 CHECKPOINTS = "checkpoints"
 
 

@@ -1,8 +1,6 @@
 """`fit`: the host side of a run. Epochs, progress, checkpoints, interrupts and files."""
 
 import contextlib
-import dataclasses
-import hashlib
 import math
 import time
 import warnings
@@ -11,9 +9,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from fmnist_jax import config, environment, files
+from fmnist_jax import environment, files
 from fmnist_jax import metrics as metrics_lib
 from fmnist_jax.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from fmnist_jax.config import ConfigError, Interval, Run, differences
@@ -22,13 +19,12 @@ from fmnist_jax.lock import locked
 from fmnist_jax.metrics import Metrics
 from fmnist_jax.plan import Plan, create_plan, program_sha256
 from fmnist_jax.progress import ConsoleProgress, Silence
+from fmnist_jax.results import write_results
 from fmnist_jax.signals import Signals, waiting_signals
 from fmnist_jax.train import (
     TrainState,
     epoch_order,
     evaluate,
-    example_keys,
-    predict,
     train_steps,
 )
 
@@ -106,7 +102,7 @@ def fit(run: Run, dataset: Dataset, *, progress: Silence | None = None) -> Resul
     """
     progress = progress or ConsoleProgress()
     plan = create_plan(run, dataset)
-    settings = _settings(plan)
+    settings = plan.settings
     workdir = run.workdir
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(waiting_signals())
@@ -123,7 +119,7 @@ def fit(run: Run, dataset: Dataset, *, progress: Silence | None = None) -> Resul
         if report is None:
             loop.train(signals)
             signals.nothing_to_lose = True
-            report = _finish(plan, loop)
+            report = loop.finish()
             if signals.received:
                 raise Interrupted("Stopped; the run is complete.", signals.received[0])
         else:
@@ -157,7 +153,7 @@ class _Loop:
 
     def restore(self) -> None:
         """The newest state that was saved, or the first one."""
-        restored = self.checkpoints.restore(self._like)
+        restored = self.checkpoints.restore(self.plan.checkpoint_shapes)
         if restored is None:
             self.state = self.plan.create_state()
             return
@@ -177,15 +173,8 @@ class _Loop:
                 f"the run in {self.plan.run.workdir} is complete, but it has no checkpoint to take "
                 "its state from; its results stay as they are, and another folder starts anew"
             )
-        tree, meta = self.checkpoints.restore_step(report["steps"], self._like)
+        tree, meta = self.checkpoints.restore_step(report["steps"], self.plan.checkpoint_shapes)
         self.state, self.history = tree["state"], meta["history"]
-
-    @property
-    def _like(self) -> dict[str, Any]:
-        return {
-            "state": self.plan.abstract_state,
-            "metrics": jax.eval_shape(metrics_lib.zeros),
-        }
 
     @property
     def step(self) -> int:
@@ -215,6 +204,24 @@ class _Loop:
                     self._stop(signals)
         finally:
             self.progress.stop()
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluates the last state and writes the results.
+
+        Raises:
+          CheckpointError: if that state could not be saved.
+        """
+        if self.saved_step < self.step:
+            raise CheckpointError(
+                f"the last state, of step {self.step:,}, could not be saved; the same command goes "
+                f"on after step {self.saved_step:,}"
+            )
+        files.write_lines(self.metrics_path, self.history)
+        num_images = len(self.plan.dataset.test_labels)
+        self.progress.say(f"Evaluating on {num_images:,} test images ...")
+        return write_results(
+            self.plan, self.state.params, self.history, compile_seconds=self.compile_seconds
+        )
 
     def _note_conditions(self) -> None:
         """Adds this process to environment.json, and says what has changed since the last one."""
@@ -396,119 +403,3 @@ def _claim(workdir: Path, settings: dict[str, Any]) -> None:
     if _read_report(workdir, settings) is not None:
         raise ConfigError(f"the run in {workdir} was just completed; the same command shows it")
     files.write_json(workdir / files.CONFIG, settings)
-
-
-def _settings(plan: Plan) -> dict[str, Any]:
-    """What config.json holds: all that decides a run's numbers."""
-    dataset = plan.dataset
-    return {
-        **config.to_dict(plan.run),
-        "classes": list(dataset.class_names),
-        "data_sha256": dataset.sha256,
-        "sample": dataset.sample,
-    }
-
-
-def _finish(plan: Plan, loop: _Loop) -> dict[str, Any]:
-    """Looks at the test images and writes what is known at the end of a run."""
-    from fmnist_jax import scores  # imported here: scikit-learn takes a second, needed only now
-
-    dataset, workdir, recipe = plan.dataset, plan.run.workdir, plan.run.recipe
-    if loop.saved_step < loop.step:
-        raise CheckpointError(
-            f"the last state, of step {loop.step:,}, could not be saved; the same command goes on "
-            f"after step {loop.saved_step:,}"
-        )
-    files.write_lines(loop.metrics_path, loop.history)
-    loop.progress.say(f"Evaluating on {len(dataset.test_labels):,} test images ...")
-    logits = np.asarray(
-        predict(loop.state.params, jnp.asarray(dataset.test_images), model=plan.model)
-    )
-    files.write_arrays(
-        workdir / files.PREDICTIONS,
-        logits=logits,
-        labels=dataset.test_labels,
-        indices=dataset.test_indices,
-        sample=dataset.sample,
-    )
-    test = scores.score(logits, dataset.test_labels, dataset.class_names)
-    files.write_arrays(workdir / files.EXAMPLES, **_examples(plan, test.losses))
-    last = {line["split"]: line for line in loop.history}
-    train_lines = [line for line in loop.history if line["split"] == "train"]
-    report = {
-        "sample": dataset.sample,
-        "arch": recipe.arch,
-        "recipe": dataclasses.asdict(recipe),
-        "seed": plan.run.seed,
-        "epochs": recipe.epochs,
-        "steps": loop.step,
-        "params": plan.num_params,
-        "train_accuracy": last["train"]["accuracy"],
-        "val_accuracy": last["val"]["accuracy"] if "val" in last else None,
-        "test_accuracy": test.accuracy,
-        "test_loss": test.loss,
-        "classes": test.classes,
-        "confusion_matrix": test.confusion_matrix,
-        "compile_seconds": round(loop.compile_seconds, 3),
-        "train_seconds": round(sum(line["seconds"] for line in train_lines), 3),
-        "images_per_second": float(np.median([line["images_per_second"] for line in train_lines])),
-        "data": {
-            "source": dataset.source,
-            "sha256": dataset.sha256,
-            "train": len(plan.train_examples),
-            "val": len(plan.val_examples),
-            "test": len(dataset.test_labels),
-            "classes": list(dataset.class_names),
-        },
-        "params_sha256": params_sha256(loop.state.params),
-        "versions": environment.versions(),
-        "device": jax.devices()[0].device_kind,
-    }
-    # Last, because it marks the run as complete.
-    files.write_json(workdir / files.REPORT, report)
-    return report
-
-
-def params_sha256(params: Any) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of all parameters.
-
-    Example:
-      >>> params_sha256({"w": np.zeros(2)})[:8]
-      '99024f1b'
-    """
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(params):
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape};".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-def _examples(plan: Plan, test_losses: np.ndarray) -> dict[str, np.ndarray]:
-    """The images that the report shows."""
-    dataset = plan.dataset
-    shown = np.concatenate(
-        [
-            plan.train_examples[dataset.train_labels[plan.train_examples] == label][:10]
-            for label in range(len(dataset.class_names))
-        ]
-    )
-    worst = np.argsort(-test_losses, kind="stable")[:20]
-    assert dataset.test_indices is not None  # set by Dataset itself
-    examples = {
-        "sample_images": dataset.train_images[shown],
-        "sample_labels": dataset.train_labels[shown],
-        "worst_images": dataset.test_images[worst],
-        "worst_indices": dataset.test_indices[worst],
-        "sample": np.asarray(dataset.sample),
-    }
-    if plan.augment is not None:
-        originals = plan.train_examples[:6]
-        versions = []
-        for epoch in range(5):
-            keys = example_keys(plan.streams.augment, jnp.int32(epoch), jnp.asarray(originals))
-            versions.append(plan.augment(keys, jnp.asarray(dataset.train_images[originals])))
-        examples["originals"] = dataset.train_images[originals]
-        # [example, epoch, side, side], the very images that the first epochs saw.
-        examples["augmented"] = np.asarray(jnp.stack(versions, axis=1))[..., 0]
-    return examples

@@ -67,7 +67,9 @@ def measure(losses: jax.Array, logits: jax.Array, labels: jax.Array, mask: jax.A
     )
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, label_smoothing: float | jax.Array | None = None
+) -> jax.Array:
     """Softmax cross-entropy of each example in nats.
 
     The label's logit is picked by a comparison: the gradient of an index would be a scatter, which
@@ -76,6 +78,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     Args:
       logits: float[batch, num_classes].
       labels: int[batch], values in [0, num_classes).
+      label_smoothing: share of the target that is spread evenly over all classes (Szegedy et al.
+        2016), in [0, 1), which may be traced; None is 0.
 
     Returns:
       float[batch].
@@ -86,4 +90,6 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """
     is_label = labels[:, None] == jnp.arange(logits.shape[-1])[None, :]
     picked = jnp.sum(jnp.where(is_label, logits, 0), axis=-1)
+    if label_smoothing is not None:
+        picked += label_smoothing * (jnp.mean(logits, axis=-1) - picked)
     return jax.nn.logsumexp(logits, axis=-1) - picked

@@ -2,6 +2,8 @@
 
 Every network maps images, float32[batch, height, width, channels] with values in [0, 1], to logits,
 float32[batch, num_classes]. `train=True` turns dropout on and then needs `rngs={"dropout": key}`.
+Networks with dropout take `dropout`, one rate for all their layers in place of their own; it may be
+traced.
 Kernels start as Keras' `glorot_uniform` and biases at zero unless a class says otherwise.
 """
 
@@ -17,6 +19,7 @@ from fmnist_jax import ops
 from fmnist_jax.config import ConfigError
 
 Initializer = jax.nn.initializers.Initializer
+Rate = float | jax.Array
 
 glorot_uniform = nn.initializers.glorot_uniform()  # Keras' default, Glorot and Bengio 2010
 he_uniform = nn.initializers.he_uniform()  # He et al. 2015; std sqrt(2 / fan_in)
@@ -29,13 +32,13 @@ class SmallDropout(nn.Module):
     num_classes: int = 10
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, images: jax.Array, *, train: bool, dropout: Rate | None = None) -> jax.Array:
         x = Conv(32, pool=True, kernel_init=small_normal)(images)
-        x = Dropout(0.2)(x, train=train)
+        x = Dropout(0.2)(x, train=train, rate=dropout)
         x = Conv(64, pool=True)(x)
-        x = Dropout(0.2)(x, train=train)
+        x = Dropout(0.2)(x, train=train, rate=dropout)
         x = Conv(128)(x)
-        x = Dropout(0.5)(x, train=train)
+        x = Dropout(0.5)(x, train=train, rate=dropout)
         x = nn.relu(Dense(128)(flatten(x)))
         return Dense(self.num_classes)(x)
 
@@ -46,13 +49,13 @@ class Valid2x2(nn.Module):
     num_classes: int = 10
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, images: jax.Array, *, train: bool, dropout: Rate | None = None) -> jax.Array:
         x = Conv(64, kernel_size=2, pool=True)(images)
-        x = Dropout(0.3)(x, train=train)
+        x = Dropout(0.3)(x, train=train, rate=dropout)
         x = Conv(32, kernel_size=2, pool=True)(x)
-        x = Dropout(0.3)(x, train=train)
+        x = Dropout(0.3)(x, train=train, rate=dropout)
         x = nn.relu(Dense(256)(flatten(x)))
-        x = Dropout(0.5)(x, train=train)
+        x = Dropout(0.5)(x, train=train, rate=dropout)
         return Dense(self.num_classes)(x)
 
 
@@ -62,13 +65,13 @@ class Same3x3(nn.Module):
     num_classes: int = 10
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, images: jax.Array, *, train: bool, dropout: Rate | None = None) -> jax.Array:
         x = Conv(64, padding="SAME", pool=True)(images)
-        x = Dropout(0.3)(x, train=train)
+        x = Dropout(0.3)(x, train=train, rate=dropout)
         x = Conv(32, padding="SAME", pool=True)(x)
-        x = Dropout(0.3)(x, train=train)
+        x = Dropout(0.3)(x, train=train, rate=dropout)
         x = nn.relu(Dense(256)(flatten(x)))
-        x = Dropout(0.5)(x, train=train)
+        x = Dropout(0.5)(x, train=train, rate=dropout)
         return Dense(self.num_classes)(x)
 
 
@@ -98,13 +101,13 @@ class DeepAugmented(nn.Module):
     image_size: int = 150
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, images: jax.Array, *, train: bool, dropout: Rate | None = None) -> jax.Array:
         images = resize(images, self.image_size)
         x = Conv(64, pool=True, in_channels=3)(images)
         x = Conv(64, pool=True)(x)
         x = Conv(128, pool=True)(x)
         x = Conv(128, pool=True)(x)
-        x = Dropout(0.5)(flatten(x), train=train)
+        x = Dropout(0.5)(flatten(x), train=train, rate=dropout)
         x = nn.relu(Dense(512)(x))
         return Dense(self.num_classes)(x)
 
@@ -154,13 +157,15 @@ class Dense(nn.Module):
 
 
 class Dropout(nn.Module):
-    """`ops.dropout` with a key from the "dropout" stream."""
+    """`ops.dropout` with a key from the "dropout" stream, at its own rate or the one given."""
 
     rate: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        return ops.dropout(self.make_rng("dropout"), x, self.rate) if train else x
+    def __call__(self, x: jax.Array, *, train: bool, rate: Rate | None = None) -> jax.Array:
+        if not train:
+            return x
+        return ops.dropout(self.make_rng("dropout"), x, self.rate if rate is None else rate)
 
 
 def flatten(x: jax.Array) -> jax.Array:

@@ -185,7 +185,7 @@ def _add_bias_backward(_, cotangent):
 add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
-def dropout(key: jax.Array, activations: jax.Array, rate: float) -> jax.Array:
+def dropout(key: jax.Array, activations: jax.Array, rate: float | jax.Array) -> jax.Array:
     """Sets a random share of the activations to zero and scales up the rest.
 
     One random byte decides about each activation, so the rate is rounded to a multiple of 1/256
@@ -195,7 +195,7 @@ def dropout(key: jax.Array, activations: jax.Array, rate: float) -> jax.Array:
     Args:
       key: a typed PRNG key, used here and nowhere else.
       activations: float[...].
-      rate: share to drop, in [0, 1).
+      rate: share to drop, in [0, 1), which may be traced; at most 255/256 are dropped.
 
     Returns:
       float[...], the shape and dtype of `activations`.
@@ -205,11 +205,12 @@ def dropout(key: jax.Array, activations: jax.Array, rate: float) -> jax.Array:
       >>> dropout(jax.random.key(0), jax.numpy.ones((8,)), 0.5).tolist()
       [2.0, 0.0, 2.0, 2.0, 2.0, 0.0, 2.0, 2.0]
     """
-    threshold = round(rate * 256)
+    threshold = jnp.clip(jnp.round(256 * jnp.asarray(rate)), 0, 255)
     words = jax.random.bits(key, (-(-activations.size // 4),), jnp.uint32)
     draws = lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[: activations.size]
-    kept = _stored(draws >= threshold).reshape(activations.shape)
-    return jnp.where(kept, activations * (256 / (256 - threshold)), 0)
+    kept = _stored(draws >= threshold.astype(jnp.uint8)).reshape(activations.shape)
+    scale = (256 / (256 - threshold)).astype(activations.dtype)
+    return jnp.where(kept, activations * scale, 0)
 
 
 def _by_platform(cpu: Callable, default: Callable, *arrays: jax.Array, **options: Any) -> Any:

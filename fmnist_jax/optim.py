@@ -48,10 +48,17 @@ class Schedule(NamedTuple):
 
 
 class OptimizerState(NamedTuple):
-    """State of every optimizer here: its schedule and its moments, each a tree like `params`."""
+    """State of every optimizer here.
+
+    Attributes:
+      schedule: where it is on the learning rate curve.
+      moments: its moments, each a tree like `params`.
+      weight_decay: float32[], or None for none.
+    """
 
     schedule: Schedule
     moments: tuple[optax.Params, ...]
+    weight_decay: jax.Array | None
 
 
 def create_optimizer(
@@ -60,6 +67,7 @@ def create_optimizer(
     *,
     schedule: ScheduleName = "constant",
     total_steps: int | jax.Array | None = None,
+    weight_decay: float | jax.Array | None = None,
 ) -> Optimizer:
     """Makes an optimizer.
 
@@ -72,9 +80,12 @@ def create_optimizer(
         down to 1/250,000.
       total_steps: length of the run in updates, which every schedule but "constant" needs. After
         it, the learning rate stays where it ended.
+      weight_decay: each update also takes so much of every kernel (no bias) times the learning
+        rate away, apart from the gradient (Loshchilov and Hutter 2019). None is 0.
 
     Returns:
-      An optax transformation. `update` needs no params.
+      An optax transformation. `update` needs no params but for weight decay. Learning rate, length
+      and weight decay may be traced.
 
     Raises:
       ConfigError: if a name is unknown, or the schedule needs `total_steps`.
@@ -102,6 +113,7 @@ def create_optimizer(
                 jnp.asarray(1 if total_steps is None else total_steps, jnp.int32),
             ),
             (zeros,) * num_moments,
+            None if weight_decay is None else jnp.asarray(weight_decay, jnp.float32),
         )
 
     return Optimizer(init, _UPDATES[name, schedule])
@@ -168,8 +180,7 @@ def _make_update(name: OptimizerName, schedule_name: ScheduleName) -> Callable[.
     def update(
         grads: optax.Updates, opt_state: OptimizerState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, OptimizerState]:
-        del params
-        schedule, moments = opt_state
+        schedule, moments, weight_decay = opt_state
         learning_rate = learning_rate_at(schedule, schedule_name)
         results = jax.tree.map(
             lambda gradient, *moments: rule(gradient, *moments, learning_rate, schedule.step),
@@ -179,7 +190,15 @@ def _make_update(name: OptimizerName, schedule_name: ScheduleName) -> Callable[.
         updates, *moments = jax.tree.transpose(
             jax.tree.structure(grads), jax.tree.structure((0,) * (1 + len(moments))), results
         )
-        return updates, OptimizerState(schedule.advanced(), tuple(moments))
+        if weight_decay is not None:
+            updates = jax.tree.map(
+                lambda update, param: (
+                    update - learning_rate * weight_decay * param if param.ndim > 1 else update
+                ),
+                updates,
+                params,
+            )
+        return updates, OptimizerState(schedule.advanced(), tuple(moments), weight_decay)
 
     return update
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+from inspect import signature
 from typing import Any
 
 import jax
@@ -11,12 +12,18 @@ import numpy as np
 
 from fmnist_jax import metrics as metrics_lib
 from fmnist_jax.augment import AUGMENTATIONS, RandomAffine
-from fmnist_jax.config import ConfigError, Run
+from fmnist_jax.config import ConfigError, Run, to_dict
 from fmnist_jax.data import Dataset, stratified_split
 from fmnist_jax.models import create_model
 from fmnist_jax.optim import Optimizer, create_optimizer
 from fmnist_jax.streams import Streams, create_streams
-from fmnist_jax.train import TrainState, create_train_state, steps_per_epoch, train_steps
+from fmnist_jax.train import (
+    Regularization,
+    TrainState,
+    create_train_state,
+    steps_per_epoch,
+    train_steps,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,6 +69,21 @@ class Plan:
         """Shapes and dtypes of the state."""
         return jax.eval_shape(self.create_state)
 
+    @property
+    def checkpoint_shapes(self) -> dict[str, Any]:
+        """Shapes and dtypes of what a checkpoint of this run holds."""
+        return {"state": self.abstract_state, "metrics": jax.eval_shape(metrics_lib.zeros)}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What config.json holds: all that decides the run's numbers."""
+        return {
+            **to_dict(self.run),
+            "classes": list(self.dataset.class_names),
+            "data_sha256": self.dataset.sha256,
+            "sample": self.dataset.sample,
+        }
+
     @functools.cached_property
     def parameters(self) -> list[tuple[str, tuple[int, ...], int]]:
         """Name, shape and number of values of each parameter."""
@@ -77,6 +99,15 @@ class Plan:
         return sum(size for _, _, size in self.parameters)
 
     @property
+    def regularization(self) -> Regularization:
+        """The recipe's, as arrays: other values are the same program."""
+        recipe = self.run.recipe
+        strengths = recipe.dropout, recipe.label_smoothing, recipe.augmentation_strength
+        return Regularization(
+            *(None if value is None else jnp.float32(value) for value in strengths)
+        )
+
+    @property
     def step_options(self) -> dict[str, Any]:
         """The keyword arguments with which this run calls `train_steps`."""
         return {
@@ -85,6 +116,7 @@ class Plan:
             "tx": self.tx,
             "augment": self.augment,
             "dtype": jnp.dtype(self.run.recipe.dtype),
+            "regularization": self.regularization,
         }
 
 
@@ -115,9 +147,11 @@ def create_plan(run: Run, dataset: Dataset) -> Plan:
     recipe = run.recipe
     options = {} if recipe.image_size is None else {"image_size": recipe.image_size}
     model = create_model(recipe.arch, len(dataset.class_names), **options)
-    streams = create_streams(run.seed)
+    if recipe.dropout is not None and "dropout" not in signature(type(model).__call__).parameters:
+        raise ConfigError(f"dropout is {recipe.dropout}, but {recipe.arch} has no dropout")
+    streams = create_streams(run.seed, run.stream_seeds)
     train_examples, val_examples = stratified_split(
-        streams.split, dataset.train_labels, recipe.val_fraction, run.train_examples
+        streams.split, dataset.train_labels, recipe.val_fraction, run.train_examples, run.exclude
     )
     if recipe.batch_size > len(train_examples):
         raise ConfigError(
@@ -130,6 +164,7 @@ def create_plan(run: Run, dataset: Dataset) -> Plan:
         recipe.learning_rate,
         schedule=recipe.schedule,
         total_steps=num_batches * recipe.epochs,
+        weight_decay=recipe.weight_decay,
     )
     augment = None
     if recipe.augmentation != "none":

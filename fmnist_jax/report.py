@@ -1,8 +1,7 @@
 """Plots and report.html, made from the files of a finished run and nothing else."""
 
-import base64
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.special import softmax
 
-from fmnist_jax import files
+from fmnist_jax import calibration, files, page
+from fmnist_jax.replay import Replay
 
 # Blue for training, orange for validation, in every plot; told apart by the colour-blind as well.
-_TRAIN, _VAL, _INK, _GRID = "#2563eb", "#ea7317", "#1f2937", "#e5e7eb"
-_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": _GRID,
-    "axes.axisbelow": True,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-}
+_TRAIN, _VAL = "#2563eb", "#ea7317"
 _PLOTS = "plots"
 
 
@@ -55,6 +42,8 @@ def write_report(workdir: Path) -> Path:
     draw: dict[str, Callable[[], Figure]] = {
         "loss": lambda: _curve(history, "loss", "loss in nats"),
         "accuracy": lambda: _curve(history, "accuracy", "accuracy"),
+        "reliability": lambda: _reliability(report, predictions),
+        "risk": lambda: _risk(predictions),
         "confusion": lambda: _confusion(report),
         "samples": lambda: _samples(report, examples),
         "augmented": lambda: _augmented(examples),
@@ -63,21 +52,54 @@ def write_report(workdir: Path) -> Path:
     if "augmented" not in examples:
         del draw["augmented"]
     images = {}
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(page.STYLE):
         for name, make in draw.items():
-            figure = make()
-            if report["sample"]:
-                figure.text(
-                    0.5, 0.5, "EMBEDDED SAMPLE", rotation=25, ha="center", va="center",
-                    fontsize=34, color="#dc2626", alpha=0.18,
-                )  # fmt: skip
             path = workdir / _PLOTS / f"{name}.png"
-            figure.savefig(path, dpi=144)
-            images[name] = base64.b64encode(path.read_bytes()).decode()
+            save_figure(path, make(), sample=report["sample"])
+            images[name] = path.read_bytes()
 
-    page = workdir / "report.html"
-    files.write_bytes(page, _page(report, history, images).encode())
-    return page
+    written = workdir / "report.html"
+    files.write_bytes(written, _page(report, history, images).encode())
+    return written
+
+
+def write_replay(workdir: Path, shown: Replay, class_names: Sequence[str]) -> Path:
+    """Draws the images that one update saw into `plots/`, with labels and losses.
+
+    Args:
+      workdir: the run's folder.
+      shown: what `replay` returned.
+      class_names: one a class.
+
+    Returns:
+      The path of the picture.
+    """
+    columns = 8
+    rows = -(-len(shown.labels) // columns)
+    with mpl.rc_context(page.STYLE):
+        figure = Figure(figsize=(1.3 * columns, 1.65 * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes in grid.flat:
+            axes.axis("off")
+        for axes, image, example, label, loss in zip(
+            grid.flat, shown.images, shown.examples, shown.labels, shown.losses, strict=False
+        ):
+            _show(axes, image, brightest=1)
+            axes.set_title(f"{example}\n{class_names[label]}\nloss {loss:.2f}", fontsize=7)
+        path = workdir / _PLOTS / f"replay-{shown.step}.png"
+        path.parent.mkdir(exist_ok=True)
+        save_figure(path, figure)
+    return path
+
+
+def save_figure(path: Path, figure: Figure, *, sample: bool = False) -> None:
+    """Writes a picture, with a mark that nobody can miss where it shows the embedded sample."""
+    if sample:
+        figure.text(
+            0.5, 0.5, "EMBEDDED SAMPLE", rotation=25, ha="center", va="center",
+            fontsize=34, color="#dc2626", alpha=0.18,
+        )  # fmt: skip
+    figure.savefig(path, dpi=144)
 
 
 def most_confused(report: dict[str, Any], count: int = 8) -> list[tuple[str, str, int]]:
@@ -118,6 +140,43 @@ def _curve(history: list[dict[str, Any]], metric: str, label: str) -> Figure:
     return figure
 
 
+def _reliability(report: dict[str, Any], predictions: dict[str, np.ndarray]) -> Figure:
+    """Share of right predictions by confidence, before and after temperature scaling."""
+    figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color=page.INK, linewidth=1, linestyle=":")
+    temperature = report["calibration"]["temperature"]
+    for name, scale, color in (("as it is", 1, _TRAIN), ("scaled", temperature, _VAL)):
+        if scale is None:
+            continue
+        bins = calibration.reliability(predictions["logits"] / scale, predictions["labels"])
+        # Of fewer images the share is mostly chance.
+        shown = bins.num_examples >= 10
+        label = name if scale == 1 else f"{name} by {1 / scale:.2f}"
+        axes.plot(
+            bins.confidence[shown], bins.accuracy[shown], color=color, marker="o", markersize=4,
+            label=label,
+        )  # fmt: skip
+    axes.set_xlabel("confidence")
+    axes.set_ylabel("accuracy")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _risk(predictions: dict[str, np.ndarray]) -> Figure:
+    """Share of mistakes among the images that the network is surest of."""
+    curve = calibration.risk_coverage(predictions["logits"], predictions["labels"])
+    figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(curve.coverage, curve.risk, color=_TRAIN)
+    axes.set_xlabel("coverage, the surest images first")
+    axes.set_ylabel("mistakes among them")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_ylim(bottom=0)
+    return figure
+
+
 def _confusion(report: dict[str, Any]) -> Figure:
     names, matrix = report["data"]["classes"], np.array(report["confusion_matrix"])
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
@@ -130,7 +189,7 @@ def _confusion(report: dict[str, Any]) -> Figure:
     for i, row in enumerate(matrix):
         for j, number in enumerate(row):
             if number:
-                color = "white" if np.sqrt(shares[i, j]) > 0.6 else _INK
+                color = "white" if np.sqrt(shares[i, j]) > 0.6 else page.INK
                 axes.text(j, i, f"{number:,}", ha="center", va="center", fontsize=8, color=color)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
@@ -198,43 +257,7 @@ def _show(axes: Any, image: np.ndarray, brightest: float = 255) -> None:
     axes.axis("off")
 
 
-_CSS = """
-:root { --ink: #1f2937; --soft: #5b6472; --line: #e5e7eb; --card: #fff; --page: #f6f7f9;
-  --accent: #2563eb; --bad: #b91c1c; --bad-soft: #fee2e2; }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 2rem 1rem 4rem; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0; letter-spacing: -0.01em; }
-h2 { font-size: 1.15rem; margin: 0 0 .9rem; }
-p { margin: .3rem 0 0; } .soft { color: var(--soft); }
-section { background: var(--card); border: 1px solid var(--line); border-radius: .8rem;
-  padding: 1.2rem; margin-top: 1.2rem; overflow-x: auto; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.6rem, 1fr)); gap: .8rem;
-  margin-top: 1.4rem; }
-.figure { background: var(--card); border: 1px solid var(--line); border-radius: .8rem;
-  padding: .8rem 1rem; }
-.figure b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums;
-  letter-spacing: -0.01em; }
-.figure span { color: var(--soft); font-size: .85rem; }
-.figure.main b { color: var(--accent); }
-img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
-/* On a phone, pictures with small print scroll sideways rather than shrink. */
-img.wide { min-width: 32rem; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-th { color: var(--soft); font-weight: 600; font-size: .85rem; }
-tr:last-child td, tr:last-child th { border-bottom: 0; }
-.facts th, .facts td { text-align: left; vertical-align: top; }
-.facts td { overflow-wrap: anywhere; }
-.warning { background: var(--bad-soft); color: var(--bad); border: 1px solid var(--bad);
-  border-radius: .8rem; padding: .8rem 1rem; margin-bottom: 1.4rem; font-weight: 600; }
-"""
-
-
-def _page(report: dict[str, Any], history: list[dict[str, Any]], images: dict[str, str]) -> str:
+def _page(report: dict[str, Any], history: list[dict[str, Any]], images: dict[str, bytes]) -> str:
     recipe = report["recipe"]
     figures = [
         ("main", f"{report['test_accuracy']:.2%}", "test accuracy"),
@@ -257,15 +280,10 @@ def _page(report: dict[str, Any], history: list[dict[str, Any]], images: dict[st
         else "",
         f"<h1>{html.escape(report['arch'])}</h1>",
         f'<p class="soft">{html.escape(_sentence(report))}</p>',
-        '<div class="figures">',
-        *(
-            f'<div class="figure {kind}"><b>{value}</b><span>{name}</span></div>'
-            for kind, value, name in figures
-        ),
-        "</div>",
-        _section(
+        page.figures(figures),
+        page.section(
             "Beside the original",
-            _facts(
+            page.facts(
                 {
                     "Keras project": recipe["source"],
                     "It claims": recipe["claim"],
@@ -278,27 +296,28 @@ def _page(report: dict[str, Any], history: list[dict[str, Any]], images: dict[st
         )
         if recipe["source"]
         else "",
-        _section(
+        page.section(
             "Loss and accuracy",
             '<div class="pair">'
-            + _image("loss", "Loss of training and validation by epoch", images)
-            + _image("accuracy", "Accuracy of training and validation by epoch", images)
+            + page.image(images["loss"], "Loss of training and validation by epoch")
+            + page.image(images["accuracy"], "Accuracy of training and validation by epoch")
             + "</div>",
         ),
-        _section("By class, on the test images", _class_table(report)),
+        page.section(
+            "How far its probabilities can be trusted",
+            '<div class="pair">'
+            + page.image(images["reliability"], "Accuracy on the test images by confidence")
+            + page.image(images["risk"], "Mistakes among the images that it is surest of")
+            + "</div>"
+            + page.facts(_trust(report)),
+        ),
+        page.section("By class, on the test images", _class_table(report)),
         _picture("confusion", titles, images),
-        _section("Most confused pairs", _pairs_table(report)),
+        page.section("Most confused pairs", _pairs_table(report)),
         *(_picture(name, titles, images) for name in ("worst", "samples", "augmented")),
-        _section("How it was made", _facts(_settings(report, history))),
+        page.section("How it was made", page.facts(_settings(report, history))),
     ]
-    title = html.escape(f"{report['arch']}: {report['test_accuracy']:.2%} on Fashion-MNIST")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_CSS}</style></head><body><main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main></body></html>\n"
-    )
+    return page.page(f"{report['arch']}: {report['test_accuracy']:.2%} on Fashion-MNIST", body)
 
 
 def _sentence(report: dict[str, Any]) -> str:
@@ -325,46 +344,50 @@ def _settings(report: dict[str, Any], history: list[dict[str, Any]]) -> dict[str
     }
 
 
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>{content}</section>"
+def _trust(report: dict[str, Any]) -> dict[str, str]:
+    figures = report["calibration"]
+    texts = {
+        "Expected calibration error": f"{figures['ece']:.2%}, 95% interval "
+        f"{figures['ece_low']:.2%} to {figures['ece_high']:.2%}; 15 bins",
+        "Area under risk and coverage": f"{figures['aurc']:.4f}",
+        "Mean of six views of each test image": f"test accuracy {report['views_accuracy']:.2%}",
+    }
+    if figures["temperature"] is not None:
+        texts["Logits over the temperature that fits validation best"] = (
+            f"temperature {figures['temperature']:.3f}: expected calibration error "
+            f"{figures['ece_scaled']:.2%}, test loss {figures['loss_scaled']:.3f} nats"
+        )
+    return texts
 
 
-def _picture(name: str, titles: dict[str, str], images: dict[str, str]) -> str:
+def _picture(name: str, titles: dict[str, str], images: dict[str, bytes]) -> str:
     if name not in images:
         return ""
-    return _section(titles[name], _image(name, titles[name], images, kind="wide"))
-
-
-def _image(name: str, alt: str, images: dict[str, str], kind: str = "") -> str:
-    return f'<img class="{kind}" alt="{alt}" src="data:image/png;base64,{images[name]}">'
-
-
-def _facts(facts: dict[str, str]) -> str:
-    rows = "".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-        for name, value in facts.items()
-    )
-    return f'<table class="facts">{rows}</table>'
+    return page.section(titles[name], page.image(images[name], titles[name], kind="wide"))
 
 
 def _class_table(report: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(row['name'])}</td><td>{row['precision']:.3f}</td>"
-        f"<td>{row['recall']:.3f}</td><td>{row['f1']:.3f}</td><td>{row['support']:,}</td></tr>"
-        for row in report["classes"]
-    )
-    return (
-        "<table><tr><th>class</th><th>precision</th><th>recall</th><th>F1</th><th>images</th></tr>"
-        f"{rows}</table>"
+    return page.table(
+        ["class", "precision", "recall", "F1", "images"],
+        [
+            [
+                row["name"],
+                *(f"{row[key]:.3f}" for key in ("precision", "recall", "f1")),
+                f"{row['support']:,}",
+            ]
+            for row in report["classes"]
+        ],
     )
 
 
 def _pairs_table(report: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(first)} and {html.escape(second)}</td><td>{number:,}</td></tr>"
-        for first, second, number in most_confused(report)
+    return page.table(
+        ["pair", "mistakes, both ways"],
+        [
+            [f"{first} and {second}", f"{number:,}"]
+            for first, second, number in most_confused(report)
+        ],
     )
-    return f"<table><tr><th>pair</th><th>mistakes, both ways</th></tr>{rows}</table>"
 
 
 def _percent(share: float | None) -> str:

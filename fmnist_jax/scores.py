@@ -1,11 +1,13 @@
 """Scores of a classifier's predictions, by scikit-learn."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import logsumexp
 from sklearn.metrics import accuracy_score, classification_report, confusion_matrix
+
+from fmnist_jax import calibration
 
 
 class Scores(NamedTuple):
@@ -62,3 +64,44 @@ def score(logits: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) ->
         classes,
         confusion_matrix(labels, predicted, labels=numbers).tolist(),
     )
+
+
+def calibrate(predictions: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """How far the probabilities of a network can be trusted, ready for JSON.
+
+    Args:
+      predictions: `logits` and `labels` of the test images, and where there are any, `val_logits`
+        and `val_labels` of the validation images.
+
+    Returns:
+      `ece`, the expected calibration error, with `ece_low` and `ece_high`, its 95% interval;
+      `aurc`, the area under the risk-coverage curve; and, with one temperature fitted on the
+      validation images, `temperature`, `ece_scaled` and `loss_scaled`, all three None without such
+      images.
+
+    Example:
+      >>> logits = np.log([[0.5, 0.5], [0.5, 0.5]])
+      >>> calibrate({"logits": logits, "labels": np.array([0, 1])})["ece"]
+      0.0
+    """
+    logits, labels = predictions["logits"].astype(np.float64), predictions["labels"]
+    low, high = calibration.calibration_interval(logits, labels)
+    result: dict[str, Any] = {
+        "ece": calibration.expected_calibration_error(logits, labels),
+        "ece_low": float(low),
+        "ece_high": float(high),
+        "aurc": calibration.area_under_risk_coverage(logits, labels),
+        "temperature": None,
+        "ece_scaled": None,
+        "loss_scaled": None,
+    }
+    if len(predictions.get("val_labels", ())):
+        temperature = calibration.fit_temperature(
+            predictions["val_logits"], predictions["val_labels"]
+        )
+        scaled = logits / temperature
+        losses = logsumexp(scaled, axis=1) - scaled[np.arange(len(labels)), labels]
+        result["temperature"] = temperature
+        result["ece_scaled"] = calibration.expected_calibration_error(scaled, labels)
+        result["loss_scaled"] = float(losses.mean())
+    return result

@@ -1,6 +1,7 @@
 """What a few seeds and 10,000 test images can tell: intervals, paired tests, and their power."""
 
 import bisect
+import math
 import statistics
 from typing import NamedTuple
 
@@ -66,6 +67,31 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> Estimate:
     # No degrees of freedom make the quantile nan, as it should be.
     half = stats.t.ppf((1 + level) / 2, len(values) - 1) * std / np.sqrt(len(values))
     return Estimate(mean, std, float(mean - half), float(mean + half), len(values))
+
+
+def prediction_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """Student's t interval in which the next single value lies (Fisher 1935).
+
+    It is wider than that of the mean by the spread of one value; exact for a normal distribution.
+
+    Args:
+      values: float[n], one a seed.
+      level: share of such intervals that hold the next value, in (0, 1).
+
+    Returns:
+      Its ends; nan for one value.
+
+    Raises:
+      ValueError: if there is no value, one is not finite, or level is outside its range.
+
+    Example:
+      >>> low, high = prediction_interval([0.918, 0.921, 0.919])
+      >>> round(low, 4), round(high, 4)
+      (0.9117, 0.9269)
+    """
+    estimate = mean_interval(values, level)
+    half = (estimate.high - estimate.mean) * math.sqrt(estimate.n + 1)
+    return estimate.mean - half, estimate.mean + half
 
 
 def bootstrap_interval(values: ArrayLike, level: float = 0.95, seed: int = 0) -> Estimate:

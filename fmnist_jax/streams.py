@@ -1,5 +1,7 @@
 """The random streams of a run: one key a purpose, all from one seed."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -23,11 +25,14 @@ class Streams(NamedTuple):
     dropout: jax.Array
 
 
-def create_streams(seed: int | jax.Array) -> Streams:
+def create_streams(
+    seed: int | jax.Array, stream_seeds: Mapping[str, int | jax.Array] = MappingProxyType({})
+) -> Streams:
     """Folds a fixed number for each purpose into the seed's key.
 
     Args:
       seed: whole number in [0, 2**32), or an array of it, which may be traced.
+      stream_seeds: the same for single streams, by name, in place of `seed`.
 
     Raises:
       ConfigError: if the seed is outside its range; JAX would drop the bits above 32 in silence.
@@ -40,4 +45,6 @@ def create_streams(seed: int | jax.Array) -> Streams:
     if isinstance(seed, int) and not 0 <= seed < 2**32:
         raise ConfigError(f"seed is {seed}; it must be a whole number from 0 to 2**32 - 1")
     root = jax.random.key(seed)
-    return Streams(*(jax.random.fold_in(root, number) for number in range(len(Streams._fields))))
+    streams = Streams(*(jax.random.fold_in(root, number) for number in range(len(Streams._fields))))
+    others = {name: getattr(create_streams(other), name) for name, other in stream_seeds.items()}
+    return streams._replace(**others)

@@ -7,11 +7,14 @@ The model, the optimizer and the loss are arguments, so any of them can be your 
   [0, 1] and returns logits, float[batch, num_classes].
 - tx: an optax transformation.
 - loss: maps logits and labels, int32[batch], to float[batch].
+- regularization: strengths that may be traced. What is None in it is left to model and loss; what
+  is not is handed to the model as `dropout=` and to the loss as its third argument.
 
 Everything here that is compiled keeps its program: it is compiled anew only for another shape,
 model, optimizer, loss, augmentation, dtype or size of the slices.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,10 +26,11 @@ from jax import lax
 from fmnist_jax import metrics as metrics_lib
 from fmnist_jax.augment import RandomAffine
 from fmnist_jax.compile import compiled
+from fmnist_jax.fence import isolated
 from fmnist_jax.metrics import Metrics, cross_entropy
 from fmnist_jax.streams import Streams
 
-LossFn = Callable[[jax.Array, jax.Array], jax.Array]
+LossFn = Callable[..., jax.Array]
 
 # Images a pass of `evaluate` and `predict`. Measured on two CPU cores for 10,000 images: 32 to 128
 # are equally fast, 2,000 are 1.4 times slower.
@@ -49,6 +53,23 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: Any
     opt_state: Any
+
+
+class Regularization(NamedTuple):
+    """What holds the network back while it is trained; each a scalar that may be traced, or None.
+
+    Attributes:
+      dropout: one rate in [0, 1) for every dropout of the network; None leaves each its own.
+      label_smoothing: share of the target spread over all classes, in [0, 1); None is 0.
+      augmentation: share of every range of the augmentation, at least 0; None is 1.
+    """
+
+    dropout: float | jax.Array | None = None
+    label_smoothing: float | jax.Array | None = None
+    augmentation: float | jax.Array | None = None
+
+
+_NONE = Regularization()
 
 
 class Batch(NamedTuple):
@@ -107,6 +128,7 @@ def train_step(
     loss: LossFn = cross_entropy,
     dtype: Any = jnp.float32,
     slice_size: int | None = None,
+    regularization: Regularization = _NONE,
 ) -> tuple[TrainState, Metrics]:
     """One update by the mean loss over the batch's real examples.
 
@@ -124,6 +146,7 @@ def train_step(
       slice_size: images that go through the model at once; their gradients are summed. The update
         is the same but for rounding, and for dropout, where each slice has a key of its own. None
         takes the whole batch.
+      regularization: see the module; the augmentation is the images' and not the step's.
 
     Returns:
       The next state, and the batch's metrics before the update, dropout on.
@@ -132,38 +155,75 @@ def train_step(
       TypeError: if the images are not float.
       ValueError: if the loss does not give one number an example.
     """
+    grads, losses, logits = gradients(
+        state,
+        batch,
+        key,
+        model=model,
+        loss=loss,
+        dtype=dtype,
+        slice_size=slice_size,
+        regularization=regularization,
+    )
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = metrics_lib.measure(losses, logits, batch.labels, batch.mask)
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def gradients(
+    state: TrainState,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    model: Any,
+    loss: LossFn = cross_entropy,
+    dtype: Any = jnp.float32,
+    slice_size: int | None = None,
+    regularization: Regularization = _NONE,
+) -> tuple[Any, jax.Array, jax.Array]:
+    """What `train_step` follows; its arguments.
+
+    Returns:
+      The gradient of the mean loss over the batch's real examples, a tree like `params`; the
+      losses, float[batch]; the logits, float[batch, num_classes]; all with dropout on.
+    """
     if not jnp.issubdtype(batch.images.dtype, jnp.floating):
         raise TypeError(
             f"batch.images are {batch.images.dtype}; they must be float with values in [0, 1]"
         )
-
     num_examples = jnp.sum(batch.mask)
+    dropout, label_smoothing, _ = regularization
+    model_options = {} if dropout is None else {"dropout": dropout}
+    loss_options = () if label_smoothing is None else (label_smoothing,)
 
-    def mean_loss(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def mean_loss(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         images = part.images.astype(dtype)
-        logits = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+        logits = model.apply(
+            {"params": params}, images, train=True, rngs={"dropout": key}, **model_options
+        )
         logits = logits.astype(part.images.dtype)
-        metrics = _measure(loss, logits, part.labels, part.mask)
-        return metrics.loss / num_examples, metrics
+        losses = _losses(loss, logits, part.labels, *loss_options)
+        return jnp.sum(jnp.where(part.mask, losses, 0)) / num_examples, (losses, logits)
 
-    gradients = jax.grad(mean_loss, has_aux=True)
+    gradient = jax.grad(mean_loss, has_aux=True)
     if slice_size is None or slice_size >= len(batch.labels):
-        grads, metrics = gradients(state.params, batch, key)
-    else:
-        slices = _split(batch, slice_size)
-        keys = jax.random.split(key, len(slices.labels))
+        grads, (losses, logits) = gradient(state.params, batch, key)
+        return grads, losses, logits
 
-        def add(sums: tuple[Any, Metrics], part: tuple[Batch, jax.Array]) -> Any:
-            return jax.tree.map(jnp.add, sums, gradients(state.params, *part)), None
+    slices = _split(batch, slice_size)
+    keys = jax.random.split(key, len(slices.labels))
 
-        zeros = jax.tree.map(jnp.zeros_like, state.params), metrics_lib.zeros()
-        (grads, metrics), _ = lax.scan(add, zeros, (slices, keys))
-        metrics = metrics._replace(finite_steps=jnp.isfinite(metrics.loss).astype(jnp.int32))
+    def add(sums: Any, part: tuple[Batch, jax.Array]) -> Any:
+        grads, outputs = gradient(state.params, *part)
+        return jax.tree.map(jnp.add, sums, grads), outputs
 
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), metrics
+    grads, outputs = lax.scan(add, jax.tree.map(jnp.zeros_like, state.params), (slices, keys))
+    losses, logits = jax.tree.map(
+        lambda array: array.reshape(-1, *array.shape[2:])[: len(batch.labels)], outputs
+    )
+    return grads, losses, logits
 
 
 @compiled(
@@ -186,6 +246,7 @@ def train_steps(
     loss: LossFn = cross_entropy,
     dtype: Any = jnp.float32,
     slice_size: int | None = None,
+    regularization: Regularization = _NONE,
 ) -> tuple[TrainState, Metrics]:
     """`count` updates in one compiled loop.
 
@@ -210,6 +271,7 @@ def train_steps(
       loss: see the module.
       dtype: as for `train_step`.
       slice_size: as for `train_step`; None takes what `choose_slice_size` finds.
+      regularization: see the module.
 
     Returns:
       The state after `count` updates, and the metrics over their examples, dropout on.
@@ -227,9 +289,6 @@ def train_steps(
             f"batch_size is {batch_size} and order has {order.size} examples; both must be at "
             "least 1"
         )
-    (num_examples,) = order.shape
-    num_batches = steps_per_epoch(num_examples, batch_size)
-    padded_order = jnp.pad(order, (0, num_batches * batch_size - num_examples))
     side = None if augment is None else augment.image_size
     image_shape = images.shape[1:3] if side is None else (side, side)
     if slice_size is None:
@@ -237,30 +296,77 @@ def train_steps(
 
     def body(_: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
         state, metrics = carry
-        epoch, index = jnp.divmod(state.step, num_batches)
-        start = index * batch_size
-        examples = lax.dynamic_slice(padded_order, (start,), (batch_size,))
-        picked = images[examples]
-        if augment is None:
-            pixels = scale(picked)
-        else:
-            keys = example_keys(streams.augment, epoch, examples)
-            pixels = augment(keys, picked)
-        mask = start + jnp.arange(batch_size) < num_examples
+        _, batch = read_batch(
+            images,
+            labels,
+            order,
+            state.step,
+            streams,
+            batch_size=batch_size,
+            augment=augment,
+            strength=regularization.augmentation,
+        )
         state, step_metrics = train_step(
             state,
-            Batch(pixels, labels[examples], mask),
+            batch,
             jax.random.fold_in(streams.dropout, state.step),
             model=model,
             tx=tx,
             loss=loss,
             dtype=dtype,
             slice_size=slice_size,
+            regularization=regularization,
         )
         return state, metrics_lib.merge(metrics, step_metrics)
 
     sums = metrics_lib.zeros() if metrics is None else metrics
     return lax.fori_loop(0, count, body, (state, sums))
+
+
+def read_batch(
+    images: jax.Array,
+    labels: jax.Array,
+    order: jax.Array,
+    step: jax.Array,
+    streams: Streams,
+    *,
+    batch_size: int,
+    augment: RandomAffine | None = None,
+    strength: float | jax.Array | None = None,
+) -> tuple[jax.Array, Batch]:
+    """What the update after `step` others sees.
+
+    Args:
+      images: as for `train_steps`, like all that is not named here.
+      labels: as there.
+      order: as there, of the epoch that the step is in.
+      step: int32[], updates made so far.
+      streams: as there.
+      batch_size: as there.
+      augment: as there.
+      strength: of the augmentation; None is 1.
+
+    Returns:
+      The examples, int32[batch_size], positions in `images`; and the batch. Past the end of an
+      epoch the last example is repeated, masked.
+    """
+    epoch, index = jnp.divmod(step, steps_per_epoch(len(order), batch_size))
+    positions = index * batch_size + jnp.arange(batch_size)
+    examples = order[jnp.minimum(positions, len(order) - 1)]
+    picked = images[examples]
+    if augment is None:
+        pixels = scale(picked)
+    else:
+        keys = example_keys(streams.augment, epoch, examples)
+        # Isolated, so that any program makes the bits that the training loop makes.
+        pixels = lax.platform_dependent(
+            keys,
+            picked,
+            jnp.float32(1.0 if strength is None else strength),
+            cpu=functools.partial(isolated, augment),
+            default=augment,
+        )
+    return examples, Batch(pixels, labels[examples], positions < len(order))
 
 
 def choose_slice_size(
@@ -426,13 +532,13 @@ def _check_labels(images: jax.Array, labels: jax.Array) -> None:
         )
 
 
-def _measure(loss: LossFn, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Metrics:
-    losses = loss(logits, labels)
+def _losses(loss: LossFn, logits: jax.Array, labels: jax.Array, *options: Any) -> jax.Array:
+    losses = loss(logits, labels, *options)
     if losses.shape != labels.shape:
         raise ValueError(
             f"the loss has shape {losses.shape}; it must be one number an example, {labels.shape}"
         )
-    return metrics_lib.measure(losses, logits, labels, mask)
+    return losses
 
 
 @compiled(static_argnames=("model", "batch_size"))
@@ -452,4 +558,5 @@ def _evaluate(
     params: Any, images: jax.Array, labels: jax.Array, *, model: Any, loss: LossFn, batch_size: int
 ) -> Metrics:
     logits = _predict(params, images, model=model, batch_size=batch_size)
-    return _measure(loss, logits, labels, jnp.ones(len(labels), bool))
+    losses = _losses(loss, logits, labels)
+    return metrics_lib.measure(losses, logits, labels, jnp.ones(len(labels), bool))

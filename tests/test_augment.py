@@ -155,3 +155,23 @@ def test_equal_settings_are_one_compiled_program(getkey, sample):
     compiled = jax.jit(apply, static_argnums=2)
     for _ in range(3):
         compiled(keys, images, dataclasses.replace(AUGMENTATIONS["keras"]))
+
+
+def test_the_strength_is_a_share_of_every_range(getkey):
+    keys = jax.random.split(getkey(), 4000)
+    ranges = AUGMENTATIONS["geometric"]
+    full, half, none = (
+        jax.vmap(lambda key, s=strength: ranges.draw(key, s))(keys) for strength in (1.0, 0.5, 0.0)
+    )
+    for name in Transform._fields[:-1]:
+        middle = IDENTITY[name]
+        np.testing.assert_allclose(
+            getattr(half, name) - middle, (getattr(full, name) - middle) / 2, atol=1e-6
+        )
+        np.testing.assert_array_equal(getattr(none, name), middle)
+    for result, share in ((full, 0.5), (half, 0.25), (none, 0.0)):
+        assert abs(np.mean(result.flip) - share) < 5 * np.sqrt(0.25 / 4000)
+    images = jax.random.bits(getkey(), (2, 28, 28), jnp.uint8)
+    np.testing.assert_allclose(
+        jax.jit(ranges)(keys[:2], images, 0.0)[..., 0], np.asarray(images) / 255, atol=1e-6
+    )

@@ -79,3 +79,13 @@ def test_finite_steps_end_before_the_first_bad_loss(bad, position):
         batch = metrics.measure(loss, jnp.zeros((1, 2)), jnp.array([0]), jnp.array([True]))
         total = metrics.merge(total, batch)
     assert int(total.finite_steps) == position
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.7])
+def test_smoothed_labels(label_smoothing, predictions):
+    logits, labels = predictions
+    targets = np.eye(10)[labels] * (1 - label_smoothing) + label_smoothing / 10
+    exact = logits.astype(np.float64)
+    log_shares = exact - np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    smoothed = jax.jit(fm.cross_entropy)(logits, labels, label_smoothing)
+    np.testing.assert_allclose(smoothed, -(targets * log_shares).sum(axis=1), rtol=1e-5)

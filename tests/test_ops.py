@@ -207,3 +207,12 @@ def test_dropout_depends_on_its_key_alone(getkey):
     assert not np.array_equal(first, ops.dropout(other, x, 0.5))
     gradient = jax.grad(lambda x: jnp.sum(ops.dropout(key, x, 0.5)))(x)
     chex.assert_trees_all_equal(gradient, jnp.where(first != 0, 2.0, 0.0))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.5, 0.999])
+def test_the_rate_of_dropout_may_be_traced(rate, getkey):
+    key, x = getkey(), draw(getkey(), 3, 5, 7)
+    traced = jax.jit(ops.dropout)(key, x, rate)
+    chex.assert_trees_all_equal(traced, ops.dropout(key, x, rate))
+    half = ops.dropout(key, x.astype(jnp.bfloat16), rate)
+    assert half.dtype == jnp.bfloat16

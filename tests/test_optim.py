@@ -110,3 +110,29 @@ def test_optimizers_with_another_rule_differ():
 def test_what_cannot_be_made_is_refused(name, options, message):
     with pytest.raises(fm.ConfigError, match=message):
         fm.create_optimizer(name, 0.1, **options)
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_weight_decay_is_that_of_keras(name):
+    rng = np.random.default_rng(0)
+    start = {"bias": rng.normal(size=5), "kernel": rng.normal(size=(8, 5))}
+    params = {leaf: jnp.asarray(value, jnp.float32) for leaf, value in start.items()}
+    variables = [keras.Variable(value, name=leaf) for leaf, value in params.items()]
+    reference = KERAS[name]()
+    reference.weight_decay = 0.2
+    reference.exclude_from_weight_decay(var_list=[variables[0]])
+    tx = fm.create_optimizer(name, 1e-3, weight_decay=0.2)
+    opt_state = tx.init(params)
+    for _ in range(20):
+        grads = {
+            leaf: jnp.asarray(rng.normal(size=p.shape), jnp.float32) for leaf, p in params.items()
+        }
+        reference.apply(list(grads.values()), variables)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    plain = fm.create_optimizer(name, 1e-3)
+    assert plain == tx  # the decay is data
+    for value, variable in zip(params.values(), variables, strict=True):
+        np.testing.assert_allclose(value, variable.value, rtol=1e-5, atol=1e-6)
+    # Without it the kernel would be elsewhere.
+    assert 20 * 1e-3 * 0.2 * np.abs(start["kernel"]).max() > 1e-3

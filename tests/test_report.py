@@ -26,15 +26,16 @@ def test_the_report_needs_the_files_and_nothing_else(workdir, tmp_path):
     names = {path.name for path in (moved / "plots").iterdir()}
     assert names == {
         "loss.png", "accuracy.png", "confusion.png", "samples.png", "augmented.png", "worst.png",
+        "reliability.png", "risk.png",
     }  # fmt: skip
     text = page.read_text()
     # Self-contained: no address but its own pictures, none of them missing.
     sources = re.findall(r'(?:src|href)="([^"]{0,40})', text)
-    assert len(sources) == 6
+    assert len(sources) == 8
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     for expected in (
         "small_dropout", "test 91.33%, validation 90.62%", "241,546", "T-shirt/top", "Ankle boot",
-        "precision", "recall", "Most confused pairs", "width=device-width",
+        "temperature", "six views", "precision", "recall", "Most confused pairs", "width=device-width",
     ):  # fmt: skip
         assert expected in text
     assert "no results" not in text

@@ -361,6 +361,67 @@ def test_the_loop_can_be_mapped_over_seeds(setup):
         )
 
 
+def test_one_program_serves_every_strength(setup):
+    loss = chex.assert_max_traces(fm.cross_entropy, n=1)
+    kernels = []
+    for values in ((0.0, 0.0, 0.0), (0.5, 0.0, 0.0), (0.0, 0.5, 0.0), (0.0, 0.0, 0.5)):
+        strengths = fm.Regularization(*map(jnp.float32, values))
+        state, _ = run(setup, [2], epochs=1, loss=loss, regularization=strengths)
+        kernels.append(state.params["Conv_0"]["kernel"])
+    assert len({kernel.tobytes() for kernel in kernels}) == 4
+
+
+def test_without_regularization_the_step_is_the_plain_gradient(setup):
+    create_state, (images, labels), streams, options = setup
+    model, pixels = options["model"], train.scale(images[:8])
+    state = create_state()
+
+    def plain(params):
+        return jnp.mean(
+            fm.cross_entropy(model.apply({"params": params}, pixels, train=False), labels[:8])
+        )
+
+    batch = fm.Batch(pixels, labels[:8], jnp.ones(8, bool))
+    nothing = fm.Regularization(dropout=0.0, label_smoothing=0.0)
+    for slice_size in (None, 3):
+        grads, losses, logits = train.gradients(
+            state, batch, streams.dropout, model=model, slice_size=slice_size,
+            regularization=nothing,
+        )  # fmt: skip
+        chex.assert_trees_all_close(grads, jax.grad(plain)(state.params), rtol=1e-4, atol=1e-6)
+        chex.assert_shape([losses, logits], [(8,), (8, 10)])
+        np.testing.assert_allclose(jnp.mean(losses), plain(state.params), rtol=1e-5)
+        np.testing.assert_allclose(fm.cross_entropy(logits, labels[:8]), losses, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["small_dropout", "he_stack"])
+def test_the_loop_can_be_vmapped_over_seeds_and_hyperparameters(name, tiny):
+    images, labels = jnp.asarray(tiny.train_images), jnp.asarray(tiny.train_labels)
+    model = fm.create_model(name)
+
+    def trained(seed, learning_rate, weight_decay, label_smoothing, strength):
+        streams = fm.create_streams(seed)
+        tx = fm.create_optimizer("sgd", learning_rate, weight_decay=weight_decay)
+        state = fm.create_train_state(streams.init, model, tx)
+        order = fm.epoch_order(streams.shuffle, 0, jnp.arange(60))
+        dropout = strength / 2 if name == "small_dropout" else None
+        state, total = fm.train_steps(
+            state, images, labels, order, streams, 2, batch_size=BATCH, model=model, tx=tx,
+            augment=fm.AUGMENTATIONS["geometric"],
+            regularization=fm.Regularization(dropout, label_smoothing, strength),
+        )  # fmt: skip
+        return state.params, total.loss
+
+    columns = jnp.array([[3, 0.1, 0.0, 0.1, 1.0], [4, 0.05, 0.5, 0.2, 0.3]]).T
+    arguments = (columns[0].astype(jnp.int32), *columns[1:])
+    mapped = jax.jit(jax.vmap(trained))(*arguments)
+    for index in range(2):
+        alone = trained(*(column[index] for column in arguments))
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda leaf, i=index: leaf[i], mapped), alone, rtol=1e-3, atol=1e-4
+        )
+
+
 class Linear(nn.Module):
     """A model of one's own."""
 

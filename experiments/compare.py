@@ -1,0 +1,149 @@
+"""Compares two recipes over the same seeds.
+
+    python experiments/compare.py runs/a runs/b
+    python experiments/compare.py small_dropout small_dropout,dropout=0.3,epochs=20 --seeds 5
+
+Each side is a folder that `run.py --seeds` wrote, or a recipe: the name of a network, and settings
+of its recipe that are others. A recipe is trained on the same seeds and splits as the other side.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cli
+from many_seeds import interval
+from rich.console import Console
+from rich.table import Table
+
+import fmnist_jax as fm
+from fmnist_jax import files
+from fmnist_jax.compile import keep_compiled
+
+_COMPARISON = "comparison.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    return cli.run(_compare, _parser().parse_args(argv))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Compares two recipes over the same seeds.")
+    parser.add_argument("a", help="a folder of run.py --seeds, or a recipe as NAME,SETTING=VALUE")
+    parser.add_argument("b", help="likewise")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each recipe (%(default)s)")
+    parser.add_argument("--train-examples", type=int, help="train on so many examples only")
+    parser.add_argument(
+        "--workdir", type=Path, default=Path("runs/compare"), help="for its files (%(default)s)"
+    )
+    cli.add_data_flags(parser)
+    return parser
+
+
+def _compare(arguments: argparse.Namespace, console: Console) -> int:
+    keep_compiled()
+    sides = [_runs(side, arguments, console) for side in (arguments.a, arguments.b)]
+    comparison = fm.compare(*sides)
+    files.make_folder(arguments.workdir)
+    files.write_json(arguments.workdir / _COMPARISON, comparison)
+    console.print()
+    console.print(_table(comparison))
+    return 0
+
+
+def _runs(side: str, arguments: argparse.Namespace, console: Console) -> list[Path]:
+    """The folders of a side's runs; a recipe is trained."""
+    folder = Path(side)
+    if folder.is_dir():
+        summary = files.read_json(folder / files.SEEDS)
+        return [folder] if summary is None else [folder / name for name in summary["runs"]]
+    recipe = parse_recipe(side)
+    run = fm.Run(
+        recipe=recipe,
+        seed=arguments.seed,
+        train_examples=arguments.train_examples,
+        workdir=arguments.workdir / side,
+    )
+    console.print(f"Training {side}")
+    progress = fm.ConsoleProgress(console)
+    fm.fit_seeds(run, cli.load_data(arguments), arguments.seeds, progress=progress)
+    return [run.workdir / f"seed-{run.seed + index}" for index in range(arguments.seeds)]
+
+
+def parse_recipe(text: str) -> fm.Recipe:
+    """A recipe from its name and what is other in it.
+
+    Example:
+      >>> parse_recipe("small_dropout,dropout=0.3,epochs=2").dropout
+      0.3
+    """
+    name, *settings = text.split(",")
+    if name not in fm.RECIPES:
+        raise fm.ConfigError(
+            f"{name!r} is neither a folder nor a recipe; the recipes are {', '.join(fm.RECIPES)}"
+        )
+    names = [field.name for field in dataclasses.fields(fm.Recipe)]
+    changes: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or key not in names:
+            raise fm.ConfigError(
+                f"{setting!r} is no setting of a recipe; write NAME=VALUE with one of "
+                f"{', '.join(names)}"
+            )
+        changes[key] = _value(value)
+    return dataclasses.replace(fm.RECIPES[name], **changes)
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return None if text == "none" else text
+
+
+def _table(comparison: dict[str, Any]) -> Table:
+    difference, mcnemar = comparison["difference"], comparison["mcnemar"]
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for side in ("a", "b"):
+        accuracy = interval(comparison[side]["test_accuracy"])
+        table.add_row(f"test accuracy of {side}", accuracy)
+    table.add_row("they differ in", "\n".join(comparison["differs_in"]) or "nothing")
+    points = {name: _points(difference[name]) for name in ("mean", "low", "high")}
+    text = f"[bold]{points['mean']}[/bold] points"
+    if difference["low"] is not None:
+        text += f", 95% interval {points['low']} to {points['high']} (n = {difference['n']})"
+    table.add_row("b over a", text)
+    if comparison["sign_flip_p"] is not None:
+        table.add_row("sign-flip test over seeds", f"p = {comparison['sign_flip_p']:.4f}")
+    table.add_row(
+        "McNemar's test over images",
+        f"p = {mcnemar['p']:.4f}; {mcnemar['only_a_right']:,} right for a alone, "
+        f"{mcnemar['only_b_right']:,} for b alone, over all seeds",
+    )
+    if comparison["smallest_difference"] is not None:
+        table.add_row(
+            "so many seeds find",
+            f"{100 * comparison['smallest_difference']:.2f} points in four of five experiments",
+        )
+        needed = comparison["seeds_needed"]
+        table.add_row(
+            "to find this one as often takes",
+            "more than 10,000 seeds" if needed is None else f"{needed:,} seeds",
+        )
+    return table
+
+
+def _points(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:+.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
