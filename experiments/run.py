@@ -101,13 +101,13 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.list:
         _print_recipes(console)
         return 0
-    run = _create_run(arguments)
     if arguments.vary and arguments.seeds is None:
         raise fm.ConfigError("--vary needs --seeds, the number of runs for each stream")
     if arguments.exclude is not None and arguments.classes is not None:
         raise fm.ConfigError(
             "--exclude counts all training images, so it does not go with --classes"
         )
+    run = _create_run(arguments)
     if arguments.verify_resume:
         flags = ["--no-cache"] if arguments.no_cache else []
         return 0 if resume.verify(run.recipe.arch, console, flags) else 1

@@ -28,6 +28,12 @@ GOOD = fm.Recipe(arch="same_3x3", epochs=1)
         ({"val_fraction": 1.0}, "val_fraction is 1.0; it must be at least 0 and below 1"),
         ({"val_fraction": -0.1}, "val_fraction is -0.1"),
         ({"val_fraction": float("nan")}, "val_fraction is nan"),
+        ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
+        ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
+        ({"weight_decay": float("inf")}, "weight_decay is inf; it must be a finite number from 0"),
+        ({"weight_decay": "0.1"}, "weight_decay is '0.1'; it must be a number"),
+        ({"augmentation_strength": 0.5}, "there is no augmentation"),
+        ({"augmentation": "keras", "augmentation_strength": -1}, "augmentation_strength is -1"),
     ],
 )
 def test_recipe(change, message):
@@ -42,6 +48,10 @@ def test_recipe(change, message):
         ({"seed": 2**32}, "seed is 4294967296; it must be a whole number from 0 to"),
         ({"seed": 0.5}, "seed is 0.5"),
         ({"train_examples": 0}, "train_examples is 0"),
+        ({"stream_seeds": {"data": 1}}, "a stream is 'data'; choose one of init, split"),
+        ({"stream_seeds": {"init": -1}}, "the seed of init is -1"),
+        ({"exclude": [3, -1]}, "exclude has -1"),
+        ({"exclude": [0.5]}, "exclude has 0.5"),
     ],
 )
 def test_run(change, message, tmp_path):

@@ -341,6 +341,19 @@ def test_too_many_train_examples(sample):
         fm.stratified_split(jax.random.key(0), sample.train_labels, 0.1, 5401)
 
 
+def test_excluded_examples_are_in_neither_split():
+    labels = np.repeat(np.arange(3), 40)
+    key, exclude = jax.random.key(0), [0, 5, 41, 119]
+    train, val = fm.stratified_split(key, labels, 0.25, exclude=exclude)
+    assert len(val) == 29
+    assert sorted([*train, *val, *exclude]) == list(range(120))
+    # The others stay about where they were.
+    _, before = fm.stratified_split(key, labels, 0.25)
+    assert len(set(val) & set(before)) >= 26
+    with pytest.raises(fm.DataError, match="exclude has 0 to 120; the 120 training images"):
+        fm.stratified_split(key, labels, 0.25, exclude=[0, 120])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -35,7 +35,8 @@ def test_the_report_needs_the_files_and_nothing_else(workdir, tmp_path):
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     for expected in (
         "small_dropout", "test 91.33%, validation 90.62%", "241,546", "T-shirt/top", "Ankle boot",
-        "temperature", "six views", "precision", "recall", "Most confused pairs", "width=device-width",
+        "temperature", "six views", "precision", "recall", "Most confused pairs",
+        "width=device-width",
     ):  # fmt: skip
         assert expected in text
     assert "no results" not in text

@@ -58,6 +58,17 @@ def test_the_default_folder_belongs_to_the_settings(run_py, tmp_path, monkeypatc
         (["--sample", "--learning-rate", "-1"], "learning_rate is -1.0"),
         (["--sample", "--classes", ""], "unknown class ''"),
         (["--sample", "--schedule", "step"], "schedule is 'step'"),
+        (["--sample", "--arch", "he_stack", "--dropout", "0.5"], "he_stack has no dropout"),
+        (["--sample", "--label-smoothing", "1"], "label_smoothing is 1.0"),
+        (["--sample", "--weight-decay", "-1"], "weight_decay is -1.0"),
+        (["--sample", "--augmentation-strength", "1"], "there is no augmentation"),
+        (["--sample", "--seeds", "0"], "count is 0"),
+        (["--sample", "--seeds", "2", "--vary", "data"], "is 'data'; choose one of init, split"),
+        (["--sample", "--vary", "init"], "--vary needs --seeds"),
+        (["--sample", "--replay", "1"], "--replay needs --workdir"),
+        (["--sample", "--replay", "1", "--workdir", "nowhere"], "nowhere holds no run"),
+        (["--sample", "--exclude", "nowhere"], "nowhere"),
+        (["--exclude", "nowhere", "--classes", "0,1"], "does not go with --classes"),
         (["--sample", "--optimizer", "lion"], "optimizer is 'lion'"),
         (["--sample", "--seed", "-1"], "seed is -1"),
         (["--sample", "--workdir", "/dev/null"], "cannot be used"),
@@ -103,6 +114,43 @@ def test_dry_run_says_what_it_would_do(run_py, tmp_path, capsys):
     flops = float(output.split(" GFLOP")[0].split()[-1]) * 1e9
     np.testing.assert_allclose(flops, expected_flops, rtol=0.2)
     assert not workdir.exists()
+
+
+def test_many_seeds_and_replay(run_py, tmp_path, capsys):
+    workdir = tmp_path / "many"
+    arguments = [*FEW, "--arch", "valid_2x2", "--epochs", "1", "--val-fraction", "0.01"]
+    several = [*arguments, "--seeds", "2", "--vary", "dropout", "--workdir", str(workdir)]
+    assert run_py.main(several) == 0
+    output = capsys.readouterr().out
+    for expected in ("Seed 1, 2 of 2", "95% interval", "ensemble", "Only the stream dropout"):
+        assert expected in output
+    folders = {path.name for path in workdir.iterdir() if path.is_dir()}
+    assert folders == {"seed-0", "seed-1", "dropout-0", "dropout-1"}
+    assert set(json.loads((workdir / "variances.json").read_text())) == {"all", "dropout"}
+    assert (workdir / "seeds.html").stat().st_size > 20_000
+
+    replay = ["--sample", "--replay", "2", "--workdir", str(workdir / "seed-1")]
+    assert run_py.main(replay) == 0
+    output = capsys.readouterr().out
+    assert "Update 2: mean loss" in output
+    assert "gradient norm" in output.replace("\n", " ")
+    assert (workdir / "seed-1" / "plots" / "replay-2.png").stat().st_size > 5_000
+
+
+def test_excluded_images_are_in_no_split(run_py, tmp_path, capsys):
+    listed = tmp_path / "listed.txt"
+    listed.write_text("# doubted\n" + "".join(f"{number}  # so\n" for number in range(3000)))
+    arguments = ["--sample", "--arch", "valid_2x2", "--epochs", "1", "--train-examples", "64"]
+    workdir = tmp_path / "run"
+    assert run_py.main([*arguments, "--exclude", str(listed), "--workdir", str(workdir)]) == 0
+    with np.load(workdir / "predictions.npz") as predictions:
+        assert len(predictions["val_indices"]) == 300
+        assert predictions["val_indices"].min() >= 3000
+    report = json.loads((workdir / "report.json").read_text())
+    assert report["data"]["excluded"] == 3000
+    listed.write_text("12\nabout 13\n")
+    assert run_py.main([*arguments, "--exclude", str(listed), "--workdir", str(workdir)]) == 2
+    assert "has the line 'about 13'" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_list_shows_every_recipe(run_py, capsys):
