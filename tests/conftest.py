@@ -1,5 +1,6 @@
 """Settings and fixtures of all tests."""
 
+import dataclasses
 import importlib.util
 import itertools
 import os
@@ -54,6 +55,20 @@ def getkey():
 def run_py() -> ModuleType:
     """The command line, as a module."""
     return load_module(ROOT / "experiments" / "run.py")
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """The smallest model: compiled in a moment."""
+
+    num_classes: int = 10
+
+    def init(self, key, images, train):
+        shape = images[0].size, self.num_classes
+        return {"params": {"kernel": jax.random.normal(key, shape) / 28}}
+
+    def apply(self, variables, images, *, train, rngs=None):
+        return images.reshape(len(images), -1) @ variables["params"]["kernel"]
 
 
 def load_module(path: Path) -> ModuleType:

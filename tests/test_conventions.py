@@ -53,6 +53,8 @@ ALLOWED = {
     },
     "report": {"calibration", "files", "page", "replay"},
     "seeds_report": {"files", "page", "report"},
+    "duplicates": set(),
+    "suspects": {"config", "optim", "progress", "streams", "train"},
 }  # fmt: skip
 
 # Only this module may import that package.
