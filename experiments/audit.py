@@ -17,11 +17,11 @@ import functools
 import html
 import io
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cli
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
@@ -42,30 +42,12 @@ SHOWN = 60  # pictures a section of the page
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
-    arguments = _parser().parse_args(argv)
-    console, errors = Console(), Console(stderr=True)
-
-    def show_warning(message, *_args, **_kwargs) -> None:
-        errors.print(f"warning: {message}", style="bold yellow", highlight=False, markup=False)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", fm.DataWarning)
-        warnings.showwarning = show_warning
-        try:
-            _run(arguments, console)
-        except (fm.ConfigError, fm.DataError, OSError) as error:
-            errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
-            return 2
-    return 0
+    return cli.run(_run, _parser().parse_args(argv))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Looks at the data and writes a page about it.")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--data-dir", type=Path, help="folder with the IDX files, or TFDS directory"
-    )
-    source.add_argument("--sample", action="store_true", help="use the embedded sample of the data")
+    cli.add_data_flags(parser)
     parser.add_argument(
         "--workdir", type=Path, default=Path("runs/audit"), help="folder of the files (%(default)s)"
     )
@@ -76,14 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace, console: Console) -> None:
+def _run(arguments: argparse.Namespace, console: Console) -> int:
     fm.create_streams(arguments.seed)  # refuses a seed that cannot be one, before any work
     workdir = arguments.workdir
     try:
         files.make_folder(workdir)
     except OSError as error:
         raise fm.ConfigError(f"workdir {workdir} cannot be used: {error}") from error
-    dataset = fm.load_fashion_mnist(arguments.data_dir, sample=arguments.sample)
+    dataset = cli.load_data(arguments)
     console.print(f"Data: {dataset.source}", highlight=False, soft_wrap=True)
 
     # First, because it is what may refuse its settings.
@@ -118,6 +100,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
     files.write_json(workdir / "audit.json", audit)
     files.write_bytes(workdir / "audit.html", draw(audit, dataset, matches).encode())
     console.print(f"Written: {workdir / 'audit.html'}", highlight=False, soft_wrap=True)
+    return 0
 
 
 def describe(images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:

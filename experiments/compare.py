@@ -7,6 +7,12 @@ Each side is a folder that `run.py --seeds` wrote, or a recipe: the name of a ne
 of its recipe that are others. A recipe is trained on the same seeds and splits as the other side.
 """
 
+import signal
+
+# Where nothing is left to save, Ctrl-C just ends the process; `fit` saves before it stops.
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import dataclasses
 import sys
