@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import log_softmax, logsumexp
 
 from fmnist_jax import files
 from fmnist_jax.config import ConfigError, Run, StreamName
@@ -214,8 +213,9 @@ def ensemble_logits(logits: Sequence[np.ndarray]) -> np.ndarray:
       >>> np.exp(ensemble_logits([certain, -certain])).round(2).tolist()
       [[0.5, 0.5]]
     """
-    log_probabilities = log_softmax(np.stack(logits).astype(np.float64), axis=2)
-    return logsumexp(log_probabilities, axis=0) - np.log(len(logits))
+    stacked = np.stack(logits).astype(np.float64)
+    log_probabilities = stacked - np.logaddexp.reduce(stacked, axis=2, keepdims=True)
+    return np.logaddexp.reduce(log_probabilities, axis=0) - np.log(len(logits))
 
 
 def read_report(workdir: Path) -> dict[str, Any]:
