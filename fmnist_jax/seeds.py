@@ -50,7 +50,8 @@ def fit_seeds(
       dataset: the data.
       count: number of seeds, at least 1.
       vary: only this random stream follows the seeds, and the others keep the first one; None
-        varies all. The folders are then named after the stream, as `init-5`.
+        varies all. Folders and summary are then named after the stream, as `init-5` and
+        `init-seeds.json`.
       progress: as for `fit`.
 
     Returns:
@@ -79,7 +80,8 @@ def fit_seeds(
         results.append(fit(one, dataset, progress=_Part(progress, index, count)))
     report = summarize([one.workdir for one in runs])
     report["seeds"], report["vary"] = [run.seed + index for index in range(count)], vary
-    files.write_json(run.workdir / files.SEEDS, report)
+    name = files.SEEDS if vary is None else f"{vary}-{files.SEEDS}"
+    files.write_json(run.workdir / name, report)
     return SeedsResult(results, report)
 
 

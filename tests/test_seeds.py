@@ -106,6 +106,8 @@ def test_one_stream_varies_alone(tiny, tmp_path):
         # The stream of the first seed is that of the reference.
         assert first == reference.report["params_sha256"][0]
         assert second != first
+        assert files.read_json(tmp_path / f"{name}-seeds.json") == varied.report
+    assert files.read_json(tmp_path / "seeds.json") == reference.report
     validation = [
         files.read_arrays(tmp_path / folder / files.PREDICTIONS)["val_indices"]
         for folder in ("seed-0", "init-1", "dropout-1")
