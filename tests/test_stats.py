@@ -14,6 +14,7 @@ from fmnist_jax.stats import (
     bootstrap_interval,
     mcnemar,
     mean_interval,
+    prediction_interval,
     seeds_needed,
     sign_flip_test,
     smallest_difference,
@@ -40,6 +41,14 @@ def test_95_of_100_t_intervals_hold_the_mean():
     samples = np.random.default_rng(0).normal(3, 2, (2000, 4))
     estimates = [mean_interval(values) for values in samples]
     assert_rate([estimate.low <= 3 <= estimate.high for estimate in estimates], 0.95)
+
+
+def test_95_of_100_prediction_intervals_hold_the_next_value():
+    samples = np.random.default_rng(0).normal(3, 2, (2000, 5))
+    ends = [prediction_interval(values) for values in samples[:, :4]]
+    pairs = zip(ends, samples[:, 4], strict=True)
+    assert_rate([low <= value <= high for (low, high), value in pairs], 0.95)
+    assert np.isnan(prediction_interval([0.9])).all()
 
 
 def test_bootstrap_interval_is_bca_of_scipy():
