@@ -4,7 +4,8 @@
     python experiments/compare.py small_dropout small_dropout,dropout=0.3,epochs=20 --seeds 5
 
 Each side is a folder that `run.py --seeds` wrote, or a recipe: the name of a network, and settings
-of its recipe that are others. A recipe is trained on the same seeds and splits as the other side.
+of its recipe that are others. A recipe beside a folder is trained on the seeds, splits and data of
+that folder's runs.
 """
 
 import signal
@@ -26,8 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 import fmnist_jax as fm
-from fmnist_jax import files
+from fmnist_jax import config, files
 from fmnist_jax.compile import keep_compiled
+from fmnist_jax.plan import Plan, create_plan
 
 _COMPARISON = "comparison.json"
 
@@ -42,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("a", help="a folder of run.py --seeds, or a recipe as NAME,SETTING=VALUE")
     parser.add_argument("b", help="likewise")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each recipe (%(default)s)")
+    # Of five seeds, a sign-flip test cannot come below 0.0625.
+    parser.add_argument("--seeds", type=int, default=6, help="runs of each recipe (%(default)s)")
     parser.add_argument("--train-examples", type=int, help="train on so many examples only")
     parser.add_argument(
         "--workdir", type=Path, default=Path("runs/compare"), help="for its files (%(default)s)"
@@ -53,32 +56,71 @@ def _parser() -> argparse.ArgumentParser:
 
 def _compare(arguments: argparse.Namespace, console: Console) -> int:
     keep_compiled()
-    sides = [_runs(side, arguments, console) for side in (arguments.a, arguments.b)]
-    comparison = fm.compare(*sides)
+    # Everything is looked at before anything is trained.
+    folders = {side: _find_runs(side) for side in (arguments.a, arguments.b)}
+    recipes = {side: parse_recipe(side) for side, found in folders.items() if not found}
+    if recipes:
+        there = [workdir for found in folders.values() for workdir in found]
+        planned = _plan_runs(recipes, there, arguments)
+        for side, plans in planned.items():
+            for plan in plans:
+                console.print(f"{side}, seed {plan.run.seed}:", highlight=False)
+                fm.fit(plan.run, plan.dataset, progress=fm.ConsoleProgress(console))
+            folders[side] = [plan.run.workdir for plan in plans]
+    comparison = fm.compare(folders[arguments.a], folders[arguments.b])
     files.make_folder(arguments.workdir)
     files.write_json(arguments.workdir / _COMPARISON, comparison)
     console.print()
     console.print(_table(comparison))
+    if comparison["sample"]:
+        console.print(
+            "These numbers are from the embedded sample and are no results.", style="bold red"
+        )
     return 0
 
 
-def _runs(side: str, arguments: argparse.Namespace, console: Console) -> list[Path]:
-    """The folders of a side's runs; a recipe is trained."""
+def _find_runs(side: str) -> list[Path]:
+    """The folders of a side's runs; none if it is no folder."""
     folder = Path(side)
-    if folder.is_dir():
-        summary = files.read_json(folder / files.SEEDS)
-        return [folder] if summary is None else [folder / name for name in summary["runs"]]
-    recipe = parse_recipe(side)
-    run = fm.Run(
-        recipe=recipe,
-        seed=arguments.seed,
-        train_examples=arguments.train_examples,
-        workdir=arguments.workdir / side,
-    )
-    console.print(f"Training {side}")
-    progress = fm.ConsoleProgress(console)
-    fm.fit_seeds(run, cli.load_data(arguments), arguments.seeds, progress=progress)
-    return [run.workdir / f"seed-{run.seed + index}" for index in range(arguments.seeds)]
+    if not folder.is_dir():
+        return []
+    summary = files.read_json(folder / files.SEEDS)
+    return [folder] if summary is None else [folder / name for name in summary["runs"]]
+
+
+def _plan_runs(
+    recipes: dict[str, fm.Recipe], there: Sequence[Path], arguments: argparse.Namespace
+) -> dict[str, list[Plan]]:
+    """The runs of each recipe: as those that are there, or else as the flags say."""
+    dataset = cli.load_data(arguments)
+    settings = [files.read_json(workdir / files.CONFIG) for workdir in there]
+    if settings:
+        dataset = fm.select_classes(dataset, settings[0]["classes"])
+        if dataset.sha256 != settings[0]["data_sha256"]:
+            raise fm.ConfigError(f"{there[0]} was trained on other data than {dataset.source}")
+        runs = [config.from_dict(one, place) for one, place in zip(settings, there, strict=True)]
+    else:
+        runs = [
+            fm.Run(
+                recipe=next(iter(recipes.values())),
+                seed=arguments.seed + index,
+                train_examples=arguments.train_examples,
+                workdir=arguments.workdir,
+            )
+            for index in range(arguments.seeds)
+        ]
+    return {
+        side: [
+            create_plan(
+                dataclasses.replace(
+                    run, recipe=recipe, workdir=arguments.workdir / side / f"seed-{run.seed}"
+                ),
+                dataset,
+            )
+            for run in runs
+        ]
+        for side, recipe in recipes.items()
+    }
 
 
 def parse_recipe(text: str) -> fm.Recipe:
@@ -93,16 +135,17 @@ def parse_recipe(text: str) -> fm.Recipe:
         raise fm.ConfigError(
             f"{name!r} is neither a folder nor a recipe; the recipes are {', '.join(fm.RECIPES)}"
         )
-    names = [field.name for field in dataclasses.fields(fm.Recipe)]
+    fields = {field.name: field for field in dataclasses.fields(fm.Recipe)}
     changes: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
-        if not equals or key not in names:
+        if not equals or key not in fields:
             raise fm.ConfigError(
                 f"{setting!r} is no setting of a recipe; write NAME=VALUE with one of "
-                f"{', '.join(names)}"
+                f"{', '.join(fields)}"
             )
-        changes[key] = _value(value)
+        absent = value == "none" and fields[key].default is None
+        changes[key] = None if absent else _value(value)
     return dataclasses.replace(fm.RECIPES[name], **changes)
 
 
@@ -112,7 +155,7 @@ def _value(text: str) -> Any:
             return kind(text)
         except ValueError:
             continue
-    return None if text == "none" else text
+    return text
 
 
 def _table(comparison: dict[str, Any]) -> Table:
@@ -128,7 +171,11 @@ def _table(comparison: dict[str, Any]) -> Table:
         text += f", 95% interval {points['low']} to {points['high']} (n = {difference['n']})"
     table.add_row("b over a", text)
     if comparison["sign_flip_p"] is not None:
-        table.add_row("sign-flip test over seeds", f"p = {comparison['sign_flip_p']:.4f}")
+        table.add_row(
+            "sign-flip test over seeds",
+            f"p = {comparison['sign_flip_p']:.4f}; of so many seeds it is at least "
+            f"{comparison['sign_flip_smallest']:.4f}",
+        )
     table.add_row(
         "McNemar's test over images",
         f"p = {mcnemar['p']:.4f}; {mcnemar['only_a_right']:,} right for a alone, "
@@ -136,12 +183,12 @@ def _table(comparison: dict[str, Any]) -> Table:
     )
     if comparison["smallest_difference"] is not None:
         table.add_row(
-            "so many seeds find",
+            "a t test of so many seeds finds",
             f"{100 * comparison['smallest_difference']:.2f} points in four of five experiments",
         )
         needed = comparison["seeds_needed"]
         table.add_row(
-            "to find this one as often takes",
+            "if this difference and its spread are true, to find it as often takes",
             "more than 10,000 seeds" if needed is None else f"{needed:,} seeds",
         )
     return table

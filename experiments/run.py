@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,6 +104,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         return 0
     if arguments.vary and arguments.seeds is None:
         raise fm.ConfigError("--vary needs --seeds, the number of runs for each stream")
+    if arguments.vary and arguments.seeds < 2:
+        raise fm.ConfigError(f"--seeds is {arguments.seeds}; a variance needs 2 or more")
     if arguments.exclude is not None and arguments.classes is not None:
         raise fm.ConfigError(
             "--exclude counts all training images, so it does not go with --classes"
@@ -114,6 +117,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     if not arguments.no_cache:
         keep_compiled()
     dataset = cli.load_data(arguments)
+    if arguments.exclude is not None:
+        _check_origin(arguments.exclude, dataset)
     if arguments.replay is not None:
         return _replay(arguments, dataset, console)
     if arguments.classes is not None:
@@ -172,11 +177,22 @@ def _create_run(arguments: argparse.Namespace) -> fm.Run:
 
 def _read_positions(path: Path) -> list[int]:
     """One whole number a line; what follows a # is a comment."""
-    lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+    text = path.read_text(errors="replace")
+    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
     wrong = next((line for line in lines if line and not line.isdecimal()), None)
     if wrong is not None:
         raise fm.ConfigError(f"{path} has the line {wrong!r}; each is the number of an image")
     return [int(line) for line in lines if line]
+
+
+def _check_origin(path: Path, dataset: fm.Dataset) -> None:
+    """Refuses a list whose comments name the SHA-256 of other data."""
+    named = re.search(r"#.*SHA-256 ([0-9a-f]{64})", path.read_text(errors="replace"))
+    if named is not None and named[1] != dataset.sha256:
+        raise fm.ConfigError(
+            f"{path} lists images of other data, with SHA-256 {named[1][:12]}...; this is "
+            f"{dataset.source}, {dataset.sha256[:12]}..."
+        )
 
 
 def _replay(arguments: argparse.Namespace, dataset: fm.Dataset, console: Console) -> int:
@@ -192,7 +208,7 @@ def _replay(arguments: argparse.Namespace, dataset: fm.Dataset, console: Console
     shown = fm.replay(arguments.workdir, dataset, arguments.replay)
     from fmnist_jax.report import write_replay  # imported here: matplotlib is needed only now
 
-    picture = write_replay(arguments.workdir, shown, dataset.class_names)
+    picture = write_replay(arguments.workdir, shown, dataset.class_names, sample=dataset.sample)
     table = Table(
         title=f"Update {shown.step:,}: mean loss {shown.losses.mean():.4f}, gradient "
         f"norm {shown.gradient_norm:.4f}"

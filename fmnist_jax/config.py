@@ -5,8 +5,9 @@ Both are frozen and check themselves when they are made. Standard library only.
 
 import dataclasses
 import math
+import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
@@ -154,9 +155,9 @@ class Run:
       seed: root of every random stream, in [0, 2**32).
       stream_seeds: other seeds for some of the streams, as in {"init": 3}.
       exclude: training images that are left out of training and validation, by their positions in
-        the published file.
-      train_examples: train on so many examples of the training split, equally from each class as
-        far as possible; None takes all.
+        the published file. A validation accuracy without them is not that of other runs.
+      train_examples: train on so many examples of the training split, its classes in proportion;
+        None takes all.
       checkpoint_every: "1ep", at the end of each epoch; "5ep", of each fifth one; "500st" and
         "60s", at the end of each epoch, every 500 updates or 60 seconds as well. The last state is
         always saved.
@@ -179,14 +180,11 @@ class Run:
     def __post_init__(self) -> None:
         object.__setattr__(self, "workdir", Path(self.workdir))
         object.__setattr__(self, "stream_seeds", dict(self.stream_seeds))
-        object.__setattr__(self, "exclude", sorted(set(self.exclude)))
+        object.__setattr__(self, "exclude", _positions(self.exclude))
         _check_seed("seed", self.seed)
         for name, seed in self.stream_seeds.items():
             _check_choice("a stream", name, StreamName)
             _check_seed(f"the seed of {name}", seed)
-        for position in self.exclude:
-            if isinstance(position, bool) or not (isinstance(position, int) and position >= 0):
-                raise ConfigError(f"exclude has {position!r}; it must have whole numbers from 0 on")
         if self.train_examples is not None:
             _check_count("train_examples", self.train_examples)
         Interval.parse("checkpoint_every", self.checkpoint_every)
@@ -213,7 +211,7 @@ def from_dict(settings: Mapping[str, Any], workdir: Path) -> Run:
     """The run with these settings, as `to_dict` wrote them; others are passed over.
 
     Raises:
-      ConfigError: if a value is outside its range.
+      ConfigError: if a value is outside its range, or these are not the settings of a run.
 
     Example:
       >>> run = Run(recipe=Recipe(arch="same_3x3", epochs=10), workdir=Path("w"), seed=5)
@@ -222,11 +220,16 @@ def from_dict(settings: Mapping[str, Any], workdir: Path) -> Run:
     """
     names = {field.name for field in dataclasses.fields(Run)}
     given = {name: value for name, value in settings.items() if name in names}
-    return Run(**given | {"recipe": Recipe(**settings["recipe"])}, workdir=workdir)
+    try:
+        return Run(**given | {"recipe": Recipe(**settings["recipe"])}, workdir=workdir)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{workdir} has no settings that this version knows: {error}") from error
 
 
-def differences(found: Any, wanted: Any, name: str = "") -> list[str]:
-    """What differs between two sets of settings, a line each.
+def differences(
+    found: Any, wanted: Any, places: tuple[str, str] = ("there", "asked for"), name: str = ""
+) -> list[str]:
+    """What differs between two sets of settings, a line each; `places` says where each is.
 
     Example:
       >>> differences({"seed": 0, "recipe": {"epochs": 3}}, {"seed": 0, "recipe": {"epochs": 5}})
@@ -237,12 +240,15 @@ def differences(found: Any, wanted: Any, name: str = "") -> list[str]:
             line
             for key in {**found, **wanted}
             for line in differences(
-                found.get(key, _NOTHING), wanted.get(key, _NOTHING), f"{name}.{key}".lstrip(".")
+                found.get(key, _NOTHING),
+                wanted.get(key, _NOTHING),
+                places,
+                f"{name}.{key}".lstrip("."),
             )
         ]
     if found == wanted:
         return []
-    return [f"{name}: {_short(found)} there, {_short(wanted)} asked for"]
+    return [f"{name}: {_short(found)} {places[0]}, {_short(wanted)} {places[1]}"]
 
 
 def _short(value: Any) -> str:
@@ -253,6 +259,20 @@ def _short(value: Any) -> str:
 def _check_count(name: str, value: int) -> None:
     if isinstance(value, bool) or not (isinstance(value, int) and value >= 1):
         raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+
+
+def _positions(values: Iterable[Any]) -> list[int]:
+    """Rising whole numbers, each once, of any integer type."""
+    positions = set()
+    for value in values:
+        try:
+            position = operator.index(value)
+        except TypeError:
+            position = -1
+        if position < 0:
+            raise ConfigError(f"exclude has {value!r}; it must have whole numbers from 0 on")
+        positions.add(position)
+    return sorted(positions)
 
 
 def _check_seed(name: str, value: int) -> None:

@@ -234,7 +234,7 @@ def stratified_split(
       >>> np.bincount(labels[train]).tolist(), np.bincount(labels[val]).tolist()
       ([8, 8], [2, 2])
     """
-    if exclude and not 0 <= min(exclude) <= max(exclude) < len(labels):
+    if len(exclude) and not 0 <= min(exclude) <= max(exclude) < len(labels):
         raise DataError(
             f"exclude has {min(exclude)} to {max(exclude)}; the {len(labels):,} training images "
             "are counted from 0"

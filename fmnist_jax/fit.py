@@ -235,12 +235,11 @@ class _Loop:
                 {key: conditions.get(key) for key in environment.DECISIVE}
                 for conditions in (entries[-1], entry)
             )
-            changed = differences(before, now)
+            changed = differences(before, now, ("before", "here"))
             if changed:
                 self.progress.say(
                     "The conditions are not those of before, so the bits of what follows may be "
-                    "others than without the stop:\n"
-                    + "\n".join(f"  {line}" for line in changed).replace("asked for", "here")
+                    "others than without the stop:\n" + "\n".join(f"  {line}" for line in changed)
                 )
         files.write_json(path, [*entries, entry])
 

@@ -147,8 +147,14 @@ def create_plan(run: Run, dataset: Dataset) -> Plan:
     recipe = run.recipe
     options = {} if recipe.image_size is None else {"image_size": recipe.image_size}
     model = create_model(recipe.arch, len(dataset.class_names), **options)
-    if recipe.dropout is not None and "dropout" not in signature(type(model).__call__).parameters:
+    has_dropout = "dropout" in signature(type(model).__call__).parameters
+    if recipe.dropout is not None and not has_dropout:
         raise ConfigError(f"dropout is {recipe.dropout}, but {recipe.arch} has no dropout")
+    for stream, used in (("dropout", has_dropout), ("augment", recipe.augmentation != "none")):
+        if stream in run.stream_seeds and not used:
+            raise ConfigError(
+                f"the stream {stream} has a seed of its own, but nothing draws from it"
+            )
     streams = create_streams(run.seed, run.stream_seeds)
     train_examples, val_examples = stratified_split(
         streams.split, dataset.train_labels, recipe.val_fraction, run.train_examples, run.exclude
@@ -171,6 +177,12 @@ def create_plan(run: Run, dataset: Dataset) -> Plan:
         augment = dataclasses.replace(
             AUGMENTATIONS[recipe.augmentation], image_size=recipe.image_size
         )
+        strength = recipe.augmentation_strength or 0
+        if strength * augment.zoom >= 1:
+            raise ConfigError(
+                f"augmentation_strength is {strength}; below {1 / augment.zoom:g} the zoom leaves "
+                "something of the image"
+            )
     return Plan(
         run, dataset, streams, train_examples, val_examples, model, tx, augment, num_batches
     )

@@ -1,5 +1,6 @@
 """`replay`: what one update of a finished run saw, made again."""
 
+import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import optax
 
 from fmnist_jax import files
 from fmnist_jax.augment import RandomAffine
-from fmnist_jax.checkpoint import Checkpoints
+from fmnist_jax.checkpoint import CheckpointError, Checkpoints
 from fmnist_jax.compile import compiled
 from fmnist_jax.config import ConfigError, differences, from_dict
 from fmnist_jax.data import Dataset
@@ -60,7 +61,6 @@ def replay(workdir: Path, dataset: Dataset, step: int) -> Replay:
 
     Raises:
       ConfigError: if the folder holds no run, or one of other data, or has no such update.
-      CheckpointError: if a checkpoint belongs to another run.
       DamagedFileError: if config.json cannot be read.
     """
     plan = _read_plan(workdir, dataset)
@@ -68,8 +68,9 @@ def replay(workdir: Path, dataset: Dataset, step: int) -> Replay:
         raise ConfigError(f"step is {step!r}; the run in {workdir} has 1 to {plan.total_steps:,}")
     images, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
     state = _state_before(plan, step, images, labels)
+    options = {name: value for name, value in plan.step_options.items() if name != "tx"}
     examples, batch, losses, gradient_norm = _replay(
-        state, images, labels, _order(plan, step - 1), plan.streams, **plan.step_options
+        state, images, labels, _order(plan, step - 1), plan.streams, **options
     )
     real = np.asarray(batch.mask)
     return Replay(
@@ -82,7 +83,7 @@ def replay(workdir: Path, dataset: Dataset, step: int) -> Replay:
     )
 
 
-@compiled(static_argnames=("batch_size", "model", "tx", "augment", "dtype"))
+@compiled(static_argnames=("batch_size", "model", "augment", "dtype"))
 def _replay(
     state: TrainState,
     images: jax.Array,
@@ -92,13 +93,11 @@ def _replay(
     *,
     batch_size: int,
     model: Any,
-    tx: Any,
     augment: RandomAffine | None,
     dtype: Any,
     regularization: Regularization,
 ) -> tuple[jax.Array, Batch, jax.Array, jax.Array]:
     """One update of `train_steps`, without updating."""
-    del tx
     examples, batch = read_batch(
         images,
         labels,
@@ -129,7 +128,7 @@ def _read_plan(workdir: Path, dataset: Dataset) -> Plan:
     changed = differences(settings, plan.settings)
     if changed:
         raise ConfigError(
-            f"the run in {workdir} was of other data. It differs in\n"
+            f"the run in {workdir} is not one of these data and this version. It differs in\n"
             + "\n".join(f"  {line}" for line in changed)
         )
     return plan
@@ -144,12 +143,13 @@ def _order(plan: Plan, step: int) -> jax.Array:
 def _state_before(plan: Plan, step: int, images: jax.Array, labels: jax.Array) -> TrainState:
     """The state that an update saw, trained from the last checkpoint before it."""
     checkpoints = Checkpoints(plan.run.workdir / files.CHECKPOINTS, plan.settings)
-    saved = [saved for saved in checkpoints.steps() if saved < step]
-    if saved:
-        tree, _ = checkpoints.restore_step(saved[-1], plan.checkpoint_shapes)
-        state = tree["state"]
-    else:
-        state = plan.create_state()
+    state = plan.create_state()
+    for saved in reversed(checkpoints.steps()):
+        if saved < step:
+            # A damaged one costs time alone: the one before it leads to the same bits.
+            with contextlib.suppress(CheckpointError):
+                state = checkpoints.restore_step(saved, plan.checkpoint_shapes)[0]["state"]
+                break
     while int(state.step) < step - 1:
         done = int(state.step)
         epoch_end = (done // plan.steps_per_epoch + 1) * plan.steps_per_epoch

@@ -1,5 +1,6 @@
 """Plots and report.html, made from the files of a finished run and nothing else."""
 
+import dataclasses
 import html
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.special import softmax
 
 from fmnist_jax import calibration, files, page
+from fmnist_jax.config import differences
+from fmnist_jax.recipes import RECIPES
 from fmnist_jax.replay import Replay
 
 # Blue for training, orange for validation, in every plot; told apart by the colour-blind as well.
@@ -39,8 +42,9 @@ def write_report(workdir: Path) -> Path:
     examples = files.read_arrays(workdir / files.EXAMPLES)
 
     (workdir / _PLOTS).mkdir(exist_ok=True)
+    smoothed = ", smoothed labels" if report["recipe"]["label_smoothing"] else ""
     draw: dict[str, Callable[[], Figure]] = {
-        "loss": lambda: _curve(history, "loss", "loss in nats"),
+        "loss": lambda: _curve(history, "loss", "loss in nats", smoothed),
         "accuracy": lambda: _curve(history, "accuracy", "accuracy"),
         "reliability": lambda: _reliability(report, predictions),
         "risk": lambda: _risk(predictions),
@@ -63,13 +67,16 @@ def write_report(workdir: Path) -> Path:
     return written
 
 
-def write_replay(workdir: Path, shown: Replay, class_names: Sequence[str]) -> Path:
+def write_replay(
+    workdir: Path, shown: Replay, class_names: Sequence[str], *, sample: bool = False
+) -> Path:
     """Draws the images that one update saw into `plots/`, with labels and losses.
 
     Args:
       workdir: the run's folder.
       shown: what `replay` returned.
       class_names: one a class.
+      sample: whether the run was on the embedded sample.
 
     Returns:
       The path of the picture.
@@ -88,7 +95,7 @@ def write_replay(workdir: Path, shown: Replay, class_names: Sequence[str]) -> Pa
             axes.set_title(f"{example}\n{class_names[label]}\nloss {loss:.2f}", fontsize=7)
         path = workdir / _PLOTS / f"replay-{shown.step}.png"
         path.parent.mkdir(exist_ok=True)
-        save_figure(path, figure)
+        save_figure(path, figure, sample=sample)
     return path
 
 
@@ -121,11 +128,11 @@ def most_confused(report: dict[str, Any], count: int = 8) -> list[tuple[str, str
     return sorted(pairs, key=lambda pair: -pair[2])[:count]
 
 
-def _curve(history: list[dict[str, Any]], metric: str, label: str) -> Figure:
+def _curve(history: list[dict[str, Any]], metric: str, label: str, smoothed: str = "") -> Figure:
     figure = Figure(figsize=(4.6, 3.4), layout="constrained")
     axes = figure.subplots()
     for split, name, color in (
-        ("train", "training, dropout on", _TRAIN),
+        ("train", f"training, dropout on{smoothed}", _TRAIN),
         ("val", "validation", _VAL),
     ):
         lines = [line for line in history if line["split"] == split]
@@ -291,6 +298,7 @@ def _page(report: dict[str, Any], history: list[dict[str, Any]], images: dict[st
                     f"validation {_percent(report['val_accuracy'])}, "
                     f"training {_percent(report['train_accuracy'])}; one run, last epoch",
                     "Left open there, decided here": recipe["open_choices"],
+                    "Other than in the recipe": "; ".join(_changes(report)) or "nothing",
                 }
             ),
         )
@@ -329,12 +337,23 @@ def _sentence(report: dict[str, Any]) -> str:
     )
 
 
+def _changes(report: dict[str, Any]) -> list[str]:
+    """What a run has changed in the recipe of its network."""
+    own = RECIPES.get(report["arch"])
+    if own is None:
+        return []
+    return differences(dataclasses.asdict(own), report["recipe"], ("in the recipe", "here"))
+
+
 def _settings(report: dict[str, Any], history: list[dict[str, Any]]) -> dict[str, str]:
     recipe = report["recipe"]
     return {
         "Optimizer": f"{recipe['optimizer']}, learning rate {recipe['learning_rate']:g}, "
         f"{recipe['schedule']} schedule, batches of {recipe['batch_size']}",
         "Augmentation": recipe["augmentation"],
+        "Seeds": f"{report['seed']}"
+        + "".join(f", {name} {seed}" for name, seed in report["stream_seeds"].items()),
+        "Left out of training and validation": f"{report['data']['excluded']:,} images",
         "Updates": f"{report['steps']:,} in {len({line['epoch'] for line in history})} epochs",
         "Time": f"{report['train_seconds']:,.0f} s training, "
         f"{report['compile_seconds']:.1f} s compiling, on {report['device']}",

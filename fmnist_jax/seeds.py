@@ -51,7 +51,7 @@ def fit_seeds(
       count: number of seeds, at least 1.
       vary: only this random stream follows the seeds, and the others keep the first one; None
         varies all. Folders and summary are then named after the stream, as `init-5` and
-        `init-seeds.json`.
+        `init-seeds.json`; the first run is that of the first seed.
       progress: as for `fit`.
 
     Returns:
@@ -95,7 +95,7 @@ def seed_run(run: Run, seed: int, vary: StreamName | None = None) -> Run:
       >>> one.seed, one.stream_seeds, one.workdir.name
       (0, {'init': 7}, 'init-7')
     """
-    if vary is None:
+    if vary is None or seed == run.seed:
         return dataclasses.replace(run, seed=seed, workdir=run.workdir / f"seed-{seed}")
     return dataclasses.replace(
         run,
@@ -145,7 +145,7 @@ def summarize(workdirs: Sequence[Path]) -> dict[str, Any]:
 
 
 def variances(workdir: Path, count: int, first_seed: int, names: Sequence[str]) -> dict[str, Any]:
-    """How much of the run-to-run variance each random stream makes.
+    """How much of the run-to-run variance each random stream makes, the others held.
 
     Args:
       workdir: the folder in which `fit_seeds` put its runs, of all streams and of each.
@@ -154,27 +154,36 @@ def variances(workdir: Path, count: int, first_seed: int, names: Sequence[str]) 
       names: the streams.
 
     Returns:
-      For each stream, and for "all" varied at once: the variance of the test accuracy, its 95%
-      interval (chi-square), and its share of that of all. Streams need not act independently, so
-      the shares need not add up to 1.
+      For each stream, and for "all" varied at once: the variance of the test accuracy with its 95%
+      interval (chi-square), and for a stream its share of the variance of all with the 95% interval
+      (F), None where nothing varies. It is the share where the others have the first seed; streams
+      need not act independently, so the shares need not add up to 1.
 
     Raises:
+      ConfigError: if there is one run alone.
       DamagedFileError: if a run is not complete, or cannot be read.
     """
-    from fmnist_jax import stats  # imported here: scipy.stats takes half a second
+    from scipy.stats import f  # imported here: it takes half a second
 
+    from fmnist_jax import stats
+
+    if count < 2:
+        raise ConfigError(f"a variance needs 2 runs or more; there is {count}")
     table: dict[str, Any] = {}
     for name in ("all", *names):
         prefix = "seed" if name == "all" else name
-        values = [
-            read_report(workdir / f"{prefix}-{first_seed + index}")["test_accuracy"]
-            for index in range(count)
-        ]
+        folders = [f"seed-{first_seed}"]
+        folders += [f"{prefix}-{first_seed + index}" for index in range(1, count)]
+        values = [read_report(workdir / folder)["test_accuracy"] for folder in folders]
         variance, low, high = stats.variance_interval(values)
         table[name] = {"variance": variance, "low": low, "high": high, "values": values}
     whole = table["all"]["variance"]
-    for row in table.values():
-        row["share"] = row["variance"] / whole if whole else None
+    spread = float(f.ppf(0.975, count - 1, count - 1))
+    for name in names:
+        share = table[name]["variance"] / whole if whole else None
+        table[name]["share"] = share
+        table[name]["share_low"] = None if share is None else share / spread
+        table[name]["share_high"] = None if share is None else share * spread
     return table
 
 

@@ -38,13 +38,13 @@ def predict_views(params: Any, images: jax.Array, *, model: Any) -> jax.Array:
       >>> bool(jnp.allclose(jnp.exp(logits).sum(axis=1), 1))
       True
     """
-    probabilities = []
+    log_probabilities = []
     for shift in SHIFTS:
         shifted = _shifted(images, shift)
         for view in (shifted, shifted[:, :, ::-1]):
-            probabilities.append(jax.nn.softmax(predict(params, view, model=model)))
-    weights = jnp.array([0.25, 0.25, 0.125, 0.125, 0.125, 0.125])
-    return jnp.log(jnp.tensordot(weights, jnp.stack(probabilities), 1))
+            log_probabilities.append(jax.nn.log_softmax(predict(params, view, model=model)))
+    weights = jnp.array([0.25, 0.25, 0.125, 0.125, 0.125, 0.125])[:, None, None]
+    return jax.nn.logsumexp(jnp.stack(log_probabilities) + jnp.log(weights), axis=0)
 
 
 def _shifted(images: jax.Array, shift: tuple[int, int]) -> jax.Array:

@@ -51,7 +51,7 @@ ALLOWED = {
     "replay": {
         "augment", "checkpoint", "compile", "config", "data", "files", "plan", "streams", "train",
     },
-    "report": {"calibration", "files", "page", "replay"},
+    "report": {"calibration", "config", "files", "page", "recipes", "replay"},
     "seeds_report": {"files", "page", "report"},
     "duplicates": set(),
     "suspects": {"config", "optim", "progress", "streams", "train"},

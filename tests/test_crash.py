@@ -86,7 +86,9 @@ class Harness:
                     instant = f"file:{generator.randint(1, self.num_events)}"
                 else:
                     instant = f"after:{generator.uniform(0.0, 8.0):.2f}"
-                kills += self.kill(workdir, instant)
+                if not self.kill(workdir, instant):
+                    break  # it came to its end
+                kills += 1
             self.check(workdir)
             runs += 1
         return {"kills": kills, "runs": runs}
