@@ -84,8 +84,8 @@ def _find_runs(side: str) -> list[Path]:
     folder = Path(side)
     if not folder.is_dir():
         return []
-    summary = files.read_json(folder / files.SEEDS)
-    return [folder] if summary is None else [folder / name for name in summary["runs"]]
+    seeds = sorted(path.parent for path in folder.glob(f"seed-*/{files.REPORT}"))
+    return seeds or [folder]
 
 
 def _plan_runs(

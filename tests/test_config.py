@@ -52,6 +52,7 @@ def test_recipe(change, message):
         ({"stream_seeds": {"init": -1}}, "the seed of init is -1"),
         ({"exclude": [3, -1]}, "exclude has -1"),
         ({"exclude": [0.5]}, "exclude has 0.5"),
+        ({"exclude": ["3"]}, "exclude has '3'"),
     ],
 )
 def test_run(change, message, tmp_path):

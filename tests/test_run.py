@@ -65,6 +65,12 @@ def test_the_default_folder_belongs_to_the_settings(run_py, tmp_path, monkeypatc
         (["--sample", "--seeds", "0"], "count is 0"),
         (["--sample", "--seeds", "2", "--vary", "data"], "is 'data'; choose one of init, split"),
         (["--sample", "--vary", "init"], "--vary needs --seeds"),
+        (["--sample", "--vary", "init", "--seeds", "1"], "a variance needs 2 or more"),
+        (["--sample", "--vary", "augment", "--seeds", "2"], "nothing draws from it"),
+        (
+            ["--sample", "--augmentation", "keras", "--augmentation-strength", "5"],
+            "below 5 the zoom leaves something",
+        ),
         (["--sample", "--replay", "1"], "--replay needs --workdir"),
         (["--sample", "--replay", "1", "--workdir", "nowhere"], "nowhere holds no run"),
         (["--sample", "--exclude", "nowhere"], "nowhere"),
@@ -125,7 +131,9 @@ def test_many_seeds_and_replay(run_py, tmp_path, capsys):
     for expected in ("Seed 1, 2 of 2", "95% interval", "ensemble", "Only the stream dropout"):
         assert expected in output
     folders = {path.name for path in workdir.iterdir() if path.is_dir()}
-    assert folders == {"seed-0", "seed-1", "dropout-0", "dropout-1"}
+    assert folders == {"seed-0", "seed-1", "dropout-1"}
+    table = json.loads((workdir / "variances.json").read_text())
+    assert f"{100 * table['all']['variance'] ** 0.5:.3f}" in output
     assert set(json.loads((workdir / "variances.json").read_text())) == {"all", "dropout"}
     assert (workdir / "seeds.html").stat().st_size > 20_000
 
@@ -151,6 +159,9 @@ def test_excluded_images_are_in_no_split(run_py, tmp_path, capsys):
     listed.write_text("12\nabout 13\n")
     assert run_py.main([*arguments, "--exclude", str(listed), "--workdir", str(workdir)]) == 2
     assert "has the line 'about 13'" in capsys.readouterr().err.replace("\n", " ")
+    listed.write_text(f"# data SHA-256 {'0' * 64}\n12\n")
+    assert run_py.main([*arguments, "--exclude", str(listed), "--workdir", str(workdir)]) == 2
+    assert "lists images of other data" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_list_shows_every_recipe(run_py, capsys):

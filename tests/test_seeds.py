@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 
 import chex
 import numpy as np
@@ -79,11 +81,15 @@ def test_the_ensemble_is_the_mean_probability(workdir):
     )
 
 
-def test_more_seeds_keep_those_that_are_there(workdir, tiny):
-    times = {path: path.stat().st_mtime_ns for path in workdir.glob("seed-*/report.json")}
-    run = fm.Run(recipe=RECIPE, workdir=workdir, seed=5)
-    result = fm.fit_seeds(run, tiny, 3, progress=fm.Silence())
-    assert len(result.results) == 3
+def test_more_seeds_keep_those_that_are_there(workdir, tiny, tmp_path):
+    more = shutil.copytree(workdir, tmp_path / "more")
+    times = {path: path.stat().st_mtime_ns for path in more.glob("seed-*/report.json")}
+    result = fm.fit_seeds(
+        fm.Run(recipe=RECIPE, workdir=more, seed=5), tiny, 4, progress=fm.Silence()
+    )
+    assert result.report["seeds"] == [5, 6, 7, 8]
+    before = files.read_json(workdir / files.SEEDS)["params_sha256"]
+    assert result.report["params_sha256"][:3] == before
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
@@ -110,14 +116,15 @@ def test_one_stream_varies_alone(tiny, tmp_path):
     assert files.read_json(tmp_path / "seeds.json") == reference.report
     validation = [
         files.read_arrays(tmp_path / folder / files.PREDICTIONS)["val_indices"]
-        for folder in ("seed-0", "init-1", "dropout-1")
+        for folder in ("seed-0", "init-1", "dropout-1")  # no init-0: it is seed-0
     ]
     np.testing.assert_array_equal(validation[0], validation[1])
     np.testing.assert_array_equal(validation[0], validation[2])
 
 
 def test_shares_of_the_variance(tmp_path):
-    values = {"seed": [0.1, 0.5, 0.3], "init": [0.2, 0.3, 0.4]}
+    # The first run of a stream is that of all.
+    values = {"seed": [0.2, 0.6, 0.4], "init": [0.9, 0.3, 0.4]}
     for prefix, accuracies in values.items():
         for seed, accuracy in enumerate(accuracies):
             folder = tmp_path / f"{prefix}-{seed}"
@@ -126,6 +133,12 @@ def test_shares_of_the_variance(tmp_path):
     table = seeds.variances(tmp_path, 3, 0, ["init"])
     np.testing.assert_allclose(table["all"]["variance"], 0.04)
     np.testing.assert_allclose(table["init"]["share"], 0.25)
+    # By integrating the density of F with 2 and 2 degrees of freedom, 1 / (1 + x)^2.
+    spread = 0.975 / 0.025
+    ends = table["init"]["share_low"], table["init"]["share_high"]
+    np.testing.assert_allclose(ends, [0.25 / spread, 0.25 * spread])
+    with pytest.raises(fm.ConfigError, match="needs 2 runs"):
+        seeds.variances(tmp_path, 1, 0, ["init"])
 
 
 def test_an_unfinished_seed_is_named(workdir, tmp_path):
@@ -142,6 +155,14 @@ def test_a_count_that_is_none_is_refused(count, tiny, tmp_path):
 
 def test_the_page_shows_every_seed(workdir):
     text = seeds_report.write_seeds_report(workdir).read_text()
+    for name, words in (("test_accuracy", "test accuracy"), ("test_loss", "test loss in nats")):
+        row = re.search(rf"<tr><td>{words}</td>(.*?)</tr>", text)
+        assert row is not None
+        figures = files.read_json(workdir / files.SEEDS)[name]
+        keys = ("mean", "low", "high", "bootstrap_low", "bootstrap_high", "std")
+        percent = name.endswith("accuracy")
+        expected = [f"{figures[key]:.2%}" if percent else f"{figures[key]:.4f}" for key in keys]
+        assert re.findall(r"-?\d+\.\d+%?", row[1]) == expected
     for expected in ("small_dropout from 3 seeds", "seed-5", "seed-7", "bootstrap", "ensemble"):
         assert expected in text
     assert 'src="data:image/png;base64,' in text

@@ -25,5 +25,7 @@ def test_views_are_mirrored_and_shifted(getkey, sample):
     for shift, weight in (((0, 0), 0.25), ((1, 1), 0.125), ((-1, -1), 0.125)):
         shifted = scipy.ndimage.shift(images, (0, *shift), order=0)
         expected += weight * (probabilities(shifted) + probabilities(np.flip(shifted, axis=2)))
+    sure = jax.tree.map(lambda leaf: 1e4 * leaf, params)
+    assert np.isfinite(fm.predict_views(sure, jnp.asarray(images), model=model)).all()
     result = fm.predict_views(params, jnp.asarray(images), model=model)
     np.testing.assert_allclose(np.exp(result), expected, rtol=1e-4, atol=1e-6)
