@@ -209,16 +209,18 @@ def _replay(arguments: argparse.Namespace, dataset: fm.Dataset, console: Console
     from fmnist_jax.report import write_replay  # imported here: matplotlib is needed only now
 
     picture = write_replay(arguments.workdir, shown, dataset.class_names, sample=dataset.sample)
-    table = Table(
-        title=f"Update {shown.step:,}: mean loss {shown.losses.mean():.4f}, gradient "
-        f"norm {shown.gradient_norm:.4f}"
+    console.print(
+        f"Update {shown.step:,}: mean loss {shown.losses.mean():.4f}, gradient norm "
+        f"{shown.gradient_norm:.4f}",
+        soft_wrap=True,
     )
+    table = Table()
     for heading in ("training image", "label", "loss"):
         table.add_column(heading, justify="right")
     for example, label, loss in zip(shown.examples, shown.labels, shown.losses, strict=True):
         table.add_row(f"{example:,}", dataset.class_names[label], f"{loss:.4f}")
     console.print(table)
-    console.print(f"The images as the network saw them: {picture}")
+    console.print(f"The images as the network saw them: {picture}", soft_wrap=True)
     return 0
 
 
