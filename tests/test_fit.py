@@ -193,7 +193,7 @@ def test_other_conditions_are_said(tmp_path, tiny, monkeypatch):
     fm.fit(make_run(tmp_path), tiny, progress=other)
     assert not any("conditions" in text for text in same.texts)
     (text,) = [text for text in other.texts if "conditions" in text]
-    assert text.splitlines()[1:] == [f"  num_cpus: {describe()['num_cpus']} there, 77 here"]
+    assert text.splitlines()[1:] == [f"  num_cpus: {describe()['num_cpus']} before, 77 here"]
 
 
 def test_the_program_is_known_by_its_content(tmp_path, tiny):
