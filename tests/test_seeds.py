@@ -163,8 +163,8 @@ def test_the_page_shows_every_seed(workdir):
         percent = name.endswith("accuracy")
         expected = [f"{figures[key]:.2%}" if percent else f"{figures[key]:.4f}" for key in keys]
         assert re.findall(r"-?\d+\.\d+%?", row[1]) == expected
-    for expected in ("small_dropout from 3 seeds", "seed-5", "seed-7", "bootstrap", "ensemble"):
-        assert expected in text
+    for word in ("small_dropout from 3 seeds", "seed-5", "seed-7", "bootstrap", "ensemble"):
+        assert word in text
     assert 'src="data:image/png;base64,' in text
 
 
