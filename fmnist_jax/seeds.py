@@ -42,8 +42,8 @@ def fit_seeds(
     Each seed has a run of its own in a folder of its own, `seed-5` and so on in the run's; it is
     the run that `fit` makes of that seed, bit for bit. So it goes on where it was stopped, and more
     seeds can be added later. The runs follow one another and share one compiled program: on two
-    CPU cores four seeds of `small_dropout` under one `vmap` took 1.3 to 1.6 times as long, and
-    under `lax.map` as long as under `vmap`. Accelerators were not measured.
+    CPU cores, with other work beside, four seeds of `small_dropout` under one `vmap` took 1.3 to
+    1.6 times as long. Accelerators were not measured.
 
     Args:
       run: recipe, first seed and folder.
