@@ -186,7 +186,8 @@ class _Loop:
         self.restore()
         images = jnp.asarray(plan.dataset.train_images)
         labels = jnp.asarray(plan.dataset.train_labels)
-        val_images, val_labels = images[plan.val_examples], labels[plan.val_examples]
+        val_images = jnp.asarray(plan.dataset.train_images[plan.val_examples])
+        val_labels = jnp.asarray(plan.dataset.train_labels[plan.val_examples])
         # What was logged after the checkpoint will be logged again.
         files.write_lines(self.metrics_path, self.history)
         if self.step:

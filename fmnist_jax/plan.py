@@ -12,6 +12,7 @@ import numpy as np
 
 from fmnist_jax import metrics as metrics_lib
 from fmnist_jax.augment import AUGMENTATIONS, RandomAffine
+from fmnist_jax.compile import compiled
 from fmnist_jax.config import ConfigError, Run, to_dict
 from fmnist_jax.data import Dataset, stratified_split
 from fmnist_jax.models import create_model
@@ -59,15 +60,17 @@ class Plan:
 
     def create_state(self) -> TrainState:
         """The state before the first step."""
-        height, width = self.dataset.train_images.shape[1:]
-        return create_train_state(
-            self.streams.init, self.model, self.tx, image_shape=(height, width)
-        )
+        return _create_train_state(self.streams.init, **self._state_options)
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state."""
-        return jax.eval_shape(self.create_state)
+        return _create_train_state.trace(self.streams.init, **self._state_options).out_info
+
+    @property
+    def _state_options(self) -> dict[str, Any]:
+        height, width = self.dataset.train_images.shape[1:]
+        return {"model": self.model, "tx": self.tx, "image_shape": (height, width)}
 
     @property
     def checkpoint_shapes(self) -> dict[str, Any]:
@@ -131,6 +134,12 @@ class Cost:
 
     flops: float
     bytes: int
+
+
+# One program in place of some twenty small ones, which take a second to compile.
+_create_train_state = compiled(static_argnames=("model", "tx", "image_shape"), quick=True)(
+    create_train_state
+)
 
 
 def create_plan(run: Run, dataset: Dataset) -> Plan:
