@@ -10,6 +10,7 @@ It is written under another name, forced to the disk, and renamed; it is renamed
 removed. So a folder with the name of a step was whole once, and if it is not now, it was damaged.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -154,7 +155,7 @@ class Checkpoints:
         """Reads the newest checkpoint that is undamaged.
 
         A damaged one is reported by a `CheckpointWarning`, kept aside under another name, and
-        passed over.
+        passed over. What a process that was killed left unfinished is removed.
 
         Args:
           like: a tree of arrays, or their shapes and dtypes, of the structure that was saved.
@@ -167,6 +168,8 @@ class Checkpoints:
           CheckpointError: if all are damaged, if one cannot be read, or if it is of other settings,
             shapes or dtypes; the message lists the differences.
         """
+        with contextlib.suppress(OSError):  # in nobody's way
+            self._clean()
         for step in reversed(self.steps()):
             path = self._directory / str(step)
             try:

@@ -153,6 +153,8 @@ def test_what_was_cut_short_is_not_seen_and_goes(tmp_path):
     (tmp_path / "2").rename(tmp_path / ".saving-2")
     (tmp_path / ".removing-0").mkdir()
     assert restored_step(tmp_path) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"1"}
+    (tmp_path / ".removing-0").mkdir()
     save(tmp_path, 2)
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
 

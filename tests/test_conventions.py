@@ -40,7 +40,9 @@ ALLOWED = {
     "calibration": set(),
     "scores": {"calibration"},
     "views": {"train"},
-    "plan": {"augment", "config", "data", "metrics", "models", "optim", "streams", "train"},
+    "plan": {
+        "augment", "compile", "config", "data", "metrics", "models", "optim", "streams", "train",
+    },
     "results": {"environment", "files", "plan", "scores", "train", "views"},
     "fit": {
         "checkpoint", "config", "data", "environment", "files", "lock", "metrics", "plan",

@@ -28,7 +28,7 @@ def draw(key, *shape):
 
 
 # Tiles that fit and tiles that reach beyond the edge, one channel, batches of one, maps too small
-# for tiles, kernels that are not square.
+# for tiles, maps large enough for gradients by tiles of 4x4, kernels that are not square.
 SHAPES = [
     ((2, 7, 6, 3), (3, 3, 3, 4)),
     ((1, 5, 5, 2), (2, 2, 2, 3)),
@@ -41,6 +41,8 @@ SHAPES = [
     ((1, 12, 15, 2), (3, 3, 2, 3)),
     ((1, 11, 10, 2), (2, 2, 2, 3)),
     ((2, 9, 9, 2), (5, 4, 2, 3)),
+    ((2, 24, 22, 2), (3, 3, 2, 3)),
+    ((1, 23, 27, 3), (3, 3, 3, 2)),
 ]
 
 
@@ -103,16 +105,45 @@ def test_convolution_rounds_as_the_definition_does(getkey):
     assert errors[0] <= max(2e-6, 4 * errors[1])
 
 
+def test_gradients_by_large_tiles_round_little_more(getkey):
+    images, kernel = draw(getkey(), 4, 26, 26, 64), draw(getkey(), 3, 3, 64, 64)
+    cotangent = draw(getkey(), 4, 24, 24, 64)
+
+    def gradients(conv, *arrays):
+        *arguments, cotangent = arrays
+        return jax.vjp(lambda x, w: conv(x, w, "VALID"), *arguments)[1](cotangent)
+
+    result = gradients(ops.conv2d, images, kernel, cotangent)
+    with jax.enable_x64(True):
+        exact = gradients(plain_conv, *(jnp.float64(x) for x in (images, kernel, cotangent)))
+        errors = [
+            float(jnp.max(jnp.abs(r - e)) / jnp.max(jnp.abs(e)))
+            for r, e in zip(result, exact, strict=True)
+        ]
+    assert max(errors) <= 3e-6
+
+
 def test_the_number_of_products_of_a_convolution():
-    def flops(conv):
-        shape = jax.ShapeDtypeStruct
-        arguments = shape((8, 26, 26, 64), jnp.float32), shape((3, 3, 64, 64), jnp.float32)
-        lowered = jax.jit(lambda x, w: conv(x, w, "VALID")).lower(*arguments)
-        cost: Any = lowered.compile().cost_analysis()
+    shape = jax.ShapeDtypeStruct
+    arguments = shape((8, 26, 26, 64), jnp.float32), shape((3, 3, 64, 64), jnp.float32)
+
+    def flops(function):
+        cost: Any = jax.jit(function).lower(*arguments).compile().cost_analysis()
         return cost["flops"]
 
+    def outputs(conv):
+        return flops(lambda x, w: conv(x, w, "VALID"))
+
+    def both(conv):
+        def loss(x, w):
+            return jnp.sum(conv(x, w, "VALID") ** 2)
+
+        return flops(jax.grad(loss, argnums=(0, 1)))
+
     # 16 products instead of 36, and the additions.
-    assert flops(ops.conv2d) < 0.55 * flops(plain_conv)
+    assert outputs(ops.conv2d) < 0.55 * outputs(plain_conv)
+    # For the gradients 36 instead of 144.
+    assert both(ops.conv2d) < 0.43 * both(plain_conv)
 
 
 def test_conv2d_under_jit_vmap_and_grad(getkey):
