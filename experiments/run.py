@@ -248,6 +248,8 @@ def _print_recipes(console: Console) -> None:
 
 def _print_plan(plan: Plan, console: Console) -> None:
     run, recipe, dataset = plan.run, plan.run.recipe, plan.dataset
+    names = ("augmentation_strength", "dropout", "label_smoothing", "weight_decay")
+    given = {name.replace("_", " "): getattr(recipe, name) for name in names}
     console.print(f"[bold]{recipe.arch}[/bold], after the Keras project {recipe.source!r}")
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in (
@@ -267,6 +269,8 @@ def _print_plan(plan: Plan, console: Console) -> None:
             f"{recipe.optimizer}, learning rate {recipe.learning_rate:g}, {recipe.schedule}",
         ),
         ("augmentation", recipe.augmentation),
+        *((name, f"{value:g}") for name, value in given.items() if value is not None),
+        ("precision", recipe.dtype),
         ("seed", str(run.seed)),
         ("files", str(run.workdir)),
     ):

@@ -1,6 +1,7 @@
 """The command line, as a person calls it."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -108,10 +109,16 @@ def test_divergence_is_status_3(run_py, tmp_path, capsys):
 
 def test_dry_run_says_what_it_would_do(run_py, tmp_path, capsys):
     workdir = tmp_path / "run"
-    assert run_py.main(["--sample", "--dry-run", "--workdir", str(workdir)]) == 0
+    given = ["--dropout", "0.25", "--label-smoothing", "0.1", "--weight-decay", "0.001"]
+    assert run_py.main(["--sample", "--dry-run", *given, "--workdir", str(workdir)]) == 0
     output = capsys.readouterr().out
     for expected in ("241,546", "Conv_2/kernel", "3 x 3 x 64 x 128", "GFLOP", "MiB", "updates"):
         assert expected in output
+    assert dict(re.findall(r"^ *(dropout|label smoothing|weight decay) +(\S+)", output, re.M)) == {
+        "dropout": "0.25",
+        "label smoothing": "0.1",
+        "weight decay": "0.001",
+    }
     # Three times the forward pass, less the gradient of the images; MACs count twice. On a CPU the
     # second convolution is 5 x 5 tiles of 16 products.
     second = (5 * 5 * 16 if jax.default_backend() == "cpu" else 11 * 11 * 9) * 32 * 64
