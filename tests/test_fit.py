@@ -204,6 +204,17 @@ def test_the_program_is_known_by_its_content(tmp_path, tiny):
     assert len({sha256(), sha256(batch_size=8), sha256(augmentation="none")}) == 3
 
 
+def test_each_plan_starts_with_an_optimizer_state_of_its_own(tmp_path, tiny):
+    for rate, epochs in ((0.5, 2), (0.25, 3)):
+        plan = create_plan(make_run(tmp_path, learning_rate=rate, epochs=epochs), tiny)
+        state = plan.create_state()
+        schedule = state.opt_state.schedule
+        assert (schedule.learning_rate, schedule.total_steps) == (rate, plan.total_steps)
+        eager = fm.create_train_state(plan.streams.init, plan.model, plan.tx)
+        chex.assert_trees_all_equal(state, eager)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, plan.abstract_state)
+
+
 def test_a_damaged_checkpoint_of_a_complete_run(straight, tmp_path, tiny):
     moved = shutil.copytree(straight[1], tmp_path / "run")
     (moved / "checkpoints" / "9" / "manifest.json").write_text("")
