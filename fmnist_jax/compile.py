@@ -25,7 +25,6 @@ COMPILER_OPTIONS: dict[str, dict[str, str | bool | int]] = {
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}
 }
 
-
 # Code that runs once needs no better. Measured for the first state of small_dropout: compiled in
 # 0.64 s instead of 2.2, the same bits as fast.
 _QUICK_OPTIONS: dict[str, dict[str, str | bool | int]] = {

@@ -174,6 +174,7 @@ def _combined(matrix: np.ndarray, arrays: Sequence[jax.Array]) -> list[jax.Array
 
 
 def _sum(weights: np.ndarray, arrays: Sequence[jax.Array]) -> jax.Array:
+    """The weighted sum; what has the weight 1 or -1 is not multiplied, nor what has 0 read."""
     terms = [(float(w), a) for w, a in zip(weights, arrays, strict=True) if w != 0]
     # A positive term first, so that nothing is negated.
     terms.sort(key=lambda term: term[0] < 0)
@@ -194,7 +195,7 @@ def _product(array: jax.Array, matrix: jax.Array) -> jax.Array:
 
 
 def _untransformed_images(grid: Grid, transforms: Matrices) -> jax.Array:
-    """The transpose of `_transformed_images`: tiles overlap, and what they share is summed."""
+    """The transpose of reading the data: tiles overlap, and what they share is summed."""
     rows = [_overlap(transforms, column, axis=1) for column in zip(*grid, strict=True)]
     # Stored in between: 0.12 instead of 0.74 ms for 11 x 11 tiles of 64 channels and 8 images.
     rows = fence(rows)
@@ -222,10 +223,8 @@ def _overlap(transforms: Matrices, arrays: Sequence[jax.Array], axis: int) -> li
 
 def _extended(images: jax.Array, height: int, width: int) -> jax.Array:
     """With zeros behind up to that height and width, where it is smaller."""
-    missing = [
+    below, right = (
         max(0, wanted - size)
         for wanted, size in zip((height, width), images.shape[1:3], strict=True)
-    ]
-    return jnp.pad(
-        images, [(0, 0), (0, missing[0]), (0, missing[1]), *[(0, 0)] * (images.ndim - 3)]
     )
+    return jnp.pad(images, [(0, 0), (0, below), (0, right), (0, 0)])
