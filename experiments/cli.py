@@ -45,7 +45,7 @@ def run(
         errors.print(f"warning: {message}", style="bold yellow", highlight=False, markup=False)
 
     with warnings.catch_warnings():
-        for category in (fm.DataWarning, fm.CheckpointWarning):
+        for category in (fm.DataWarning, fm.CheckpointWarning, fm.ConditionsWarning):
             warnings.simplefilter("always", category)
         warnings.showwarning = show_warning
         try:

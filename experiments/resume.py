@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,13 @@ FLAGS = (
 
 def outcome(workdir: Path) -> dict[str, str]:
     """SHA-256 of each thing in a complete run's folder that must not depend on interruptions."""
-    checkpoint = fm.load_checkpoint(workdir)
-    things: dict[str, Any] = {"step": checkpoint.step, **checkpoint.arrays}
+    things: dict[str, Any] = {files.CONFIG: files.read_json(workdir / files.CONFIG)}
+    # Of the others, those of a stop are more than there would have been.
+    for which in ("latest", "best"):
+        checkpoint = fm.load_checkpoint(workdir, which)
+        name = f"{which} checkpoint, step {checkpoint.step}"
+        things |= {f"{name}: {key}": array for key, array in checkpoint.arrays.items()}
+        things[f"{name}: validation accuracy"] = checkpoint.score
     things[files.METRICS] = [_timeless(line) for line in files.read_lines(workdir / files.METRICS)]
     things[files.REPORT] = _timeless(files.read_json(workdir / files.REPORT))
     for name in (files.PREDICTIONS, files.EXAMPLES):
@@ -75,15 +80,17 @@ def verify(arch: str, console: Console, flags: Sequence[str] = ()) -> bool:
 
         console.print(f"Training {arch} in one go, and beside it:")
         whole = start(straight)
-        stack.callback(whole.kill)  # for where an error ends this first
+        stack.callback(whole.wait)  # for where an error ends this first
+        stack.callback(whole.kill)
         checkpoints = killed / files.CHECKPOINTS
         for text, number, reached in (
-            ("Killing a run while it saves step 4", signal.SIGKILL, ".saving-4"),
-            ("Going on, and stopping it after step 6", signal.SIGTERM, "6"),
-            ("Going on, and killing it after step 10", signal.SIGKILL, "10"),
+            # The save takes 50 ms; should it have ended, the kill comes after it.
+            ("Killing a run while it saves step 4", signal.SIGKILL, (".saving-4", "4")),
+            ("Going on, and stopping it after step 6", signal.SIGTERM, ("6",)),
+            ("Going on, and killing it after step 10", signal.SIGKILL, ("10",)),
         ):
             console.print(f"{text} ...")
-            _kill(start(killed), number, (checkpoints / reached).exists)
+            _kill(start(killed), number, [checkpoints / name for name in reached])
         console.print("Going on to the end ...")
         _finish(start(killed))
         _finish(whole)
@@ -99,10 +106,8 @@ def _finish(process: subprocess.Popen[str]) -> None:
         )
 
 
-def _kill(
-    process: subprocess.Popen[str], number: signal.Signals, reached: Callable[[], bool]
-) -> None:
-    while not reached():
+def _kill(process: subprocess.Popen[str], number: signal.Signals, reached: Sequence[Path]) -> None:
+    while not any(path.exists() for path in reached):
         if process.poll() is not None:
             raise cli.VerificationError(
                 f"a run ended with status {process.returncode} before it was killed: "
@@ -123,8 +128,7 @@ def _print_comparison(
 ) -> bool:
     groups: dict[str, list[str]] = {}
     for name in {**expected, **found}:
-        file, colon, _ = name.partition(":")
-        groups.setdefault(file if colon else ".".join(name.split(".")[:2]), []).append(name)
+        groups.setdefault(name.partition(":")[0], []).append(name)
     table = Table()
     for heading in ("compared", "things", "SHA-256 in one go", "killed three times"):
         table.add_column(heading)

@@ -11,7 +11,8 @@ import signal
 
 # Until training begins, Ctrl-C just ends the process: raised as an exception in the middle of an
 # import or of JAX's start, it would print a traceback or worse. `fit` then saves before it stops.
-if __name__ == "__main__":
+# What the shell has this process ignore, as a job in the background, stays ignored.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse

@@ -18,6 +18,7 @@ from fmnist_jax.data import load_fashion_mnist as load_fashion_mnist
 from fmnist_jax.data import select_classes as select_classes
 from fmnist_jax.data import stratified_split as stratified_split
 from fmnist_jax.files import DamagedFileError as DamagedFileError
+from fmnist_jax.fit import ConditionsWarning as ConditionsWarning
 from fmnist_jax.fit import DivergedError as DivergedError
 from fmnist_jax.fit import Interrupted as Interrupted
 from fmnist_jax.fit import Result as Result

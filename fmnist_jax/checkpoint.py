@@ -8,6 +8,7 @@ A checkpoint is a folder named by its step:
 
 It is written under another name, forced to the disk, and renamed; it is renamed before it is
 removed. So a folder with the name of a step was whole once, and if it is not now, it was damaged.
+The empty file `.saved` tells that there was one: should none be left, that is damage too.
 """
 
 import contextlib
@@ -37,6 +38,7 @@ NUM_LATEST = 2
 
 _ARRAYS, _MANIFEST = "arrays", "manifest.json"
 _SAVING, _REMOVING, _DAMAGED = ".saving-", ".removing-", "damaged-"
+_SAVED = ".saved"
 
 
 class CheckpointError(OSError):
@@ -110,13 +112,14 @@ class Checkpoints:
         """Writes arrays and a few values of JSON; a step that is there already stays as it is.
 
         Raises:
-          CheckpointError: if the checkpoint was not written; nothing of it is left then, and what
-            was saved before is as it was.
+          CheckpointError: if the checkpoint was not written and forced to the disk; what was saved
+            before is as it was.
         """
-        if step in self.steps():
-            return
         temporary = self._directory / f"{_SAVING}{step}"
         try:
+            if step in self.steps():
+                files.sync(self._directory)  # which may be what failed the last time
+                return
             # Whatever is left of others would keep their place on the disk.
             self._clean()
             files.make_folder(self._directory)
@@ -142,6 +145,8 @@ class Checkpoints:
             for path in [*temporary.rglob("*"), temporary]:
                 files.sync(path)
             temporary.rename(self._directory / str(step))
+            if not (self._directory / _SAVED).exists():
+                files.write_bytes(self._directory / _SAVED, b"")
             files.sync(self._directory)
         except Exception as error:  # Orbax has no error class of its own
             shutil.rmtree(temporary, ignore_errors=True)
@@ -165,11 +170,10 @@ class Checkpoints:
           saved.
 
         Raises:
-          CheckpointError: if all are damaged, if one cannot be read, or if it is of other settings,
-            shapes or dtypes; the message lists the differences.
+          CheckpointError: if all are damaged or gone, if one cannot be read, or if it is of other
+            settings, shapes or dtypes; the message lists the differences.
         """
-        with contextlib.suppress(OSError):  # in nobody's way
-            self._clean()
+        self._clean()
         for step in reversed(self.steps()):
             path = self._directory / str(step)
             try:
@@ -183,11 +187,12 @@ class Checkpoints:
                     stacklevel=2,
                 )
             else:
+                self._remove_old()  # which a process may not have come to
                 return tree, checkpoint.meta
-        if any(path.name.startswith(_DAMAGED) for path in self._paths()):
+        if any(path.name.startswith((_DAMAGED, _SAVED)) for path in self._paths()):
             raise CheckpointError(
-                f"every checkpoint in {self._directory} is damaged; they stay there. Move the "
-                "folder away to start from the first step"
+                f"every checkpoint in {self._directory} is damaged or gone; what is there stays. "
+                "Move the folder away to start from the first step"
             )
         return None
 
@@ -230,25 +235,27 @@ class Checkpoints:
     def _paths(self) -> list[Path]:
         return list(self._directory.iterdir()) if self._directory.is_dir() else []
 
+    # What cannot be removed is in nobody's way, and the next save tries again.
+
     def _clean(self) -> None:
-        for path in self._paths():
-            if path.name.startswith((_SAVING, _REMOVING)):
-                shutil.rmtree(path)
+        with contextlib.suppress(OSError):
+            for path in self._paths():
+                if path.name.startswith((_SAVING, _REMOVING)):
+                    shutil.rmtree(path, ignore_errors=True)
 
     def _remove_old(self) -> None:
-        steps = self.steps()
-        kept = set(steps[-NUM_LATEST:])
-        best = _best_step(self._directory, steps)
-        for step in steps:
-            if step in kept or step == best or (self._keep_every and step % self._keep_every == 0):
-                continue
-            removing = self._directory / f"{_REMOVING}{step}"
-            # What cannot be removed is in nobody's way, and the next save tries again.
-            try:
-                (self._directory / str(step)).rename(removing)
-                shutil.rmtree(removing)
-            except OSError:
-                continue
+        with contextlib.suppress(OSError):
+            steps = self.steps()
+            scores = _scores(self._directory, steps)
+            kept = {*steps[-NUM_LATEST:], _best(scores)}
+            # One whose score cannot be read may be the best.
+            for step in scores:
+                if step in kept or (self._keep_every and step % self._keep_every == 0):
+                    continue
+                removing = self._directory / f"{_REMOVING}{step}"
+                with contextlib.suppress(OSError):
+                    (self._directory / str(step)).rename(removing)
+                    shutil.rmtree(removing)
 
 
 def load_checkpoint(
@@ -268,7 +275,7 @@ def load_checkpoint(
     if which == "latest":
         step = steps[-1] if steps else None
     elif which == "best":
-        step = _best_step(directory, steps)
+        step = _best(_scores(directory, steps))
     else:
         step = which
     if step not in steps:
@@ -280,17 +287,21 @@ def load_checkpoint(
         raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
 
 
-def _best_step(directory: Path, steps: list[int]) -> int | None:
-    """The step of the highest score, the first of equal ones."""
+def _scores(directory: Path, steps: list[int]) -> dict[int, float | None]:
+    """The score of each step whose manifest can be read."""
     scores = {}
     for step in steps:
-        try:
-            score = _manifest(directory / str(step))["score"]
-        except (_DamagedError, CheckpointError):
-            continue
-        if score is not None and math.isfinite(score):
-            scores[step] = score
-    return max(scores, key=lambda step: (scores[step], -step), default=None)
+        with contextlib.suppress(_DamagedError, CheckpointError):
+            scores[step] = _manifest(directory / str(step))["score"]
+    return scores
+
+
+def _best(scores: Mapping[int, float | None]) -> int | None:
+    """The step of the highest score, the first of equal ones."""
+    finite = {
+        step: score for step, score in scores.items() if score is not None and math.isfinite(score)
+    }
+    return max(finite, key=lambda step: (finite[step], -step), default=None)
 
 
 def _verified_content(path: Path) -> dict[str, Any]:

@@ -12,7 +12,10 @@ from typing import Any
 import jax
 
 # What decides the bits of a run, besides its settings.
-DECISIVE = ("program", "versions", "device", "num_devices", "processor", "num_cpus")
+DECISIVE = ("program", "versions", "device", "num_devices", "processor", "num_cpus", "settings")
+
+# What XLA takes from the environment: its flags, and the number of its threads.
+_SETTINGS = ("XLA_FLAGS", "PJRT_NPROC", "NPROC")
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -35,6 +38,7 @@ def describe() -> dict[str, Any]:
         "machine": platform.platform(),
         "processor": _processor(),
         "num_cpus": _num_cpus(),
+        "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
     }
 
 

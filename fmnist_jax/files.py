@@ -69,7 +69,7 @@ def read_json(path: Path) -> Any:
     Raises:
       DamagedFileError: if it is no JSON.
     """
-    return _parsed(path, path.read_text()) if path.exists() else None
+    return _parsed(path, path.read_bytes()) if path.exists() else None
 
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -85,7 +85,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    return [_parsed(path, line) for line in path.read_text().splitlines()]
+    return [_parsed(path, line) for line in path.read_bytes().splitlines()]
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -102,10 +102,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise DamagedFileError(f"{path} cannot be read: {error}") from error
 
 
-def _parsed(path: Path, text: str) -> Any:
+def _parsed(path: Path, content: bytes) -> Any:
     try:
-        return json.loads(text)
-    except ValueError as error:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:  # what is no UTF-8 is a ValueError too
         raise DamagedFileError(f"{path} is damaged: {error}") from error
 
 

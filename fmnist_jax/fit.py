@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fmnist_jax import environment, files
 from fmnist_jax import metrics as metrics_lib
@@ -35,6 +36,10 @@ _CALL_SECONDS = 0.5
 
 class DivergedError(ArithmeticError):
     """The loss is not finite. The message names epoch and step."""
+
+
+class ConditionsWarning(UserWarning):
+    """A run goes on under conditions that may change its bits."""
 
 
 class Interrupted(Exception):  # noqa: N818 (it reports what was asked for, no error)
@@ -135,13 +140,8 @@ class _Loop:
         self.plan = plan
         self.progress = progress
         self.every = Interval.parse("checkpoint_every", plan.run.checkpoint_every)
-        keep_every = None
-        if plan.run.keep_every is not None:
-            keep_every, unit = Interval.parse("keep_every", plan.run.keep_every)
-            if unit == "ep":
-                keep_every *= plan.steps_per_epoch
         self.checkpoints = Checkpoints(
-            plan.run.workdir / files.CHECKPOINTS, settings, keep_every=keep_every
+            plan.run.workdir / files.CHECKPOINTS, settings, keep_every=plan.keep_every
         )
         self.metrics_path = plan.run.workdir / files.METRICS
         self.history: list[dict[str, Any]] = []
@@ -150,6 +150,7 @@ class _Loop:
         self.call_steps = 1
         self.saved_at = time.monotonic()  # the time of day may jump
         self.saved_step = 0
+        self.val_accuracy: float | None = None  # of the state as it is
 
     def restore(self) -> None:
         """The newest state that was saved, or the first one."""
@@ -188,10 +189,12 @@ class _Loop:
         labels = jnp.asarray(plan.dataset.train_labels)
         val_images = jnp.asarray(plan.dataset.train_images[plan.val_examples])
         val_labels = jnp.asarray(plan.dataset.train_labels[plan.val_examples])
-        # What was logged after the checkpoint will be logged again.
-        files.write_lines(self.metrics_path, self.history)
         if self.step:
             self.progress.say(f"Going on after step {self.step:,} of {plan.total_steps:,}.")
+        elif self.metrics_path.exists() and self.metrics_path.stat().st_size:
+            self.progress.say("Starting anew: no checkpoint had been made.")
+        # What was logged after the checkpoint will be logged again.
+        files.write_lines(self.metrics_path, self.history)
         self._note_conditions()
         if self.step < plan.total_steps:
             self._compile(images, labels)
@@ -200,7 +203,7 @@ class _Loop:
         try:
             for epoch in range(self.step // plan.steps_per_epoch, recipe.epochs):
                 self._train_epoch(epoch, images, labels, signals)
-                self._end_epoch(epoch, val_images, val_labels)
+                self._end_epoch(epoch, val_images, val_labels, signals)
                 if signals.received:
                     self._stop(signals)
         finally:
@@ -238,9 +241,11 @@ class _Loop:
             )
             changed = differences(before, now, ("before", "here"))
             if changed:
-                self.progress.say(
-                    "The conditions are not those of before, so the bits of what follows may be "
-                    "others than without the stop:\n" + "\n".join(f"  {line}" for line in changed)
+                warnings.warn(
+                    "the conditions are not those of before, so the bits of what follows may be "
+                    "others than without the stop:\n" + "\n".join(f"  {line}" for line in changed),
+                    ConditionsWarning,
+                    stacklevel=2,
                 )
         files.write_json(path, [*entries, entry])
 
@@ -278,13 +283,20 @@ class _Loop:
         done = self.step - first_step
         order = epoch_order(plan.streams.shuffle, epoch, jnp.asarray(plan.train_examples))
         while done < plan.steps_per_epoch:
-            count = min(self.call_steps, plan.steps_per_epoch - done)
+            left = plan.steps_per_epoch - done
+            # The last update is a call of its own: what it starts from can be saved until the
+            # epoch is evaluated.
+            count = min(self.call_steps, max(left - 1, 1))
             if self.every.unit == "st":
                 count = min(count, self.every.number - (first_step + done) % self.every.number)
+            if left == 1:
+                # Copies, because the update reuses the arrays.
+                self.before_last = jax.tree.map(np.array, self._tree())
             begun = time.perf_counter()
             metrics = self._run_steps(images, labels, order, count)
             seconds = time.perf_counter() - begun
             self.epoch_seconds += seconds
+            self.val_accuracy = None
             done += count
             if metrics.finite_steps < done:
                 raise DivergedError(
@@ -304,7 +316,8 @@ class _Loop:
                     self._stop(signals)
                 if self._is_due():
                     self._save()
-            self.call_steps = _next_call_steps(count, seconds)
+            if count == self.call_steps:
+                self.call_steps = _next_call_steps(count, seconds)
 
     def _is_due(self) -> bool:
         """Whether a checkpoint is wanted inside an epoch."""
@@ -312,7 +325,9 @@ class _Loop:
             return time.monotonic() - self.saved_at >= self.every.number
         return self.every.unit == "st" and self.step % self.every.number == 0
 
-    def _end_epoch(self, epoch: int, val_images: jax.Array, val_labels: jax.Array) -> None:
+    def _end_epoch(
+        self, epoch: int, val_images: jax.Array, val_labels: jax.Array, signals: Signals
+    ) -> None:
         common: dict[str, Any] = {"step": self.step, "epoch": epoch + 1}
         if self.plan.dataset.sample:
             common["sample"] = True
@@ -321,19 +336,21 @@ class _Loop:
         train["seconds"] = round(self.epoch_seconds, 4)
         lines, val = [train], None
         if len(val_labels):
-            result = evaluate(self.state.params, val_images, val_labels, model=self.plan.model)
-            val = common | {"split": "val"} | result.means()
+            with signals.saved_by(self._save_before_last):
+                result = evaluate(self.state.params, val_images, val_labels, model=self.plan.model)
+                val = common | {"split": "val"} | result.means()
             lines.append(val)
             if not math.isfinite(val["loss"]):
                 raise DivergedError(
                     f"the validation loss is not finite after epoch {epoch + 1}, step "
                     f"{self.step:,}; a lower learning rate often helps"
                 )
+            self.val_accuracy = val["accuracy"]
         self.history += lines
         self.metrics, self.epoch_seconds = metrics_lib.zeros(), 0.0
         last = self.step == self.plan.total_steps
         if last or self.every.unit != "ep" or (epoch + 1) % self.every.number == 0:
-            self._save(score=val["accuracy"] if val else None)
+            self._save()
         # For readers only: the checkpoint has the lines as well.
         with contextlib.suppress(OSError):
             files.write_lines(self.metrics_path, self.history)
@@ -348,17 +365,30 @@ class _Loop:
                 f"stopped after step {self.step:,} of {total:,}, which could not be saved; the "
                 f"same command goes on after step {self.saved_step:,}"
             )
-        raise Interrupted(
-            f"Stopped after step {self.step:,} of {total:,}, saved; "
-            "the same command goes on from there.",
-            signals.received[0],
+        raise Interrupted(self._stopped(self.step), signals.received[0])
+
+    def _stopped(self, step: int) -> str:
+        return (
+            f"Stopped after step {step:,} of {self.plan.total_steps:,}, saved; "
+            "the same command goes on from there."
         )
 
-    def _save(self, score: float | None = None) -> None:
-        tree = {"state": self.state, "metrics": self.metrics}
-        meta = {"epoch_seconds": self.epoch_seconds, "history": self.history}
+    def _save_before_last(self) -> str:
+        """Saves the state before the last update; returns what to say."""
+        step = int(self.before_last["state"].step)
+        if self.saved_step < step:
+            self.checkpoints.save(step, self.before_last, self._meta())
+        return self._stopped(step)
+
+    def _tree(self) -> dict[str, Any]:
+        return {"state": self.state, "metrics": self.metrics}
+
+    def _meta(self) -> dict[str, Any]:
+        return {"epoch_seconds": self.epoch_seconds, "history": self.history}
+
+    def _save(self) -> None:
         try:
-            self.checkpoints.save(self.step, tree, meta, score)
+            self.checkpoints.save(self.step, self._tree(), self._meta(), self.val_accuracy)
         except CheckpointError as error:
             warnings.warn(
                 f"{error}; training goes on, and the next checkpoint is tried as usual",

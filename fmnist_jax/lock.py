@@ -13,11 +13,12 @@ from fmnist_jax.config import ConfigError
 def locked(folder: Path) -> Iterator[None]:
     """Keeps a folder for this process; the lock ends with the process, however that ends.
 
-    Nothing is written: it is the folder itself that is locked.
+    What is locked is an empty file in it, `.lock`, which stays: NFS locks only what is open for
+    writing, as a folder cannot be, and a file that were removed could be locked by two.
 
     Raises:
       ConfigError: if another process has it.
-      OSError: if the folder cannot be opened.
+      OSError: if the folder cannot be written.
 
     Example:
       >>> import tempfile
@@ -25,7 +26,7 @@ def locked(folder: Path) -> Iterator[None]:
       ...     print("mine")
       mine
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import math
 from inspect import signature
 from typing import Any
 
@@ -12,8 +13,8 @@ import numpy as np
 
 from fmnist_jax import metrics as metrics_lib
 from fmnist_jax.augment import AUGMENTATIONS, RandomAffine
-from fmnist_jax.compile import Compiled, compiled
-from fmnist_jax.config import ConfigError, Run, to_dict
+from fmnist_jax.compile import COMPILER_OPTIONS, Compiled, compiled
+from fmnist_jax.config import ConfigError, Interval, Run, to_dict
 from fmnist_jax.data import Dataset, stratified_split
 from fmnist_jax.models import create_model
 from fmnist_jax.optim import Optimizer, create_optimizer
@@ -101,6 +102,14 @@ class Plan:
             (jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, leaf.size)
             for path, leaf in leaves
         ]
+
+    @property
+    def keep_every(self) -> int | None:
+        """Updates whose multiples keep their checkpoint."""
+        if self.run.keep_every is None:
+            return None
+        number, unit = Interval.parse("keep_every", self.run.keep_every)
+        return number * self.steps_per_epoch if unit == "ep" else number
 
     @property
     def num_params(self) -> int:
@@ -192,9 +201,28 @@ def create_plan(run: Run, dataset: Dataset) -> Plan:
                 f"augmentation_strength is {strength}; below {1 / augment.zoom:g} the zoom leaves "
                 "something of the image"
             )
-    return Plan(
+    plan = Plan(
         run, dataset, streams, train_examples, val_examples, model, tx, augment, num_batches
     )
+    _check_keep_every(plan)
+    return plan
+
+
+def _check_keep_every(plan: Plan) -> None:
+    if plan.keep_every is None:
+        return
+    number, unit = Interval.parse("checkpoint_every", plan.run.checkpoint_every)
+    # Of "st" and "s", the ends of epochs are saved as well.
+    periods = [plan.steps_per_epoch * (number if unit == "ep" else 1)]
+    if unit == "st":
+        periods.append(number)
+    saved = [math.lcm(period, plan.keep_every) <= plan.total_steps for period in periods]
+    if not any(saved) and plan.total_steps % plan.keep_every:
+        raise ConfigError(
+            f"keep_every is {plan.run.keep_every}, but of the checkpoints that are made "
+            f"({plan.run.checkpoint_every}, of {plan.total_steps:,} updates in epochs of "
+            f"{plan.steps_per_epoch:,}) none falls on a multiple of it"
+        )
 
 
 def measure_cost(plan: Plan) -> Cost:
@@ -219,9 +247,10 @@ def compile_loop(plan: Plan, slice_size: int | None = None) -> Any:
 
 
 def program_sha256(plan: Plan) -> str:
-    """SHA-256 of the training loop's jaxpr, which says what is computed from what, and how."""
+    """SHA-256 of the training loop's jaxpr, what it computes, and its compiler's options."""
     jaxpr = train_steps.trace(*_loop_shapes(plan), **plan.step_options).jaxpr
-    return hashlib.sha256(str(jaxpr).encode()).hexdigest()
+    options = sorted(COMPILER_OPTIONS.get(jax.default_backend(), {}).items())
+    return hashlib.sha256(f"{jaxpr} {options}".encode()).hexdigest()
 
 
 def _loop_shapes(plan: Plan) -> tuple[Any, ...]:

@@ -5,9 +5,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
@@ -23,6 +23,44 @@ class Signals:
     def __init__(self) -> None:
         self.received: list[int] = []
         self.nothing_to_lose = False
+        self._lock = threading.Lock()
+        self._save: Callable[[], str] | None = None
+        self._deadly: int | None = None
+
+    @contextlib.contextmanager
+    def saved_by(self, save: Callable[[], str]) -> Iterator[None]:
+        """Within it a signal that would end the process does so at once, after a call of `save`.
+
+        That is for what takes long and cannot be looked into. `save` is called in another thread;
+        it returns what to say, or raises OSError.
+        """
+        with self._lock:
+            self._save = save
+            if self._deadly is not None:
+                self._end(self._deadly)
+        try:
+            yield
+        finally:
+            with self._lock:  # not while the other thread saves
+                self._save = None
+
+    def _came(self, number: int) -> None:
+        """Takes a signal that would end the process."""
+        with self._lock:
+            second = self._deadly is not None
+            self._deadly = number
+            if second or self.nothing_to_lose:
+                _exit("Stopped at once; the last checkpoint stands.", 128 + number)
+            if self._save:
+                self._end(number)
+
+    def _end(self, number: int) -> NoReturn:
+        assert self._save is not None
+        try:
+            text, status = self._save(), 128 + number
+        except OSError as error:
+            text, status = f"error: {error}", 2
+        _exit(text, status)
 
 
 @contextlib.contextmanager
@@ -30,16 +68,18 @@ def waiting_signals() -> Iterator[Signals]:
     """Within it the first SIGINT or SIGTERM is noted only; a second one acts as it did before.
 
     Python sees a signal when the call into XLA returns that it is in, which may be a compilation.
-    Where the signal would end the process, a thread ends it at once, on the second signal, and on
-    the first while `nothing_to_lose`.
+    Where the signal would end the process, a thread ends it at once: on the second signal, on the
+    first while `nothing_to_lose`, and within `saved_by`.
 
-    Outside the main thread, where Python takes no signals, this does nothing.
+    What is ignored stays ignored. Outside the main thread, where Python takes no signals, this does
+    nothing.
     """
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
-    previous: dict[int, Any] = {number: signal.getsignal(number) for number in _NUMBERS}
+    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in _NUMBERS}
+    previous = {number: it for number, it in handlers.items() if it != signal.SIG_IGN}
 
     def restore() -> None:
         for number, handler in previous.items():
@@ -52,10 +92,11 @@ def waiting_signals() -> Iterator[Signals]:
 
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    watcher = threading.Thread(target=_watch, args=(reader, previous, signals), daemon=True)
+    deadly = {number for number, handler in previous.items() if handler == signal.SIG_DFL}
+    watcher = threading.Thread(target=_watch, args=(reader, deadly, signals), daemon=True)
     former = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     watcher.start()
-    for number in _NUMBERS:
+    for number in previous:
         signal.signal(number, note)
     try:
         yield signals
@@ -67,14 +108,13 @@ def waiting_signals() -> Iterator[Signals]:
         os.close(reader)
 
 
-def _watch(reader: int, previous: dict[int, Any], signals: Signals) -> None:
-    count = 0
+def _watch(reader: int, deadly: Collection[int], signals: Signals) -> None:
     while content := os.read(reader, 1):  # ends when the other end is closed
-        number = content[0]
-        if number not in previous:
-            continue
-        count += 1
-        if previous[number] == signal.SIG_DFL and (count > 1 or signals.nothing_to_lose):
-            show_cursor = "\x1b[?25h" if sys.stdout.isatty() else ""
-            os.write(2, f"{show_cursor}\nStopped at once; the last checkpoint stands.\n".encode())
-            os._exit(128 + number)
+        if content[0] in deadly:
+            signals._came(content[0])
+
+
+def _exit(text: str, status: int) -> NoReturn:
+    show_cursor = "\x1b[?25h" if sys.stdout.isatty() else ""
+    os.write(2, f"{show_cursor}\n{text}\n".encode())
+    os._exit(status)

@@ -1,13 +1,14 @@
 """Convolution by Winograd's minimal filtering: fewer multiplications than the definition needs.
 
-The output is cut into tiles of 2x2. With a 3x3 kernel a tile takes 16 multiplications for each pair
-of channel and feature instead of 36, with a 2x2 kernel 9 instead of 16; before and after them come
-additions only. The multiplications over all tiles are matrix products, one for each of the 16 or 9
-positions, which is what a CPU is best at.
+The output is cut into tiles. With a 3x3 kernel a tile of 2x2 takes 16 multiplications for each pair
+of channel and feature instead of 36, one of 4x4 takes 36 instead of 144; with a 2x2 kernel a tile
+of 2x2 takes 9 instead of 16. Before and after them come additions, and for tiles of 4x4 scalings.
+The multiplications over all tiles are matrix products, one for each position of what a tile reads,
+which is what a CPU is best at.
 
-Gradients may use tiles of 4x4 as well, with 36 multiplications instead of 144. Outputs may not:
-where all pixels are equal, theirs would differ by rounding, and so the ties of a pool and the zeros
-before a ReLU would not be those of the definition.
+Tiles of 2x2 give zero where all that an output reads is zero. Larger ones would leave there what
+rounding leaves of their other pixels, and half of that would pass a ReLU: those outputs are set to
+zero.
 
 From Winograd, Arithmetic Complexity of Computations, 1980; for networks Lavin and Gray, Fast
 Algorithms for Convolutional Neural Networks, 2016. In one dimension the outputs of data d and
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from fmnist_jax.fence import fence
 
@@ -68,34 +70,43 @@ def matrices(tile: int, kernel: int) -> Matrices:
     return Matrices(data, factors, outputs)
 
 
-def tile_outputs(images: jax.Array, kernel: jax.Array, tiles: tuple[int, int]) -> Grid:
-    """Cross-correlates, without padding, and returns each position of the 2x2 tiles by itself.
+def tile_outputs(images: jax.Array, kernel: jax.Array, tiles: tuple[int, int], tile: int) -> Grid:
+    """Cross-correlates, without padding, and returns each position of the tiles by itself.
 
     Args:
       images: float[batch, height, width, channels]; read as zero beyond its last row and column.
-      kernel: float[size, size, channels, features], size 2 or 3.
+      kernel: float[size, size, channels, features].
       tiles: how many rows and columns of tiles.
+      tile: side of the tiles; `POINTS` has those that there are for a kernel.
 
     Returns:
-      2x2 arrays, float[batch, *tiles, features]: [i][j] holds the outputs (2r + i, 2c + j).
+      tile x tile arrays, float[batch, *tiles, features]: with tiles of 2x2 [i][j] holds the outputs
+      (2r + i, 2c + j).
 
     Example:
-      >>> outputs = tile_outputs(jnp.ones((1, 5, 5, 2)), jnp.ones((2, 2, 2, 3)), (2, 2))
+      >>> outputs = tile_outputs(jnp.ones((1, 5, 5, 2)), jnp.ones((2, 2, 2, 3)), (2, 2), tile=2)
       >>> outputs[0][0].shape, float(outputs[1][1].max())
       ((1, 2, 2, 3), 8.0)
     """
-    transforms = matrices(2, len(kernel))
+    transforms = matrices(tile, len(kernel))
     products = [
         [_product(data, factor) for data, factor in zip(*rows, strict=True)]
         for rows in zip(
-            _transformed(transforms.data, images, 2, tiles),
+            _transformed(transforms.data, images, tile, tiles),
             _transformed_kernel(kernel, transforms),
             strict=True,
         )
     ]
-    lines = [_combined(transforms.outputs, row) for row in products]
+    lines = _stored([_combined(transforms.outputs, row) for row in products], tile)
     columns = [_combined(transforms.outputs, line) for line in zip(*lines, strict=True)]
-    return [list(row) for row in zip(*columns, strict=True)]
+    outputs = [list(row) for row in zip(*columns, strict=True)]
+    if tile == 2:
+        return outputs
+    reads_content = _reads_content(images, len(kernel), tile, tiles)
+    return [
+        [jnp.where(seen, array, 0) for seen, array in zip(*rows, strict=True)]
+        for rows in zip(reads_content, outputs, strict=True)
+    ]
 
 
 def tile_gradients(
@@ -156,6 +167,17 @@ def _transformed(matrix: np.ndarray, images: jax.Array, tile: int, tiles: Sequen
         _combined(matrix, [line[:, :, j : j + columns : tile] for j in range(reach)])
         for line in lines
     ]
+
+
+def _reads_content(images: jax.Array, kernel: int, tile: int, tiles: Sequence[int]) -> Grid:
+    """bool[batch, *tiles] for each position of a tile: whether an output there reads a non-zero."""
+    height, width = (tile * count for count in tiles)
+    content = _extended(
+        (images != 0).any(-1, keepdims=True), height + kernel - 1, width + kernel - 1
+    )
+    window = (1, kernel, kernel, 1)
+    seen = lax.reduce_window(fence(content), False, lax.bitwise_or, window, (1, 1, 1, 1), "VALID")
+    return [[seen[:, i:height:tile, j:width:tile] for j in range(tile)] for i in range(tile)]
 
 
 def _stored(arrays: Any, tile: int) -> Any:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import itertools
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,9 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 import fmnist_jax as fm
 
 ROOT = Path(__file__).parent.parent
+
+# A job in the background is started with SIGINT ignored, and so would be what the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A shape that grows a dimension without being asked to is an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")

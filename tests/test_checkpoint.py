@@ -51,6 +51,11 @@ def save(directory, *steps, settings=None):
     return checkpoints
 
 
+def names(directory):
+    """Of all that is there but the mark that something was saved."""
+    return {path.name for path in directory.iterdir()} - {".saved"}
+
+
 LIKE = jax.eval_shape(lambda: trees(0)[0])
 
 
@@ -93,7 +98,7 @@ def test_the_newest_two_the_best_and_the_multiples_are_kept(tmp_path):
         checkpoints.save(step, {"x": jnp.full(2, float(step))}, {}, score)
     checkpoints.save(6, {"x": jnp.zeros(2)}, {})  # stays as it is
     assert checkpoints.steps() == [3, 4, 5, 6]
-    assert {path.name for path in tmp_path.iterdir()} == {"3", "4", "5", "6"}
+    assert names(tmp_path) == {"3", "4", "5", "6"}
     assert restore(checkpoints, {"x": jnp.zeros(2)})[0]["x"].tolist() == [6, 6]
 
 
@@ -122,6 +127,9 @@ def test_a_checkpoint_of_the_first_format_can_be_read():
         checkpoint.arrays["params.kernel"], np.arange(12, dtype=np.float32).reshape(3, 4) / 8
     )
     np.testing.assert_array_equal(checkpoint.arrays["step"], np.int32(12))
+    like = {"params": {"kernel": jnp.zeros((3, 4))}, "step": jnp.int32(0)}
+    tree, meta = Checkpoints(GOLDEN / files.CHECKPOINTS, {"seed": 5}).restore_step(12, like)
+    assert (tree["step"], tree["params"]["kernel"][2, 3], meta) == (12, 11 / 8, {"note": "golden"})
 
 
 def test_a_newer_format_is_refused(tmp_path, monkeypatch):
@@ -145,7 +153,7 @@ def test_other_settings_shapes_and_dtypes_are_listed(tmp_path):
         "  none: float32[0, 3] there, nothing asked for",
         "  weight: nothing there, float32[2] asked for",
     ]
-    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    assert names(tmp_path) == {"1"}
 
 
 def test_what_was_cut_short_is_not_seen_and_goes(tmp_path):
@@ -153,10 +161,10 @@ def test_what_was_cut_short_is_not_seen_and_goes(tmp_path):
     (tmp_path / "2").rename(tmp_path / ".saving-2")
     (tmp_path / ".removing-0").mkdir()
     assert restored_step(tmp_path) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"1"}
+    assert names(tmp_path) == {"1"}
     (tmp_path / ".removing-0").mkdir()
     save(tmp_path, 2)
-    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
+    assert names(tmp_path) == {"1", "2"}
 
 
 def test_a_damaged_one_is_named_kept_aside_and_passed_over(tmp_path):
@@ -166,13 +174,13 @@ def test_a_damaged_one_is_named_kept_aside_and_passed_over(tmp_path):
     with pytest.warns(fm.CheckpointWarning, match=rf"step 2 is damaged \(arrays/.*{path.name} is"):
         _, meta = restore(Checkpoints(tmp_path), LIKE)
     assert meta == {"step": 1}
-    assert {path.name for path in tmp_path.iterdir()} == {"1", "damaged-2"}
+    assert names(tmp_path) == {"1", "damaged-2"}
     save(tmp_path, 2)
     (tmp_path / "2" / "manifest.json").unlink()
     with pytest.raises(fm.CheckpointError, match=r"manifest\.json is missing"):
         Checkpoints(tmp_path).restore_step(2, LIKE)
     assert restored_step(tmp_path) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"1", "damaged-2", "damaged-2.1"}
+    assert names(tmp_path) == {"1", "damaged-2", "damaged-2.1"}
 
 
 def test_with_none_left_nothing_starts_over(tmp_path):
@@ -185,6 +193,67 @@ def test_with_none_left_nothing_starts_over(tmp_path):
         Checkpoints(tmp_path).restore(LIKE)
     with pytest.raises(fm.CheckpointError, match=r"every checkpoint in .* is damaged"):
         Checkpoints(tmp_path).restore(LIKE)
+
+
+def test_what_was_saved_and_is_gone_is_missed(tmp_path):
+    save(tmp_path, 1)
+    shutil.rmtree(tmp_path / "1")
+    with pytest.raises(fm.CheckpointError, match=r"every checkpoint in .* is damaged or gone"):
+        Checkpoints(tmp_path).restore(LIKE)
+
+
+def test_a_best_one_whose_score_cannot_be_read_is_kept(tmp_path):
+    save(tmp_path, 4, 5)  # of scores 0.4 and 0
+    (tmp_path / "4" / "manifest.json").write_text("{}")
+    save(tmp_path, 6, 7)
+    assert Checkpoints(tmp_path).steps() == [4, 6, 7]
+
+
+def test_what_should_have_been_removed_is_removed_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoints, "_remove_old", lambda self: None)
+    save(tmp_path, 1, 2, 3)
+    monkeypatch.undo()
+    assert restored_step(tmp_path) == 3
+    assert names(tmp_path) == {"2", "3"}
+
+
+def test_what_cannot_be_removed_is_in_nobodys_way(tmp_path, monkeypatch):
+    def refuse(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(39, "Directory not empty", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    save(tmp_path, 1, 2, 3, 5, 6)  # 3 is the best
+    assert restored_step(tmp_path) == 6
+    assert names(tmp_path) == {"3", "5", "6", ".removing-1", ".removing-2"}
+
+
+def test_a_folder_that_cannot_be_read_is_a_failed_save(tmp_path, monkeypatch):
+    checkpoints = save(tmp_path, 1)
+
+    def refuse(path):
+        raise OSError(24, "Too many open files", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(fm.CheckpointError, match=r"step 2 was not written .*Too many open files"):
+        checkpoints.save(2, trees(2)[2], {"step": 2})
+
+
+def test_a_name_that_is_not_on_the_disk_is_forced_there_again(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    synced = []
+
+    def sync(path):
+        if path == tmp_path:
+            synced.append((tmp_path / "2").exists())
+            if len(synced) == 1:
+                raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(files, "sync", sync)
+    with pytest.raises(fm.CheckpointError, match="step 2 was not written"):
+        save(tmp_path, 2)
+    save(tmp_path, 2)
+    assert synced == [True, True]
 
 
 def test_what_orbax_gives_is_compared_with_what_it_got(tmp_path, monkeypatch):
@@ -209,7 +278,7 @@ def test_a_failed_save_leaves_nothing_and_the_next_one_works(tmp_path, monkeypat
     monkeypatch.setattr(files, "sync", full)
     with pytest.raises(fm.CheckpointError, match=r"step 3 was not written .*No space left"):
         checkpoints.save(3, trees(3)[3], {"step": 3})
-    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
+    assert names(tmp_path) == {"1", "2"}
     monkeypatch.undo()
     save(tmp_path, 3)
     assert restored_step(tmp_path) == 3
@@ -224,7 +293,9 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     before = {path.relative_to(tmp_path / ".saving-3") for path, named in synced if not named}
     everything = {path.relative_to(tmp_path / "3") for path in (tmp_path / "3").rglob("*")}
     assert before == everything | {Path()}
-    assert [path for path, named in synced if named] == [tmp_path]
+    after = [path for path, named in synced if named]
+    assert tmp_path in after
+    assert {path.name for path in after} <= {tmp_path.name, "..saved.new"}
 
 
 def damages(directory, generator):

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+import types
 
 import chex
 import jax
@@ -114,25 +115,54 @@ def test_neither_calls_nor_checkpoints_change_a_bit(
     chex.assert_trees_all_equal(result.state, expected.state)
 
 
-def test_a_clock_that_jumps_changes_nothing(straight, tmp_path, tiny, monkeypatch):
-    expected, _ = straight
-    times = itertools.cycle([0.0, 1e9, -1e9])
-    monkeypatch.setattr(time, "time", lambda: next(times))
-    run = dataclasses.replace(make_run(tmp_path), checkpoint_every="60s")
-    result = fm.fit(run, tiny, progress=fm.Silence())
-    chex.assert_trees_all_equal(result.state, expected.state)
+def test_calls_of_many_updates_change_no_bit(tmp_path, sample, monkeypatch):
+    counts = []
+    run_steps = fit_module._Loop._run_steps
+
+    def run_and_count(self, *arguments):
+        counts.append(arguments[-1])
+        return run_steps(self, *arguments)
+
+    monkeypatch.setattr(fit_module._Loop, "_run_steps", run_and_count)
+    hashes = set()
+    for steps in (1, 7, 100):
+        monkeypatch.setattr(fit_module, "_next_call_steps", lambda *_, steps=steps: steps)
+        counts.clear()
+        run = make_run(tmp_path / str(steps), epochs=1, batch_size=2, train_examples=240)
+        report = fm.fit(run, sample, progress=fm.Silence()).report
+        assert (max(counts), sum(counts)) == (steps, 120)
+        hashes.add(report["params_sha256"])
+    assert len(hashes) == 1
 
 
-def test_which_checkpoints_are_made_and_kept(tmp_path, tiny, monkeypatch):
-    saved = []
+@pytest.fixture
+def saved(monkeypatch):
+    """The steps that are saved."""
+    steps = []
     save = Checkpoints.save
 
     def save_and_note(self, step, *rest):
-        saved.append(step)
+        steps.append(step)
         save(self, step, *rest)
 
     monkeypatch.setattr(Checkpoints, "save", save_and_note)
+    return steps
 
+
+def test_checkpoints_by_a_clock_that_cannot_jump(straight, saved, tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(fit_module, "_next_call_steps", lambda *_: 1)
+    # The clock is asked after each update but an epoch's last, and when something was saved.
+    clock = types.SimpleNamespace(
+        perf_counter=time.perf_counter, monotonic=itertools.count(step=35.0).__next__
+    )
+    monkeypatch.setattr(fit_module, "time", clock)
+    run = dataclasses.replace(make_run(tmp_path), checkpoint_every="60s")
+    result = fm.fit(run, tiny, progress=fm.Silence())
+    assert saved == [2, 3, 5, 6, 8, 9]
+    chex.assert_trees_all_equal(result.state, straight[0].state)
+
+
+def test_which_checkpoints_are_made_and_kept(saved, tmp_path, tiny):
     def steps(name, **changes):
         saved.clear()
         run = dataclasses.replace(make_run(tmp_path / name), **changes)
@@ -142,7 +172,40 @@ def test_which_checkpoints_are_made_and_kept(tmp_path, tiny, monkeypatch):
     assert steps("a") == [3, 6, 9]
     assert steps("b", checkpoint_every="2ep") == [6, 9]
     assert steps("c", checkpoint_every="2st", keep_every="1ep") == [2, 3, 4, 6, 8, 9]
-    assert {int(path.name) for path in (tmp_path / "c" / "checkpoints").iterdir()} == {3, 6, 8, 9}
+    assert Checkpoints(tmp_path / "c" / "checkpoints").steps() == [3, 6, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("keep", "every", "fits"),
+    [("2st", "1ep", True), ("5st", "1ep", False), ("5st", "2st", False), ("4st", "2st", True),
+     ("2ep", "3ep", False), ("9st", "5ep", True), ("3ep", "60s", True), ("4ep", "60s", False)],
+)  # fmt: skip
+def test_what_would_keep_nothing_is_refused(keep, every, fits, tmp_path, tiny):
+    run = dataclasses.replace(make_run(tmp_path), keep_every=keep, checkpoint_every=every)
+    if fits:
+        create_plan(run, tiny)
+    else:
+        with pytest.raises(fm.ConfigError, match=rf"keep_every is {keep}, .* none falls on"):
+            create_plan(run, tiny)
+
+
+def test_the_score_is_saved_however_late(tmp_path, tiny, monkeypatch):
+    save = Checkpoints.save
+
+    def refuse(self, step, *rest):
+        if step == 3 and not refused:
+            refused.append(step)
+            raise fm.CheckpointError("the disk is full")
+        save(self, step, *rest)
+
+    refused: list[int] = []
+    monkeypatch.setattr(Checkpoints, "save", refuse)
+    monkeypatch.setattr(fit_module, "_CALL_SECONDS", 0.0)
+    with pytest.warns(fm.CheckpointWarning, match="full"), pytest.raises(fm.Interrupted):
+        fm.fit(make_run(tmp_path), tiny, progress=Stop(3))
+    checkpoint = fm.load_checkpoint(tmp_path)
+    assert checkpoint.step == 3
+    assert checkpoint.score == checkpoint.meta["history"][-1]["accuracy"]
 
 
 @pytest.mark.parametrize("text", ["0ep", "5", "ep", "1.5s", "-1st", "10 st", "1h"])
@@ -184,16 +247,18 @@ def test_the_log_is_made_anew_from_the_checkpoint(straight, tmp_path, tiny, monk
 
 def test_other_conditions_are_said(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(fit_module, "_CALL_SECONDS", 0.0)
-    first, same, other = Stop(2), Stop(4), Stop(None)
-    for progress in (first, same):
+    for step in (2, 4):  # the same conditions: a warning would be an error
         with pytest.raises(fm.Interrupted):
-            fm.fit(make_run(tmp_path), tiny, progress=progress)
+            fm.fit(make_run(tmp_path), tiny, progress=Stop(step))
     describe = environment.describe
     monkeypatch.setattr(environment, "describe", lambda: describe() | {"num_cpus": 77})
-    fm.fit(make_run(tmp_path), tiny, progress=other)
-    assert not any("conditions" in text for text in same.texts)
-    (text,) = [text for text in other.texts if "conditions" in text]
-    assert text.splitlines()[1:] == [f"  num_cpus: {describe()['num_cpus']} before, 77 here"]
+    monkeypatch.setenv("PJRT_NPROC", "3")
+    with pytest.warns(fm.ConditionsWarning, match="not those of before") as caught:
+        fm.fit(make_run(tmp_path), tiny, progress=fm.Silence())
+    assert str(caught[0].message).splitlines()[1:] == [
+        f"  num_cpus: {describe()['num_cpus']} before, 77 here",
+        "  settings.PJRT_NPROC: nothing before, 3 here",
+    ]
 
 
 def test_the_program_is_known_by_its_content(tmp_path, tiny):
@@ -238,7 +303,7 @@ def test_the_files(straight, tiny):
     names = {path.name for path in workdir.iterdir()}
     assert names == {
         "config.json", "environment.json", "metrics.jsonl", "predictions.npz", "examples.npz",
-        "report.json", "checkpoints",
+        "report.json", "checkpoints", ".lock",
     }  # fmt: skip
     lines = files.read_lines(workdir / files.METRICS)
     assert [(line["epoch"], line["split"], line["step"]) for line in lines] == [
@@ -253,6 +318,7 @@ def test_the_files(straight, tiny):
         "train_seconds", "images_per_second", "data", "params_sha256", "versions", "device",
     }  # fmt: skip
     assert report["steps"] == 9
+    assert report["data"]["sha256"] == tiny.sha256
     assert (report["data"]["train"], report["data"]["val"], report["data"]["test"]) == (48, 12, 20)
     assert report["train_accuracy"] == lines[-2]["accuracy"]
     assert report["val_accuracy"] == lines[-1]["accuracy"]
@@ -343,7 +409,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(files, "sync", refuse)
     with pytest.raises(fm.ConfigError, match=r"cannot be used: .*Read-only"):
         fm.fit(make_run(tmp_path), tiny, progress=fm.Silence())
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_folder_in_use(tmp_path, tiny):

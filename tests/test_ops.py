@@ -28,7 +28,7 @@ def draw(key, *shape):
 
 
 # Tiles that fit and tiles that reach beyond the edge, one channel, batches of one, maps too small
-# for tiles, maps large enough for gradients by tiles of 4x4, kernels that are not square.
+# for tiles, maps large enough for tiles of 4x4, kernels that are not square.
 SHAPES = [
     ((2, 7, 6, 3), (3, 3, 3, 4)),
     ((1, 5, 5, 2), (2, 2, 2, 3)),
@@ -70,7 +70,10 @@ class TestConvolution:
             jax.jit(value_and_gradients, static_argnums=0)(f) for f in (fast, plain)
         )
         chex.assert_trees_all_equal_shapes(result, expected)
-        chex.assert_trees_all_close(result[:2], expected[:2], rtol=1e-5, atol=1e-5)
+        # Tiles of 4x4 round to 2e-6 of the largest value.
+        large = min(images_shape[1:3]) >= 22
+        atol = 2e-6 * float(jnp.max(jnp.abs(expected[0]))) if large else 1e-5
+        chex.assert_trees_all_close(result[:2], expected[:2], rtol=1e-5, atol=atol)
         chex.assert_trees_all_close(result[2], expected[2], rtol=1e-5, atol=1e-4)
 
     def test_gradients_are_finite_differences_in_float64(
@@ -94,33 +97,45 @@ class TestConvolution:
             np.testing.assert_allclose(slope, (ahead - behind) / 2e-6, rtol=1e-6, atol=1e-6)
 
 
-def test_convolution_rounds_as_the_definition_does(getkey):
-    images, kernel = draw(getkey(), 4, 12, 12, 64), draw(getkey(), 3, 3, 64, 64)
-    with jax.enable_x64(True):
-        exact = plain_conv(jnp.float64(images), jnp.float64(kernel), "VALID")
-        errors = [
-            float(jnp.max(jnp.abs(conv(images, kernel, "VALID") - exact)) / jnp.max(jnp.abs(exact)))
-            for conv in (ops.conv2d, plain_conv)
-        ]
-    assert errors[0] <= max(2e-6, 4 * errors[1])
+@pytest.mark.parametrize(("side", "limit"), [(12, 1e-6), (26, 3e-6)], ids=["2x2", "4x4"])
+def test_tiles_round_little_more_than_the_definition(side, limit, getkey):
+    images, kernel = draw(getkey(), 4, side, side, 64), draw(getkey(), 3, 3, 64, 64)
+    cotangent = draw(getkey(), 4, side - 2, side - 2, 64)
 
-
-def test_gradients_by_large_tiles_round_little_more(getkey):
-    images, kernel = draw(getkey(), 4, 26, 26, 64), draw(getkey(), 3, 3, 64, 64)
-    cotangent = draw(getkey(), 4, 24, 24, 64)
-
-    def gradients(conv, *arrays):
+    def outputs_and_gradients(conv, *arrays):
         *arguments, cotangent = arrays
-        return jax.vjp(lambda x, w: conv(x, w, "VALID"), *arguments)[1](cotangent)
+        outputs, vjp = jax.vjp(lambda x, w: conv(x, w, "VALID"), *arguments)
+        return outputs, *vjp(cotangent)
 
-    result = gradients(ops.conv2d, images, kernel, cotangent)
+    computed = jax.jit(outputs_and_gradients, static_argnums=0)
+    result = computed(ops.conv2d, images, kernel, cotangent)
     with jax.enable_x64(True):
-        exact = gradients(plain_conv, *(jnp.float64(x) for x in (images, kernel, cotangent)))
+        exact = computed(plain_conv, *(jnp.float64(x) for x in (images, kernel, cotangent)))
         errors = [
             float(jnp.max(jnp.abs(r - e)) / jnp.max(jnp.abs(e)))
             for r, e in zip(result, exact, strict=True)
         ]
-    assert max(errors) <= 3e-6
+    assert max(errors) <= limit
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_what_reads_zeros_alone_is_zero(padding, getkey):
+    # As the background of an image; half of any rounding error would pass a ReLU.
+    images = draw(getkey(), 2, 25, 30, 3).at[:, :9, :13].set(0).at[:, 20, :, 1].set(0)
+    kernel = draw(getkey(), 3, 3, 3, 4)
+    outputs = jax.jit(ops.conv2d, static_argnums=2)(images, kernel, padding)
+    expected = plain_conv(images, kernel, padding)
+    assert np.count_nonzero(expected == 0) >= 2 * 7 * 11 * 4
+    np.testing.assert_array_equal(outputs == 0, expected == 0)
+
+    def gradient(conv_pool):
+        # Of inputs that only a tie can decide about.
+        loss = jax.jit(jax.grad(lambda x: jnp.sum(conv_pool(x, kernel, padding))))
+        return loss(images)[:, :7, :11]
+
+    chex.assert_trees_all_close(
+        gradient(ops.conv2d_max_pool), gradient(plain_conv_pool), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_the_number_of_products_of_a_convolution():
@@ -140,10 +155,9 @@ def test_the_number_of_products_of_a_convolution():
 
         return flops(jax.grad(loss, argnums=(0, 1)))
 
-    # 16 products instead of 36, and the additions.
-    assert outputs(ops.conv2d) < 0.55 * outputs(plain_conv)
-    # For the gradients 36 instead of 144.
-    assert both(ops.conv2d) < 0.43 * both(plain_conv)
+    # 36 products instead of 144, and the additions.
+    assert outputs(ops.conv2d) < 0.30 * outputs(plain_conv)
+    assert both(ops.conv2d) < 0.29 * both(plain_conv)
 
 
 def test_conv2d_under_jit_vmap_and_grad(getkey):

@@ -104,6 +104,7 @@ def test_a_folder_without_run_and_other_data_are_refused(trained, tiny, sample, 
     with pytest.raises(fm.ConfigError, match="data_sha256"):
         fm.replay(trained[0], sample, 1)
     broken = shutil.copytree(trained[0], tmp_path / "broken")
-    (broken / files.CONFIG).write_text("{")
-    with pytest.raises(files.DamagedFileError, match=r"config\.json"):
-        fm.replay(broken, tiny, 1)
+    for content in (b"{", b'{"seed": "\xff"}', b"[" * 100_000):
+        (broken / files.CONFIG).write_bytes(content)
+        with pytest.raises(files.DamagedFileError, match=r"config\.json"):
+            fm.replay(broken, tiny, 1)

@@ -150,8 +150,8 @@ BOUNDS = {
     "small_dropout": (12.5, 3.0),
     "valid_2x2": (8.1, 4.2),
     "same_3x3": (16.8, 7.2),
-    "he_stack": (101, 36.8),
-    "deep_augmented": (809, 260),
+    "he_stack": (86, 33.2),
+    "deep_augmented": (699, 232.5),
 }
 
 
