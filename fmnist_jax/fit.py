@@ -151,6 +151,7 @@ class _Loop:
         self.saved_at = time.monotonic()  # the time of day may jump
         self.saved_step = 0
         self.val_accuracy: float | None = None  # of the state as it is
+        self.before_last: dict[str, Any] = {}  # what the last update of an epoch begins with
 
     def restore(self) -> None:
         """The newest state that was saved, or the first one."""
@@ -284,8 +285,8 @@ class _Loop:
         order = epoch_order(plan.streams.shuffle, epoch, jnp.asarray(plan.train_examples))
         while done < plan.steps_per_epoch:
             left = plan.steps_per_epoch - done
-            # The last update is a call of its own: what it starts from can be saved until the
-            # epoch is evaluated.
+            # The last update is a call of its own, so that what it begins with can be saved until
+            # the epoch is evaluated.
             count = min(self.call_steps, max(left - 1, 1))
             if self.every.unit == "st":
                 count = min(count, self.every.number - (first_step + done) % self.every.number)
