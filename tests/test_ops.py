@@ -121,17 +121,17 @@ def test_tiles_round_little_more_than_the_definition(side, limit, getkey):
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 def test_what_reads_zeros_alone_is_zero(padding, getkey):
     # As the background of an image; half of any rounding error would pass a ReLU.
-    images = draw(getkey(), 2, 25, 30, 3).at[:, :9, :13].set(0).at[:, 20, :, 1].set(0)
+    images = draw(getkey(), 2, 25, 30, 3).at[:, 6:15, 6:17].set(0).at[:, 20, :, 1].set(0)
     kernel = draw(getkey(), 3, 3, 3, 4)
     outputs = jax.jit(ops.conv2d, static_argnums=2)(images, kernel, padding)
     expected = plain_conv(images, kernel, padding)
-    assert np.count_nonzero(expected == 0) >= 2 * 7 * 11 * 4
+    assert np.count_nonzero(expected == 0) >= 2 * 7 * 9 * 4
     np.testing.assert_array_equal(outputs == 0, expected == 0)
 
     def gradient(conv_pool):
         # Of inputs that only a tie can decide about.
         loss = jax.jit(jax.grad(lambda x: jnp.sum(conv_pool(x, kernel, padding))))
-        return loss(images)[:, :7, :11]
+        return loss(images)[:, 6:15, 6:17]
 
     chex.assert_trees_all_close(
         gradient(ops.conv2d_max_pool), gradient(plain_conv_pool), rtol=1e-5, atol=1e-5
