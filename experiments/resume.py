@@ -78,19 +78,19 @@ def verify(arch: str, console: Console, flags: Sequence[str] = ()) -> bool:
                 [*command, "--quiet", "--workdir", str(workdir)], stderr=subprocess.PIPE, text=True
             )
 
+        def interrupt(text: str, number: signal.Signals, *reached: str) -> None:
+            console.print(f"{text} ...")
+            _kill(start(killed), number, [killed / files.CHECKPOINTS / name for name in reached])
+
+        # The save takes 50 ms; should it have ended, the kill comes after it.
+        interrupt("Killing a run while it saves step 4", signal.SIGKILL, ".saving-4", "4")
+        # The training loop is compiled by now, and found by those that follow.
         console.print(f"Training {arch} in one go, and beside it:")
         whole = start(straight)
         stack.callback(whole.wait)  # for where an error ends this first
         stack.callback(whole.kill)
-        checkpoints = killed / files.CHECKPOINTS
-        for text, number, reached in (
-            # The save takes 50 ms; should it have ended, the kill comes after it.
-            ("Killing a run while it saves step 4", signal.SIGKILL, (".saving-4", "4")),
-            ("Going on, and stopping it after step 6", signal.SIGTERM, ("6",)),
-            ("Going on, and killing it after step 10", signal.SIGKILL, ("10",)),
-        ):
-            console.print(f"{text} ...")
-            _kill(start(killed), number, [checkpoints / name for name in reached])
+        interrupt("Going on, and stopping it after step 6", signal.SIGTERM, "6")
+        interrupt("Going on, and killing it after step 10", signal.SIGKILL, "10")
         console.print("Going on to the end ...")
         _finish(start(killed))
         _finish(whole)

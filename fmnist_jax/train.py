@@ -38,8 +38,8 @@ LossFn = Callable[..., jax.Array]
 EVAL_BATCH_SIZE = 128
 
 # What a slice of the batch may leave for the backward pass, in bytes, so that it is still in the
-# cache then. Measured in nine interleaved rounds on two cores with 32 MiB of last-level cache: 11 to
-# 18 MB are equally fast; 8 MB cost he_stack a seventh of its speed, 26 MB some.
+# cache then. Measured in nine interleaved rounds on two cores with 32 MiB of last-level cache: 11
+# to 18 MB are equally fast; 8 MB cost he_stack a seventh of its speed, 26 MB some.
 SLICE_BYTES = 12_000_000
 
 
