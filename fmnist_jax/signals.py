@@ -31,8 +31,8 @@ class Signals:
     def saved_by(self, save: Callable[[], str]) -> Iterator[None]:
         """Within it a signal that would end the process does so at once, after a call of `save`.
 
-        That is for what takes long and cannot be looked into. `save` is called in another thread;
-        it returns what to say, or raises OSError.
+        That is for what takes long and cannot be looked into. `save` is called in another thread,
+        or here if the signal came before; it returns what to say, or raises OSError.
         """
         with self._lock:
             self._save = save
