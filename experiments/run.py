@@ -34,6 +34,7 @@ from rich.table import Table
 import fmnist_jax as fm
 from fmnist_jax import config, files
 from fmnist_jax.compile import keep_compiled
+from fmnist_jax.fit import fit_plan
 from fmnist_jax.plan import Plan, create_plan, measure_cost
 
 
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--optimizer", help=", ".join(get_args(config.OptimizerName)))
     parser.add_argument("--schedule", help=", ".join(get_args(config.ScheduleName)))
     parser.add_argument("--augmentation", help=", ".join(get_args(config.AugmentationName)))
+    parser.add_argument("--image-size", type=int, help="side that images are resized to, in pixels")
     parser.add_argument("--dtype", help=", ".join(get_args(config.DtypeName)))
     parser.add_argument("--augmentation-strength", type=float, help="share of its ranges; 1 is all")
     parser.add_argument("--dropout", type=float, help="one rate for every dropout, [0, 1)")
@@ -114,7 +116,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     run = _create_run(arguments)
     if arguments.verify_resume:
         flags = ["--no-cache"] if arguments.no_cache else []
-        return 0 if resume.verify(run.recipe.arch, console, flags) else 1
+        return 0 if resume.verify(run.recipe, console, flags) else 1
     if not arguments.no_cache:
         keep_compiled()
     dataset = cli.load_data(arguments)
@@ -141,7 +143,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.seeds is not None:
         many_seeds.train(run, dataset, arguments.seeds, arguments.vary, console)
         return 0
-    result = fm.fit(run, dataset, progress=fm.ConsoleProgress(console))
+    result = fit_plan(plan, progress=fm.ConsoleProgress(console))
     console.print("Drawing the report ...")
     from fmnist_jax.report import write_report  # imported here: matplotlib is needed only now
 
@@ -157,8 +159,8 @@ def _create_run(arguments: argparse.Namespace) -> fm.Run:
         )
     names = (
         "epochs", "batch_size", "learning_rate", "optimizer", "schedule", "augmentation",
-        "augmentation_strength", "dropout", "label_smoothing", "weight_decay", "dtype",
-        "val_fraction",
+        "augmentation_strength", "image_size", "dropout", "label_smoothing", "weight_decay",
+        "dtype", "val_fraction",
     )  # fmt: skip
     given = {name: getattr(arguments, name) for name in names}
     recipe = dataclasses.replace(

@@ -1,12 +1,15 @@
 """`compiled`: `jax.jit` for the outermost call, with what each platform's compiler needs.
 
-`keep_compiled` lets later processes find what this one compiles.
+`keep_compiled` lets later processes find what this one compiles, `forget_damaged` removes what they
+cannot read.
 """
 
 import functools
+import glob
 import hashlib
 import os
 import platform
+import re
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -141,6 +144,24 @@ def keep_compiled(directory: Path | None = None) -> Path:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return folder
+
+
+def forget_damaged(message: str) -> None:
+    """Removes the kept programs that a warning of JAX is about.
+
+    A process that is killed while it keeps a program, or a full disk, leaves a part of it. JAX
+    compiles it anew, but writes over nothing: it would do so in every process.
+
+    Args:
+      message: of the warning; of any other nothing is removed.
+    """
+    found = re.match(
+        r"Error (?:reading|writing) persistent compilation cache entry for '([^']+)'", message
+    )
+    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if found and folder:
+        for path in Path(folder).glob(f"{glob.escape(found[1])}-*-cache"):
+            path.unlink(missing_ok=True)
 
 
 def _machine_sha256() -> str:

@@ -17,7 +17,8 @@ def fence(arrays: T) -> T:
 
     XLA:CPU writes elementwise operations into each of their consumers, so what leads to an array
     with sixteen consumers is computed sixteen times. It forgets `optimization_barrier` before that
-    happens, but never looks across a call that it may not inline. Nothing is copied.
+    happens, but never looks across a call that it may not inline. Nothing is copied, and what
+    nothing uses is not computed.
 
     For programs on a CPU only.
 
@@ -30,7 +31,7 @@ def fence(arrays: T) -> T:
       Array([0, 1, 2], dtype=int32)
     """
     with set_xla_metadata(inlineable="false"):
-        return _stored(arrays)
+        return jax.tree.map(_stored, arrays)
 
 
 def isolated(function: Callable[..., T], *arrays: Any) -> T:

@@ -105,10 +105,14 @@ def fit(run: Run, dataset: Dataset, *, progress: Silence | None = None) -> Resul
       >>> result.report["steps"]
       4
     """
+    return fit_plan(create_plan(run, dataset), progress=progress)
+
+
+def fit_plan(plan: Plan, *, progress: Silence | None = None) -> Result:
+    """`fit`, for a plan that is made already."""
     progress = progress or ConsoleProgress()
-    plan = create_plan(run, dataset)
     settings = plan.settings
-    workdir = run.workdir
+    workdir = plan.run.workdir
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(waiting_signals())
         signals.nothing_to_lose = True

@@ -8,10 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from fmnist_jax import environment, files
+from fmnist_jax.augment import RandomAffine
+from fmnist_jax.compile import compiled
 from fmnist_jax.plan import Plan
-from fmnist_jax.train import example_keys, predict
+from fmnist_jax.train import augmented, example_keys, predict
 from fmnist_jax.views import predict_views
 
 
@@ -121,11 +124,32 @@ def _examples(plan: Plan, test_losses: np.ndarray) -> dict[str, np.ndarray]:
     }
     if plan.augment is not None:
         originals = plan.train_examples[:6]
-        versions = []
-        for epoch in range(5):
-            keys = example_keys(plan.streams.augment, jnp.int32(epoch), jnp.asarray(originals))
-            versions.append(plan.augment(keys, jnp.asarray(dataset.train_images[originals])))
         examples["originals"] = dataset.train_images[originals]
-        # [example, epoch, side, side], the very images that the first epochs saw.
-        examples["augmented"] = np.asarray(jnp.stack(versions, axis=1))[..., 0]
+        examples["augmented"] = np.asarray(
+            _augmented(
+                plan.streams.augment,
+                jnp.asarray(originals),
+                jnp.asarray(examples["originals"]),
+                plan.regularization.augmentation,
+                augment=plan.augment,
+            )
+        )
     return examples
+
+
+@compiled(static_argnames=("augment",))
+def _augmented(
+    key: jax.Array,
+    examples: jax.Array,
+    images: jax.Array,
+    strength: float | jax.Array | None,
+    *,
+    augment: RandomAffine,
+) -> jax.Array:
+    """float32[example, epoch, side, side]: the images that the first five epochs saw."""
+
+    def of_epoch(epoch: jax.Array) -> jax.Array:
+        keys = example_keys(key, epoch, examples)
+        return augmented(keys, images, strength, augment=augment)[..., 0]
+
+    return lax.map(of_epoch, jnp.arange(5)).swapaxes(0, 1)

@@ -360,14 +360,7 @@ def read_batch(
         pixels = scale(picked)
     else:
         keys = example_keys(streams.augment, epoch, examples)
-        # Isolated, so that any program makes the bits that the training loop makes.
-        pixels = lax.platform_dependent(
-            keys,
-            picked,
-            jnp.float32(1.0 if strength is None else strength),
-            cpu=functools.partial(isolated, augment),
-            default=augment,
-        )
+        pixels = augmented(keys, picked, strength, augment=augment)
     return examples, Batch(pixels, labels[examples], positions < len(order))
 
 
@@ -397,19 +390,24 @@ def choose_slice_size(
     if jax.default_backend() != "cpu":
         return batch_size
 
-    def residuals(images: jax.Array, params: Any, key: jax.Array) -> Any:
-        def apply(params: Any) -> jax.Array:
-            return model.apply({"params": params}, images, train=True, rngs={"dropout": key})
-
-        return jax.vjp(apply, params)[1]
-
-    images = jax.ShapeDtypeStruct((batch_size, *image_shape, 1), jnp.float32)
+    # One number of images for all callers, so that the model is traced once for this.
+    images = jax.ShapeDtypeStruct((EVAL_BATCH_SIZE, *image_shape, 1), jnp.float32)
     key = jax.eval_shape(jax.random.key, 0)
-    num_bytes = _num_bytes(jax.eval_shape(residuals, images, params, key))
+    num_bytes = _num_bytes(_residuals.eval_shape(params, images, key, model=model))
     # The kernels are among them once, however many images there are.
-    per_image = max(1, (num_bytes - _num_bytes(params)) // batch_size)
+    per_image = max(1, (num_bytes - _num_bytes(params)) // images.shape[0])
     most = -(-max(SLICE_BYTES, _num_bytes(params)) // per_image)
     return -(-batch_size // -(-batch_size // most))
+
+
+@functools.partial(jax.jit, static_argnames="model")  # for its shapes; it never runs
+def _residuals(params: Any, images: jax.Array, key: jax.Array, *, model: Any) -> Any:
+    """What the backward pass of the model is handed."""
+
+    def apply(params: Any) -> jax.Array:
+        return model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+
+    return jax.vjp(apply, params)[1]
 
 
 def _num_bytes(tree: Any) -> int:
@@ -438,7 +436,7 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return -(-num_examples // batch_size)
 
 
-@compiled()
+@compiled(quick=True)
 def epoch_order(key: jax.Array, epoch: int | jax.Array, examples: jax.Array) -> jax.Array:
     """The examples, int32[m], in the random order of an epoch, from the shuffle stream."""
     return jax.random.permutation(jax.random.fold_in(key, epoch), examples)
@@ -447,6 +445,23 @@ def epoch_order(key: jax.Array, epoch: int | jax.Array, examples: jax.Array) -> 
 def example_keys(key: jax.Array, epoch: jax.Array, examples: jax.Array) -> jax.Array:
     """One key for each example of an epoch, from the augment stream: the same in any batch."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, epoch), examples)
+
+
+def augmented(
+    keys: jax.Array,
+    images: jax.Array,
+    strength: float | jax.Array | None = None,
+    *,
+    augment: RandomAffine,
+) -> jax.Array:
+    """Calls `augment` so that any program makes the bits that the training loop makes."""
+    return lax.platform_dependent(
+        keys,
+        images,
+        jnp.float32(1.0 if strength is None else strength),
+        cpu=functools.partial(isolated, augment),
+        default=augment,
+    )
 
 
 def scale(images: jax.Array) -> jax.Array:
@@ -492,7 +507,7 @@ def evaluate(
     loss: LossFn = cross_entropy,
     batch_size: int | None = None,
 ) -> Metrics:
-    """Metrics over a whole split, dropout off, in one compiled call.
+    """Metrics over a whole split, dropout off.
 
     Args:
       params: the model's parameters.
@@ -508,7 +523,9 @@ def evaluate(
     """
     images = _checked_images(images)
     _check_labels(images, labels)
-    return _evaluate(params, images, labels, model=model, loss=loss, batch_size=batch_size)
+    # Two calls, so that `predict` and this share one program for images of a shape.
+    logits = _predict(params, images, model=model, batch_size=batch_size)
+    return _measure(logits, labels, loss=loss)
 
 
 def _checked_images(images: jax.Array) -> jax.Array:
@@ -557,16 +574,7 @@ def _predict(params: Any, images: jax.Array, *, model: Any, batch_size: int | No
     return logits.reshape(num_batches * batch_size, -1)[:num_examples]
 
 
-@compiled(static_argnames=("model", "loss", "batch_size"))
-def _evaluate(
-    params: Any,
-    images: jax.Array,
-    labels: jax.Array,
-    *,
-    model: Any,
-    loss: LossFn,
-    batch_size: int | None,
-) -> Metrics:
-    logits = _predict(params, images, model=model, batch_size=batch_size)
+@compiled(static_argnames=("loss",))
+def _measure(logits: jax.Array, labels: jax.Array, *, loss: LossFn) -> Metrics:
     losses = _losses(loss, logits, labels)
     return metrics_lib.measure(losses, logits, labels, jnp.ones(len(labels), bool))

@@ -85,14 +85,21 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="session")
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all tests: many run the same command, and compile it once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
 def _own_home(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    tmp_path_factory: pytest.TempPathFactory, cache_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
     """No test sees or changes the caches and data sets of the person who runs it."""
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HOME", str(home))
-    for name in ("XDG_CACHE_HOME", "TFDS_DATA_DIR", "KERAS_HOME"):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    for name in ("TFDS_DATA_DIR", "KERAS_HOME"):
         monkeypatch.delenv(name, raising=False)
     yield
     # The command line may have been called in this process.

@@ -43,7 +43,9 @@ ALLOWED = {
     "plan": {
         "augment", "compile", "config", "data", "metrics", "models", "optim", "streams", "train",
     },
-    "results": {"environment", "files", "plan", "scores", "train", "views"},
+    "results": {
+        "augment", "compile", "environment", "files", "plan", "scores", "train", "views",
+    },
     "fit": {
         "checkpoint", "config", "data", "environment", "files", "lock", "metrics", "plan",
         "progress", "results", "signals", "train",

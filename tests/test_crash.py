@@ -35,9 +35,9 @@ TIMEOUT = 300
 class Harness:
     """Starts runs that share what they compile, and what they must come to."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cache: Path) -> None:
         self.folder = folder
-        self.environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+        self.environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
         self.straight = folder / "straight"
         process = self.start(self.straight, "never")
         _, errors = process.communicate(timeout=TIMEOUT)
@@ -113,8 +113,8 @@ def names(folder: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def harness(tmp_path_factory):
-    return Harness(tmp_path_factory.mktemp("crash"))
+def harness(tmp_path_factory, cache_home):
+    return Harness(tmp_path_factory.mktemp("crash"), cache_home)
 
 
 def test_twenty_kills(harness):

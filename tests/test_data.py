@@ -246,9 +246,10 @@ def test_tfds_in_tfrecord_format(tmp_path, sample):
 
 @pytest.mark.usefixtures("sample_as_published")
 def test_damaged_tfds_records_and_caches(tmp_path, sample, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     prepared = write_tfds(tmp_path, sample)
     fm.load_fashion_mnist(tmp_path)
-    (cache,) = Path("~/.cache/fmnist_jax").expanduser().iterdir()
+    (cache,) = (tmp_path / "cache" / "fmnist_jax").iterdir()
     corrupt(cache)
     assert_same(fm.load_fashion_mnist(tmp_path), sample)  # read again, and the cache mended
     monkeypatch.setattr(tfds_source, "read_prepared", None)

@@ -60,6 +60,8 @@ def test_the_default_folder_belongs_to_the_settings(run_py, tmp_path, monkeypatc
         (["--sample", "--classes", ""], "unknown class ''"),
         (["--sample", "--schedule", "step"], "schedule is 'step'"),
         (["--sample", "--arch", "he_stack", "--dropout", "0.5"], "he_stack has no dropout"),
+        (["--sample", "--image-size", "64"], "small_dropout takes no such option: image_size"),
+        (["--sample", "--arch", "deep_augmented", "--image-size", "0"], "image_size is 0"),
         (["--sample", "--label-smoothing", "1"], "label_smoothing is 1.0"),
         (["--sample", "--weight-decay", "-1"], "weight_decay is -1.0"),
         (["--sample", "--augmentation-strength", "1"], "there is no augmentation"),
