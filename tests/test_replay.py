@@ -11,6 +11,7 @@ import pytest
 
 import fmnist_jax as fm
 from fmnist_jax import files, models, train
+from tests.conftest import train_step
 
 RECIPE = dataclasses.replace(
     fm.RECIPES["small_dropout"], epochs=3, batch_size=16, augmentation="keras", val_fraction=0.0,
@@ -81,7 +82,7 @@ def test_losses_and_gradient_are_those_of_the_step(trained, tiny, tmp_path):
         jnp.asarray(shown.images[..., None]), jnp.asarray(shown.labels), jnp.ones(16, bool)
     )
     state = fm.TrainState(jnp.int32(8), params, tx.init(params))
-    after, metrics = fm.train_step(
+    after, metrics = train_step(
         state, batch, jax.random.fold_in(streams.dropout, 8), model=model, tx=tx,
         regularization=fm.Regularization(dropout=0.4, label_smoothing=0.1),
         slice_size=train.choose_slice_size(params, model, (28, 28), 16),

@@ -15,6 +15,7 @@ import pytest
 import fmnist_jax as fm
 from fmnist_jax import metrics, ops, train
 from fmnist_jax.plan import compile_loop, create_plan
+from tests.conftest import train_step
 
 BATCH = 16
 
@@ -91,7 +92,7 @@ def test_the_loop_is_the_step_again_and_again(setup):
             labels[examples],
             jnp.ones(BATCH, bool),
         )
-        expected, _ = fm.train_step(
+        expected, _ = train_step(
             expected,
             batch,
             jax.random.fold_in(streams.dropout, index),
@@ -107,11 +108,11 @@ def test_padding_has_no_influence(setup):
     model, tx = fm.create_model("he_stack"), optax.sgd(0.1)  # no dropout: no draws to shift
     state = fm.create_train_state(streams.init, model, tx)
     pixels = train.scale(images[:5])
-    short, short_metrics = fm.train_step(
+    short, short_metrics = train_step(
         state, fm.Batch(pixels, labels[:5], jnp.ones(5, bool)), streams.dropout, model=model, tx=tx
     )
     rows = jnp.array([0, 1, 2, 3, 4, 0, 0])
-    padded, padded_metrics = fm.train_step(
+    padded, padded_metrics = train_step(
         state,
         fm.Batch(pixels[rows], labels[rows], jnp.arange(7) < 5),
         streams.dropout,
@@ -196,9 +197,9 @@ def test_slices_make_the_update_of_the_whole_batch(slice_size, getkey, sample):
         jnp.arange(10) != 4,
     )
     state = fm.create_train_state(getkey(), model, tx)
-    step = functools.partial(fm.train_step, state, batch, getkey(), model=model, tx=tx)
+    step = functools.partial(train_step, state, batch, getkey(), model=model, tx=tx)
     whole, metrics = step()
-    result, sliced = jax.jit(functools.partial(step, slice_size=slice_size))()
+    result, sliced = step(slice_size=slice_size)
     chex.assert_trees_all_close(result, whole, rtol=1e-4, atol=1e-6)
     chex.assert_trees_all_close(sliced, metrics, rtol=1e-6)
     assert int(sliced.finite_steps) == 1
@@ -376,6 +377,7 @@ def test_without_regularization_the_step_is_the_plain_gradient(setup):
     model, pixels = options["model"], train.scale(images[:8])
     state = create_state()
 
+    @jax.jit
     def plain(params):
         return jnp.mean(
             fm.cross_entropy(model.apply({"params": params}, pixels, train=False), labels[:8])
@@ -384,10 +386,10 @@ def test_without_regularization_the_step_is_the_plain_gradient(setup):
     batch = fm.Batch(pixels, labels[:8], jnp.ones(8, bool))
     nothing = fm.Regularization(dropout=0.0, label_smoothing=0.0)
     for slice_size in (None, 3):
-        grads, losses, logits = train.gradients(
-            state, batch, streams.dropout, model=model, slice_size=slice_size,
-            regularization=nothing,
-        )  # fmt: skip
+        gradients = functools.partial(train.gradients, model=model, slice_size=slice_size)
+        grads, losses, logits = jax.jit(gradients)(
+            state, batch, streams.dropout, regularization=nothing
+        )
         chex.assert_trees_all_close(grads, jax.grad(plain)(state.params), rtol=1e-4, atol=1e-6)
         chex.assert_shape([losses, logits], [(8,), (8, 10)])
         np.testing.assert_allclose(jnp.mean(losses), plain(state.params), rtol=1e-5)
