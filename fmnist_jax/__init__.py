@@ -17,6 +17,8 @@ from fmnist_jax.data import DataWarning as DataWarning
 from fmnist_jax.data import load_fashion_mnist as load_fashion_mnist
 from fmnist_jax.data import select_classes as select_classes
 from fmnist_jax.data import stratified_split as stratified_split
+from fmnist_jax.evaluation import evaluate as evaluate
+from fmnist_jax.evaluation import predict as predict
 from fmnist_jax.files import DamagedFileError as DamagedFileError
 from fmnist_jax.fit import ConditionsWarning as ConditionsWarning
 from fmnist_jax.fit import DivergedError as DivergedError
@@ -42,8 +44,6 @@ from fmnist_jax.train import Regularization as Regularization
 from fmnist_jax.train import TrainState as TrainState
 from fmnist_jax.train import create_train_state as create_train_state
 from fmnist_jax.train import epoch_order as epoch_order
-from fmnist_jax.train import evaluate as evaluate
-from fmnist_jax.train import predict as predict
 from fmnist_jax.train import steps_per_epoch as steps_per_epoch
 from fmnist_jax.train import train_step as train_step
 from fmnist_jax.train import train_steps as train_steps

@@ -16,18 +16,14 @@ from fmnist_jax import metrics as metrics_lib
 from fmnist_jax.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from fmnist_jax.config import ConfigError, Interval, Run, differences
 from fmnist_jax.data import Dataset
+from fmnist_jax.evaluation import evaluate
 from fmnist_jax.lock import locked
 from fmnist_jax.metrics import Metrics
 from fmnist_jax.plan import Plan, create_plan, program_sha256
 from fmnist_jax.progress import ConsoleProgress, Silence
 from fmnist_jax.results import write_results
 from fmnist_jax.signals import Signals, waiting_signals
-from fmnist_jax.train import (
-    TrainState,
-    epoch_order,
-    evaluate,
-    train_steps,
-)
+from fmnist_jax.train import TrainState, epoch_order, train_steps
 
 # Training returns to Python about so often, to show progress and to see an interrupt. The length
 # of a call changes no bit of the result.

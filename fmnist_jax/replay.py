@@ -16,12 +16,12 @@ from fmnist_jax.compile import compiled
 from fmnist_jax.config import ConfigError, differences, from_dict
 from fmnist_jax.data import Dataset
 from fmnist_jax.plan import Plan, create_plan
+from fmnist_jax.slices import choose_slice_size
 from fmnist_jax.streams import Streams
 from fmnist_jax.train import (
     Batch,
     Regularization,
     TrainState,
-    choose_slice_size,
     epoch_order,
     gradients,
     read_batch,

@@ -13,8 +13,9 @@ from jax import lax
 from fmnist_jax import environment, files
 from fmnist_jax.augment import RandomAffine
 from fmnist_jax.compile import compiled
+from fmnist_jax.evaluation import predict
 from fmnist_jax.plan import Plan
-from fmnist_jax.train import augmented, example_keys, predict
+from fmnist_jax.train import augmented, example_keys
 from fmnist_jax.views import predict_views
 
 

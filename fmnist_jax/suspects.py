@@ -15,6 +15,7 @@ from scipy.special import softmax
 from sklearn.model_selection import StratifiedKFold
 
 from fmnist_jax.config import ConfigError
+from fmnist_jax.evaluation import predict
 from fmnist_jax.optim import create_optimizer
 from fmnist_jax.progress import Silence
 from fmnist_jax.streams import create_streams
@@ -22,7 +23,6 @@ from fmnist_jax.train import (
     TrainState,
     create_train_state,
     epoch_order,
-    predict,
     steps_per_epoch,
     train_steps,
 )

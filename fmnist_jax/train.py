@@ -1,4 +1,4 @@
-"""The training step, the training loop, evaluation and prediction: pure functions.
+"""The training step and the training loop: pure functions.
 
 The model, the optimizer and the loss are arguments, so any of them can be your own:
 
@@ -28,19 +28,10 @@ from fmnist_jax.augment import RandomAffine
 from fmnist_jax.compile import compiled
 from fmnist_jax.fence import isolated
 from fmnist_jax.metrics import Metrics, cross_entropy
+from fmnist_jax.slices import choose_slice_size
 from fmnist_jax.streams import Streams
 
 LossFn = Callable[..., jax.Array]
-
-# Images a pass of `evaluate` and `predict` at most; on a CPU they take as many as a slice of such a
-# batch has in training. Measured on two cores (Zen 3), against 128: 1.3 to 1.4 times as fast for
-# valid_2x2 and same_3x3, 1.1 for he_stack, 1.2 for deep_augmented, the same for small_dropout.
-EVAL_BATCH_SIZE = 128
-
-# What a slice of the batch may leave for the backward pass, in bytes, so that it is still in the
-# cache then. Measured in nine interleaved rounds on two cores with 32 MiB of last-level cache: 11
-# to 18 MB are equally fast; 8 MB cost he_stack a seventh of its speed, 26 MB some.
-SLICE_BYTES = 12_000_000
 
 
 class TrainState(NamedTuple):
@@ -206,7 +197,7 @@ def gradients(
             {"params": params}, images, train=True, rngs={"dropout": key}, **model_options
         )
         logits = logits.astype(part.images.dtype)
-        losses = _losses(loss, logits, part.labels, *loss_options)
+        losses = example_losses(loss, logits, part.labels, *loss_options)
         return jnp.sum(jnp.where(part.mask, losses, 0)) / num_examples, (losses, logits)
 
     gradient = jax.grad(mean_loss, has_aux=True)
@@ -282,8 +273,8 @@ def train_steps(
       TypeError: if the images are not uint8, or labels or order not whole numbers.
       ValueError: if shapes do not fit together.
     """
-    images = _checked_images(images)
-    _check_labels(images, labels)
+    images = checked_images(images)
+    check_labels(images, labels)
     if order.ndim != 1 or not jnp.issubdtype(order.dtype, jnp.integer):
         raise TypeError(f"order is {order.dtype}{list(order.shape)}; it must be int32[m]")
     if batch_size < 1 or order.size < 1:
@@ -364,56 +355,6 @@ def read_batch(
     return examples, Batch(pixels, labels[examples], positions < len(order))
 
 
-def choose_slice_size(
-    params: Any, model: Any, image_shape: tuple[int, ...], batch_size: int
-) -> int:
-    """How many images should go through the model at once.
-
-    On a CPU as many as leave `SLICE_BYTES` for the backward pass, or as many bytes as there are in
-    the parameters, which each slice reads; on other devices the whole batch. It depends on shapes
-    alone.
-
-    Args:
-      params: the model's parameters, or their shapes.
-      model: see the module.
-      image_shape: height and width of the images that the model sees.
-      batch_size: images an update; the slices are about equal parts of it.
-
-    Example:
-      >>> import fmnist_jax as fm
-      >>> model = fm.create_model("he_stack")
-      >>> state = create_train_state(jax.random.key(0), model, optax.sgd(0.1))
-      >>> size = choose_slice_size(state.params, model, (28, 28), 128)
-      >>> size if jax.default_backend() == "cpu" else 15
-      15
-    """
-    if jax.default_backend() != "cpu":
-        return batch_size
-
-    # One number of images for all callers, so that the model is traced once for this.
-    images = jax.ShapeDtypeStruct((EVAL_BATCH_SIZE, *image_shape, 1), jnp.float32)
-    key = jax.eval_shape(jax.random.key, 0)
-    num_bytes = _num_bytes(_residuals.eval_shape(params, images, key, model=model))
-    # The kernels are among them once, however many images there are.
-    per_image = max(1, (num_bytes - _num_bytes(params)) // images.shape[0])
-    most = -(-max(SLICE_BYTES, _num_bytes(params)) // per_image)
-    return -(-batch_size // -(-batch_size // most))
-
-
-@functools.partial(jax.jit, static_argnames="model")  # for its shapes; it never runs
-def _residuals(params: Any, images: jax.Array, key: jax.Array, *, model: Any) -> Any:
-    """What the backward pass of the model is handed."""
-
-    def apply(params: Any) -> jax.Array:
-        return model.apply({"params": params}, images, train=True, rngs={"dropout": key})
-
-    return jax.vjp(apply, params)[1]
-
-
-def _num_bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
 def _split(batch: Batch, size: int) -> Batch:
     """Arrays of [slices, size, ...]; the last slice is filled up with what the mask leaves out."""
     count = -(-len(batch.labels) // size)
@@ -469,66 +410,13 @@ def scale(images: jax.Array) -> jax.Array:
     return images[..., None].astype(jnp.float32) / 255
 
 
-def predict(
-    params: Any, images: jax.Array, *, model: Any, batch_size: int | None = None
-) -> jax.Array:
-    """Logits of any number of images, in one compiled call.
-
-    Args:
-      params: the model's parameters.
-      images: uint8[n, height, width] or uint8[n, height, width, 1], values 0 to 255.
-      model: see the module.
-      batch_size: images a pass; it bounds the memory and changes no result beyond rounding. None:
-        see `choose_slice_size`.
-
-    Returns:
-      float32[n, num_classes], in the order of the images.
+def checked_images(images: jax.Array) -> jax.Array:
+    """The images as uint8[n, height, width].
 
     Raises:
-      TypeError: if the images are not uint8.
-      ValueError: if their shape is another.
-
-    Example:
-      >>> import fmnist_jax as fm
-      >>> model = fm.create_model("small_dropout")
-      >>> state = create_train_state(jax.random.key(0), model, optax.sgd(0.1))
-      >>> predict(state.params, jnp.zeros((5, 28, 28), jnp.uint8), model=model).shape
-      (5, 10)
+      TypeError: if they are not uint8.
+      ValueError: if their shape is neither this nor [n, height, width, 1].
     """
-    return _predict(params, _checked_images(images), model=model, batch_size=batch_size)
-
-
-def evaluate(
-    params: Any,
-    images: jax.Array,
-    labels: jax.Array,
-    *,
-    model: Any,
-    loss: LossFn = cross_entropy,
-    batch_size: int | None = None,
-) -> Metrics:
-    """Metrics over a whole split, dropout off.
-
-    Args:
-      params: the model's parameters.
-      images: uint8[n, height, width] or uint8[n, height, width, 1], values 0 to 255.
-      labels: int32[n].
-      model: see the module.
-      loss: see the module.
-      batch_size: as in `predict`.
-
-    Raises:
-      TypeError: if the images are not uint8, or the labels not whole numbers.
-      ValueError: if shapes do not fit together.
-    """
-    images = _checked_images(images)
-    _check_labels(images, labels)
-    # Two calls, so that `predict` and this share one program for images of a shape.
-    logits = _predict(params, images, model=model, batch_size=batch_size)
-    return _measure(logits, labels, loss=loss)
-
-
-def _checked_images(images: jax.Array) -> jax.Array:
     if images.dtype != jnp.uint8:
         raise TypeError(f"images are {images.dtype}; they must be uint8 with values 0 to 255")
     if images.ndim == 4 and images.shape[-1] == 1:
@@ -541,7 +429,13 @@ def _checked_images(images: jax.Array) -> jax.Array:
     return images
 
 
-def _check_labels(images: jax.Array, labels: jax.Array) -> None:
+def check_labels(images: jax.Array, labels: jax.Array) -> None:
+    """Refuses what is not one label an image.
+
+    Raises:
+      TypeError: if they are not whole numbers.
+      ValueError: if their number is not that of the images, or 0.
+    """
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels are {labels.dtype}; they must be whole numbers")
     if labels.shape != images.shape[:1] or len(labels) == 0:
@@ -551,30 +445,15 @@ def _check_labels(images: jax.Array, labels: jax.Array) -> None:
         )
 
 
-def _losses(loss: LossFn, logits: jax.Array, labels: jax.Array, *options: Any) -> jax.Array:
+def example_losses(loss: LossFn, logits: jax.Array, labels: jax.Array, *options: Any) -> jax.Array:
+    """Calls the loss.
+
+    Raises:
+      ValueError: if it does not give one number an example.
+    """
     losses = loss(logits, labels, *options)
     if losses.shape != labels.shape:
         raise ValueError(
             f"the loss has shape {losses.shape}; it must be one number an example, {labels.shape}"
         )
     return losses
-
-
-@compiled(static_argnames=("model", "batch_size"))
-def _predict(params: Any, images: jax.Array, *, model: Any, batch_size: int | None) -> jax.Array:
-    if batch_size is None:
-        batch_size = choose_slice_size(params, model, images.shape[1:], EVAL_BATCH_SIZE)
-    num_examples = len(images)
-    num_batches = max(1, steps_per_epoch(num_examples, batch_size))
-    padded = jnp.pad(images, ((0, num_batches * batch_size - num_examples), (0, 0), (0, 0)))
-    logits = lax.map(
-        lambda batch: model.apply({"params": params}, scale(batch), train=False),
-        padded.reshape(num_batches, batch_size, *images.shape[1:]),
-    )
-    return logits.reshape(num_batches * batch_size, -1)[:num_examples]
-
-
-@compiled(static_argnames=("loss",))
-def _measure(logits: jax.Array, labels: jax.Array, *, loss: LossFn) -> Metrics:
-    losses = _losses(loss, logits, labels)
-    return metrics_lib.measure(losses, logits, labels, jnp.ones(len(labels), bool))

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fmnist_jax.train import predict
+from fmnist_jax.evaluation import predict
 
 # Rows and columns. The image and its shifts by a pixel along one diagonal, each with its mirror
 # image, as in airbench94 (Jordan 2024).

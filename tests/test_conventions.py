@@ -28,7 +28,9 @@ ALLOWED = {
     "models": {"config", "ops"},
     "optim": {"config"},
     "metrics": set(),
-    "train": {"augment", "compile", "fence", "metrics", "streams"},
+    "slices": set(),
+    "train": {"augment", "compile", "fence", "metrics", "slices", "streams"},
+    "evaluation": {"compile", "metrics", "slices", "train"},
     "checkpoint": {"config", "files"},
     "files": set(),
     "lock": {"config"},
@@ -39,26 +41,28 @@ ALLOWED = {
     "stats": set(),
     "calibration": set(),
     "scores": {"calibration"},
-    "views": {"train"},
+    "views": {"evaluation"},
     "plan": {
         "augment", "compile", "config", "data", "metrics", "models", "optim", "streams", "train",
     },
     "results": {
-        "augment", "compile", "environment", "files", "plan", "scores", "train", "views",
+        "augment", "compile", "environment", "evaluation", "files", "plan", "scores", "train",
+        "views",
     },
     "fit": {
-        "checkpoint", "config", "data", "environment", "files", "lock", "metrics", "plan",
-        "progress", "results", "signals", "train",
+        "checkpoint", "config", "data", "environment", "evaluation", "files", "lock", "metrics",
+        "plan", "progress", "results", "signals", "train",
     },
     "seeds": {"config", "data", "files", "fit", "progress", "scores", "stats"},
     "compare": {"config", "files", "seeds", "stats"},
     "replay": {
-        "augment", "checkpoint", "compile", "config", "data", "files", "plan", "streams", "train",
+        "augment", "checkpoint", "compile", "config", "data", "files", "plan", "slices", "streams",
+        "train",
     },
     "report": {"calibration", "config", "files", "page", "recipes", "replay"},
     "seeds_report": {"files", "page", "report"},
     "duplicates": set(),
-    "suspects": {"config", "optim", "progress", "streams", "train"},
+    "suspects": {"config", "evaluation", "optim", "progress", "streams", "train"},
 }  # fmt: skip
 
 # Only this module may import that package.

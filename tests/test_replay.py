@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import fmnist_jax as fm
-from fmnist_jax import files, models, train
+from fmnist_jax import files, models
+from fmnist_jax.slices import choose_slice_size
 from tests.conftest import train_step
 
 RECIPE = dataclasses.replace(
@@ -85,7 +86,7 @@ def test_losses_and_gradient_are_those_of_the_step(trained, tiny, tmp_path):
     after, metrics = train_step(
         state, batch, jax.random.fold_in(streams.dropout, 8), model=model, tx=tx,
         regularization=fm.Regularization(dropout=0.4, label_smoothing=0.1),
-        slice_size=train.choose_slice_size(params, model, (28, 28), 16),
+        slice_size=choose_slice_size(params, model, (28, 28), 16),
     )  # fmt: skip
     np.testing.assert_allclose(shown.losses.sum(), metrics.loss, rtol=1e-5)
     moved = jax.tree.map(jnp.subtract, params, after.params)  # the gradient, at rate 1
