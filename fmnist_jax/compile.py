@@ -4,6 +4,7 @@
 cannot read.
 """
 
+import contextlib
 import functools
 import glob
 import hashlib
@@ -161,7 +162,8 @@ def forget_damaged(message: str) -> None:
     folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if found and folder:
         for path in Path(folder).glob(f"{glob.escape(found[1])}-*-cache"):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # where it stays, it costs time alone
+                path.unlink()
 
 
 def _machine_sha256() -> str:
