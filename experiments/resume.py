@@ -127,6 +127,7 @@ def _kill(process: subprocess.Popen[str], number: signal.Signals, reached: Seque
 def _wait_for(paths: Sequence[Path], process: subprocess.Popen[str]) -> None:
     """Until one of them is there."""
     while not any(path.exists() for path in paths):
+        # It may have been made, and the process ended, since the look above.
         if process.poll() is not None and not any(path.exists() for path in paths):
             raise cli.VerificationError(
                 f"a run ended with status {process.returncode} too early: "
