@@ -16,23 +16,19 @@ Exit status: 0 done, 1 where a competitor failed or was disqualified, 2 bad usag
 
 import argparse
 import contextlib
-import hashlib
-import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from types import MappingProxyType
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import matplotlib as mpl
 import numpy as np
+from competitors import COMPETITORS, OURS, Child, ChildError
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -41,8 +37,6 @@ import fmnist_jax as fm
 from fmnist_jax import environment, files
 
 AUGMENTED = "deep_augmented"
-PEERS = Path(__file__).parent / "peers"
-OURS = "fmnist_jax"
 # Fewer updates than this may leave any network's loss above its first one.
 LEARNING_STEPS = 50
 # Largest relative difference of a loss, and of an update, from the plain network's. Rounding gives
@@ -67,47 +61,6 @@ _STYLE: Any = {
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
 
 
-class Competitor(NamedTuple):
-    """Where a competitor's code is.
-
-    Attributes:
-      module: in `peers`.
-      requirements: name of its environment; None is the one that this runs in.
-      options: of the module's `Competitor`.
-      variables: environment variables of its process.
-      devices: where it takes part.
-    """
-
-    module: str
-    requirements: str | None = None
-    options: Mapping[str, bool] = MappingProxyType({})
-    variables: Mapping[str, str] = MappingProxyType({})
-    devices: tuple[str, ...] = ("cpu", "gpu")
-
-
-COMPETITORS = {
-    OURS: Competitor("ours"),
-    f"{OURS}_bf16": Competitor("ours", options={"bf16": True}, devices=("gpu",)),
-    "keras_tensorflow": Competitor(
-        "keras_fit", "tensorflow", variables={"KERAS_BACKEND": "tensorflow"}
-    ),
-    "keras_jax": Competitor("keras_fit", "keras-jax", variables={"KERAS_BACKEND": "jax"}),
-    "torch": Competitor("torch_loop", "torch"),
-    "torch_channels_last": Competitor("torch_loop", "torch", {"channels_last": True}),
-    "torch_channels_last_bf16": Competitor(
-        "torch_loop", "torch", {"channels_last": True, "bf16": True}
-    ),
-    "torch_compile": Competitor(
-        "torch_loop",
-        "torch",
-        {"channels_last": True, "bf16": True, "compiled": True},
-        devices=("gpu",),
-    ),
-    "linen": Competitor("linen_loop"),
-    "linen_scan": Competitor("linen_loop", options={"scan": True}),
-}
-
-
 class Case(NamedTuple):
     """What all competitors train."""
 
@@ -118,73 +71,6 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.arch}, batches of {self.batch_size}"
-
-
-class ChildError(RuntimeError):
-    """A competitor's process ended. The message is the end of what it printed."""
-
-
-class Child:
-    """A competitor's process, stopped unless it is answering."""
-
-    def __init__(self, name: str, python: Path, device: str) -> None:
-        competitor = COMPETITORS[name]
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`)
-        variables = {
-            "BENCH_STARTED": repr(time.time()),
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-            # Several processes share the GPU's memory.
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-            "TF_FORCE_GPU_ALLOW_GROWTH": "true",
-            "JAX_PLATFORMS": "cuda" if device == "gpu" else "cpu",
-            **competitor.variables,
-        }
-        if device == "cpu":
-            variables["CUDA_VISIBLE_DEVICES"] = "-1"
-        self._process = subprocess.Popen(  # noqa: S603 (our own command)
-            [python, PEERS / "worker.py", competitor.module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=os.environ | variables,
-            # Ctrl-C is for this process alone, which then ends its children.
-            process_group=0,
-        )
-
-    @property
-    def _pipes(self) -> tuple[IO[str], IO[str]]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        return self._process.stdin, self._process.stdout
-
-    def ask(self, do: str, **arguments: Any) -> Any:
-        """Sends a command and waits for the reply.
-
-        Raises:
-          ChildError: if the process ends before.
-        """
-        stdin, stdout = self._pipes
-        with contextlib.suppress(BrokenPipeError):
-            os.killpg(self._process.pid, signal.SIGCONT)
-            print(json.dumps({"do": do} | arguments), file=stdin, flush=True)
-        reply = stdout.readline()
-        if not reply:
-            status = self._process.wait()
-            self._log.seek(0)
-            lines = self._log.read().splitlines()[-8:]
-            raise ChildError("\n".join([f"ended with status {status}", *lines]))
-        os.killpg(self._process.pid, signal.SIGSTOP)
-        return json.loads(reply)
-
-    def close(self) -> None:
-        """Ends the process and its children."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        for stream in (*self._pipes, self._log):
-            with contextlib.suppress(BrokenPipeError):  # a command that it never read
-                stream.close()
 
 
 class Bench:
@@ -257,11 +143,7 @@ class Bench:
         return points
 
     def _open(self, name: str, stack: contextlib.ExitStack) -> Child:
-        requirements = COMPETITORS[name].requirements
-        python = Path(sys.executable)
-        if requirements is not None:
-            python = _environment(f"{requirements}-{self.arguments.device}")
-        child = Child(name, python, self.arguments.device)
+        child = Child(name, self.arguments.device, console.print)
         stack.callback(child.close)
         return child
 
@@ -336,29 +218,6 @@ def _wrong_answer(record: dict[str, Any]) -> str | None:
     if steps >= LEARNING_STEPS and losses[-1] >= losses[0]:
         return f"disqualified: after {steps} steps the loss is {losses[-1]:.3f}, not lower"
     return None
-
-
-def _environment(name: str) -> Path:
-    """The interpreter with the packages of `requirements/name.txt`, installed at first use."""
-    requirements = PEERS / "requirements" / f"{name}.txt"
-    content = requirements.read_bytes() + sys.version.encode()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "fmnist_jax" / "bench" / f"{name}-{hashlib.sha256(content).hexdigest()[:8]}"
-    complete, python = folder / "complete", folder / "bin" / "python"
-    if not complete.exists():
-        console.print(f"installing {name} into {folder}")
-        commands: list[list[str | Path]] = [
-            [sys.executable, "-m", "venv", "--clear", folder],
-            [python, "-m", "pip", "install", "--quiet", "--requirement", requirements],
-        ]
-        for command in commands:
-            done = subprocess.run(  # noqa: S603 (our own command)
-                command, capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise ChildError(f"{name} cannot be installed\n{done.stderr[-2000:]}")
-        complete.touch()
-    return python
 
 
 def _case(arch: str, batch_size: int | None = None) -> Case:

@@ -10,6 +10,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -282,11 +283,10 @@ def _load_directory(directory: Path) -> Dataset:
             f"{directory}: {', '.join(missing)} not there; a data folder has the four IDX files of "
             "Fashion-MNIST, or is a TFDS directory"
         )
-    arrays = [
-        idx.read_images(path) if "images" in name else idx.read_labels(path)
-        for name, path in zip(_FILES, paths, strict=True)
-        if path is not None
-    ]
+    # The test images are unpacked beside the training images, which take a third of a second.
+    with ThreadPoolExecutor() as pool:
+        readers = 2 * (idx.read_images, idx.read_labels)
+        arrays = list(pool.map(lambda read, path: read(path), readers, paths))
     return _verified(arrays, str(directory))
 
 

@@ -253,7 +253,7 @@ class _Loop:
     def _compile(self, images: jax.Array, labels: jax.Array) -> None:
         self.progress.say(
             f"Compiling the training loop of {self.plan.run.recipe.arch} for "
-            f"{jax.devices()[0].device_kind} ..."
+            f"{jax.devices()[0].device_kind}, unless it is kept from before ..."
         )
         begun = time.perf_counter()
         order = jnp.asarray(self.plan.train_examples)

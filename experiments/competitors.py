@@ -1,0 +1,163 @@
+"""The competitors of the benchmark: their environments, and a process for each."""
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, Any, NamedTuple
+
+PEERS = Path(__file__).parent / "peers"
+OURS = "fmnist_jax"
+
+
+class Competitor(NamedTuple):
+    """Where a competitor's code is.
+
+    Attributes:
+      module: in `peers`.
+      requirements: name of its environment; None is the one that this runs in.
+      options: of the module's `Competitor`.
+      variables: environment variables of its process.
+      devices: where it takes part.
+    """
+
+    module: str
+    requirements: str | None = None
+    options: Mapping[str, bool] = MappingProxyType({})
+    variables: Mapping[str, str] = MappingProxyType({})
+    devices: tuple[str, ...] = ("cpu", "gpu")
+
+
+COMPETITORS = {
+    OURS: Competitor("ours"),
+    f"{OURS}_bf16": Competitor("ours", options={"bf16": True}, devices=("gpu",)),
+    "keras_tensorflow": Competitor(
+        "keras_fit", "tensorflow", variables={"KERAS_BACKEND": "tensorflow"}
+    ),
+    "keras_jax": Competitor("keras_fit", "keras-jax", variables={"KERAS_BACKEND": "jax"}),
+    "torch": Competitor("torch_loop", "torch"),
+    "torch_channels_last": Competitor("torch_loop", "torch", {"channels_last": True}),
+    "torch_channels_last_bf16": Competitor(
+        "torch_loop", "torch", {"channels_last": True, "bf16": True}
+    ),
+    "torch_compile": Competitor(
+        "torch_loop",
+        "torch",
+        {"channels_last": True, "bf16": True, "compiled": True},
+        devices=("gpu",),
+    ),
+    "linen": Competitor("linen_loop"),
+    "linen_scan": Competitor("linen_loop", options={"scan": True}),
+}
+
+
+class ChildError(RuntimeError):
+    """A competitor's process ended. The message is the end of what it printed."""
+
+
+class Child:
+    """A competitor's process, stopped unless it is answering.
+
+    Args:
+      name: a key of `COMPETITORS`.
+      device: "cpu" or "gpu".
+      say: is told when packages are installed.
+
+    Raises:
+      ChildError: if they cannot be.
+    """
+
+    def __init__(self, name: str, device: str, say: Callable[[str], None]) -> None:
+        python = _interpreter(name, device, say)
+        competitor = COMPETITORS[name]
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`)
+        variables = {
+            "BENCH_STARTED": repr(time.time()),
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            # Several processes share the GPU's memory.
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+            "JAX_PLATFORMS": "cuda" if device == "gpu" else "cpu",
+            **competitor.variables,
+        }
+        if device == "cpu":
+            variables["CUDA_VISIBLE_DEVICES"] = "-1"
+        self._process = subprocess.Popen(  # noqa: S603 (our own command)
+            [python, PEERS / "worker.py", competitor.module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=os.environ | variables,
+            # Ctrl-C is for this process alone, which then ends its children.
+            process_group=0,
+        )
+
+    @property
+    def _pipes(self) -> tuple[IO[str], IO[str]]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        return self._process.stdin, self._process.stdout
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        """Sends a command and waits for the reply.
+
+        Raises:
+          ChildError: if the process ends before.
+        """
+        stdin, stdout = self._pipes
+        with contextlib.suppress(BrokenPipeError):
+            os.killpg(self._process.pid, signal.SIGCONT)
+            print(json.dumps({"do": do} | arguments), file=stdin, flush=True)
+        reply = stdout.readline()
+        if not reply:
+            status = self._process.wait()
+            self._log.seek(0)
+            lines = self._log.read().splitlines()[-8:]
+            raise ChildError("\n".join([f"ended with status {status}", *lines]))
+        os.killpg(self._process.pid, signal.SIGSTOP)
+        return json.loads(reply)
+
+    def close(self) -> None:
+        """Ends the process and its children."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for stream in (*self._pipes, self._log):
+            with contextlib.suppress(BrokenPipeError):  # a command that it never read
+                stream.close()
+
+
+def _interpreter(name: str, device: str, say: Callable[[str], None]) -> Path:
+    """The competitor's interpreter; its packages are installed at first use."""
+    if COMPETITORS[name].requirements is None:
+        return Path(sys.executable)
+    environment = f"{COMPETITORS[name].requirements}-{device}"
+    requirements = PEERS / "requirements" / f"{environment}.txt"
+    content = requirements.read_bytes() + sys.version.encode()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    folder = cache / "fmnist_jax" / "bench" / f"{environment}-{digest}"
+    complete, python = folder / "complete", folder / "bin" / "python"
+    if not complete.exists():
+        say(f"installing {environment} into {folder}")
+        commands: list[list[str | Path]] = [
+            [sys.executable, "-m", "venv", "--clear", folder],
+            [python, "-m", "pip", "install", "--quiet", "--requirement", requirements],
+        ]
+        for command in commands:
+            done = subprocess.run(  # noqa: S603 (our own command)
+                command, capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise ChildError(f"{environment} cannot be installed\n{done.stderr[-2000:]}")
+        complete.touch()
+    return python
