@@ -54,9 +54,9 @@ def _read(path: Path, magic: int, noun: str, *, dimensions: int) -> np.ndarray:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     if content[:2] == b"\x1f\x8b" or path.suffix == ".gz":
         try:
-            # The last four bytes are the size; more than 1,032 from one byte there cannot be.
-            size = min(int.from_bytes(content[-4:], "little"), 1032 * len(content))
-            # 31: a gzip header and checksum.
+            # The last four bytes are the size, in a damaged file any number; a buffer that is too
+            # small grows. 31: a gzip header and checksum.
+            size = min(int.from_bytes(content[-4:], "little"), 1 << 26)
             content = zlib.decompress(content, wbits=31, bufsize=max(size, 1))
         except zlib.error as error:
             raise DataError(f"{path}: damaged gzip file ({error}); fetch it again") from error
