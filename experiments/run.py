@@ -35,7 +35,8 @@ import fmnist_jax as fm
 from fmnist_jax import config, files
 from fmnist_jax.compile import keep_compiled
 from fmnist_jax.fit import fit_plan
-from fmnist_jax.plan import Plan, create_plan, measure_cost
+from fmnist_jax.plan import Plan, create_plan
+from fmnist_jax.program import measure_cost
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -139,7 +139,7 @@ def keep_compiled(directory: Path | None = None) -> Path:
         return Path(present)
     if directory is None:
         directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmnist_jax"
-    folder = directory / f"compiled-{_machine_sha256()[:16]}"
+    folder = directory / f"compiled-{machine_sha256()[:16]}"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # A run has dozens of small programs, which together take as long as the training loop.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -166,7 +166,8 @@ def forget_damaged(message: str) -> None:
                 path.unlink()
 
 
-def _machine_sha256() -> str:
+def machine_sha256() -> str:
+    """Of what decides whether a compiled program runs here: processor, flags, versions of JAX."""
     parts = [platform.machine(), platform.system(), os.environ.get("XLA_FLAGS", "")]
     parts += [metadata.version(name) for name in ("jax", "jaxlib")]
     processor = Path("/proc/cpuinfo")

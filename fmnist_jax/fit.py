@@ -19,7 +19,14 @@ from fmnist_jax.data import Dataset
 from fmnist_jax.evaluation import evaluate
 from fmnist_jax.lock import locked
 from fmnist_jax.metrics import Metrics
-from fmnist_jax.plan import Plan, create_plan, program_sha256
+from fmnist_jax.plan import Plan, create_plan
+from fmnist_jax.program import (
+    Program,
+    forget_program,
+    keep_program,
+    load_program,
+    program_sha256,
+)
 from fmnist_jax.progress import ConsoleProgress, Silence
 from fmnist_jax.results import write_results
 from fmnist_jax.signals import Signals, waiting_signals
@@ -36,6 +43,10 @@ class DivergedError(ArithmeticError):
 
 class ConditionsWarning(UserWarning):
     """A run goes on under conditions that may change its bits."""
+
+
+class _WrongProgramError(Exception):
+    """The kept training loop is another than this run's."""
 
 
 class Interrupted(Exception):  # noqa: N818 (it reports what was asked for, no error)
@@ -145,9 +156,11 @@ class _Loop:
         )
         self.metrics_path = plan.run.workdir / files.METRICS
         self.history: list[dict[str, Any]] = []
-        self.metrics = metrics_lib.zeros()
-        self.compile_seconds = self.epoch_seconds = 0.0
+        self.compile_seconds = 0.0
         self.call_steps = 1
+        self.program: Program | None = None
+        self.program_sha256: str | None = None  # once the program is known to be the plan's
+        self.has_updated = False
         self.saved_at = time.monotonic()  # the time of day may jump
         self.saved_step = 0
         self.val_accuracy: float | None = None  # of the state as it is
@@ -157,7 +170,8 @@ class _Loop:
         """The newest state that was saved, or the first one."""
         restored = self.checkpoints.restore(self.plan.checkpoint_shapes)
         if restored is None:
-            self.state = self.plan.create_state()
+            self.state, self.metrics = self.plan.create_state(), metrics_lib.zeros()
+            self.epoch_seconds = 0.0
             return
         tree, meta = restored
         self.state, self.metrics = tree["state"], tree["metrics"]
@@ -184,6 +198,14 @@ class _Loop:
 
     def train(self, signals: Signals) -> None:
         """Every epoch that is left."""
+        try:
+            self._train(signals, load_program(self.plan))
+        except _WrongProgramError:
+            # It did some updates, but nothing of them has been saved.
+            forget_program(self.plan)
+            self._train(signals, None)
+
+    def _train(self, signals: Signals, program: Program | None) -> None:
         plan, recipe = self.plan, self.plan.run.recipe
         self.restore()
         images = jnp.asarray(plan.dataset.train_images)
@@ -196,8 +218,10 @@ class _Loop:
             self.progress.say("Starting anew: no checkpoint had been made.")
         # What was logged after the checkpoint will be logged again.
         files.write_lines(self.metrics_path, self.history)
-        self._note_conditions()
-        if self.step < plan.total_steps:
+        self.program, self.program_sha256, self.has_updated = program, None, False
+        if self.step == plan.total_steps:
+            self._check_program()
+        else:
             self._compile(images, labels)
         self.progress.start(step=self.step, total_steps=plan.total_steps)
         signals.nothing_to_lose = False
@@ -228,14 +252,23 @@ class _Loop:
             self.plan, self.state.params, self.history, compile_seconds=self.compile_seconds
         )
 
+    def _check_program(self) -> None:
+        """Before anything is saved: a kept loop goes by a name, which can be wrong."""
+        if self.program_sha256 is None:
+            sha256 = program_sha256(self.plan)
+            if self.program is not None and self.program.sha256 != sha256:
+                raise _WrongProgramError
+            self.program_sha256 = sha256
+            self._note_conditions()
+
     def _note_conditions(self) -> None:
         """Adds this process to environment.json, and says what has changed since the last one."""
         path = self.plan.run.workdir / files.ENVIRONMENT
-        entry = environment.describe() | {"program": program_sha256(self.plan)}
+        entry = environment.describe() | {"program": self.program_sha256}
         if self.plan.dataset.sample:
             entry["sample"] = True
         entries = files.read_json(path) or []
-        if entries and self.step:
+        if entries and self.saved_step:
             before, now = (
                 {key: conditions.get(key) for key in environment.DECISIVE}
                 for conditions in (entries[-1], entry)
@@ -251,20 +284,27 @@ class _Loop:
         files.write_json(path, [*entries, entry])
 
     def _compile(self, images: jax.Array, labels: jax.Array) -> None:
-        self.progress.say(
-            f"Compiling the training loop of {self.plan.run.recipe.arch} for "
-            f"{jax.devices()[0].device_kind}, unless it is kept from before ..."
-        )
         begun = time.perf_counter()
+        is_kept = self.program is not None
+        if not is_kept:
+            self.progress.say(
+                f"Compiling the training loop of {self.plan.run.recipe.arch} for "
+                f"{jax.devices()[0].device_kind}, unless it is kept from before ..."
+            )
+            self.program = keep_program(self.plan)
         order = jnp.asarray(self.plan.train_examples)
-        # No steps: this only makes the program.
-        self._run_steps(images, labels, order, 0)
+        try:
+            self._run_steps(images, labels, order, 0)  # this makes the program, or tries it
+        except (jax.errors.JaxRuntimeError, TypeError, ValueError) as error:
+            if is_kept:
+                raise _WrongProgramError from error
+            raise
         self.compile_seconds = time.perf_counter() - begun
 
     def _run_steps(
         self, images: jax.Array, labels: jax.Array, order: jax.Array, count: int
     ) -> Metrics:
-        self.state, self.metrics = train_steps(
+        arguments = (
             self.state,
             images,
             labels,
@@ -272,8 +312,15 @@ class _Loop:
             self.plan.streams,
             jnp.int32(count),  # as in the program's shapes, so that it is traced once
             self.metrics,
-            **self.plan.step_options,
         )
+        if self.program is None:
+            self.state, self.metrics = train_steps(*arguments, **self.plan.step_options)
+        else:
+            self.state, self.metrics = self.program.run(*arguments)
+        # While XLA works, and not beside the first update, which need not wait for it.
+        if self.has_updated:
+            self._check_program()
+        self.has_updated = count > 0
         return jax.device_get(self.metrics)
 
     def _train_epoch(
@@ -300,6 +347,7 @@ class _Loop:
             self.val_accuracy = None
             done += count
             if metrics.finite_steps < done:
+                self._check_program()
                 raise DivergedError(
                     f"the loss is not finite in epoch {epoch + 1}, step "
                     f"{first_step + int(metrics.finite_steps) + 1:,}; "
@@ -329,6 +377,7 @@ class _Loop:
     def _end_epoch(
         self, epoch: int, val_images: jax.Array, val_labels: jax.Array, signals: Signals
     ) -> None:
+        self._check_program()
         common: dict[str, Any] = {"step": self.step, "epoch": epoch + 1}
         if self.plan.dataset.sample:
             common["sample"] = True
@@ -388,6 +437,7 @@ class _Loop:
         return {"epoch_seconds": self.epoch_seconds, "history": self.history}
 
     def _save(self) -> None:
+        self._check_program()
         try:
             self.checkpoints.save(self.step, self._tree(), self._meta(), self.val_accuracy)
         except CheckpointError as error:
@@ -403,7 +453,7 @@ class _Loop:
 
 def _next_call_steps(count: int, seconds: float) -> int:
     """Updates of the next call into XLA, after one of `count` took so long."""
-    return max(1, min(round(count * _CALL_SECONDS / seconds), 4 * count))
+    return max(1, min(round(count * _CALL_SECONDS / seconds), 16 * count))
 
 
 def _read_report(workdir: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

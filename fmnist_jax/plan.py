@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import math
 from inspect import signature
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from fmnist_jax import metrics as metrics_lib
 from fmnist_jax.augment import AUGMENTATIONS, RandomAffine
-from fmnist_jax.compile import COMPILER_OPTIONS, Compiled, compiled
+from fmnist_jax.compile import Compiled, compiled
 from fmnist_jax.config import ConfigError, Interval, Run, to_dict
 from fmnist_jax.data import Dataset, stratified_split
 from fmnist_jax.models import create_model
@@ -24,7 +23,6 @@ from fmnist_jax.train import (
     TrainState,
     create_train_state,
     steps_per_epoch,
-    train_steps,
 )
 
 
@@ -138,19 +136,6 @@ class Plan:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What the compiled training loop says of itself.
-
-    Attributes:
-      flops: floating-point operations an update.
-      bytes: device memory of the loop: state, training images and temporaries.
-    """
-
-    flops: float
-    bytes: int
-
-
 def create_plan(run: Run, dataset: Dataset) -> Plan:
     """Splits the data and makes model, optimizer and augmentation.
 
@@ -223,44 +208,3 @@ def _check_keep_every(plan: Plan) -> None:
             f"({plan.run.checkpoint_every}, of {plan.total_steps:,} updates in epochs of "
             f"{plan.steps_per_epoch:,}) none falls on a multiple of it"
         )
-
-
-def measure_cost(plan: Plan) -> Cost:
-    """Compiles the training loop for the default device and reads its figures."""
-    program = compile_loop(plan)
-    # The compiler counts the body of a loop once, so the operations are those of whole batches.
-    whole = compile_loop(plan, slice_size=plan.run.recipe.batch_size)
-    memory = program.memory_analysis()
-    return Cost(
-        float(whole.cost_analysis()["flops"]),
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes,
-    )
-
-
-def compile_loop(plan: Plan, slice_size: int | None = None) -> Any:
-    """The compiled `train_steps` of a run; `slice_size` as there."""
-    lowered = train_steps.lower(*_loop_shapes(plan), slice_size=slice_size, **plan.step_options)
-    return lowered.compile()
-
-
-def program_sha256(plan: Plan) -> str:
-    """SHA-256 of the training loop's jaxpr, what it computes, and its compiler's options."""
-    jaxpr = train_steps.trace(*_loop_shapes(plan), **plan.step_options).jaxpr
-    options = sorted(COMPILER_OPTIONS.get(jax.default_backend(), {}).items())
-    return hashlib.sha256(f"{jaxpr} {options}".encode()).hexdigest()
-
-
-def _loop_shapes(plan: Plan) -> tuple[Any, ...]:
-    shape = jax.ShapeDtypeStruct
-    return (
-        plan.abstract_state,
-        shape(plan.dataset.train_images.shape, jnp.uint8),
-        shape(plan.dataset.train_labels.shape, jnp.int32),
-        shape(plan.train_examples.shape, jnp.int32),
-        plan.streams,
-        shape((), jnp.int32),
-        jax.eval_shape(metrics_lib.zeros),
-    )

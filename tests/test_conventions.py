@@ -45,19 +45,20 @@ ALLOWED = {
     "plan": {
         "augment", "compile", "config", "data", "metrics", "models", "optim", "streams", "train",
     },
+    "program": {"compile", "environment", "files", "metrics", "plan", "train"},
     "results": {
         "augment", "compile", "environment", "evaluation", "files", "plan", "scores", "train",
         "views",
     },
     "fit": {
         "checkpoint", "config", "data", "environment", "evaluation", "files", "lock", "metrics",
-        "plan", "progress", "results", "signals", "train",
+        "plan", "program", "progress", "results", "signals", "train",
     },
     "seeds": {"config", "data", "files", "fit", "progress", "scores", "stats"},
     "compare": {"config", "files", "seeds", "stats"},
     "replay": {
-        "augment", "checkpoint", "compile", "config", "data", "files", "plan", "slices", "streams",
-        "train",
+        "augment", "checkpoint", "compile", "config", "data", "files", "metrics", "plan", "program",
+        "slices", "streams", "train",
     },
     "report": {"calibration", "config", "files", "page", "recipes", "replay"},
     "seeds_report": {"files", "page", "report"},

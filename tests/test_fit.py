@@ -18,7 +18,8 @@ import fmnist_jax as fm
 from fmnist_jax import environment, files
 from fmnist_jax.checkpoint import Checkpoints
 from fmnist_jax.lock import locked
-from fmnist_jax.plan import create_plan, program_sha256
+from fmnist_jax.plan import create_plan
+from fmnist_jax.program import program_sha256
 
 # `fm.fit` is the function.
 fit_module = importlib.import_module("fmnist_jax.fit")

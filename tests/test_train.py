@@ -14,7 +14,8 @@ import pytest
 
 import fmnist_jax as fm
 from fmnist_jax import metrics, ops, train
-from fmnist_jax.plan import compile_loop, create_plan
+from fmnist_jax.plan import create_plan
+from fmnist_jax.program import compile_loop
 from tests.conftest import train_step
 
 BATCH = 16
