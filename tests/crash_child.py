@@ -70,20 +70,34 @@ def path_of(event: str, arguments: tuple) -> str:
 def act_in(name: str, count: int) -> None:
     hangs, name = name.startswith("hang-"), name.removeprefix("hang-")
     module = importlib.import_module(f"fmnist_jax.{'results' if name == 'predict' else 'fit'}")
-    function, calls = getattr(module, name), 0
+    calls = 0
 
-    def wrapper(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if hangs and calls == count:
-            print("hanging", flush=True)
-            hang()
-        result = function(*args, **kwargs)
-        if calls == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
+    def acting(function):
+        def wrapper(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if hangs and calls == count:
+                print("hanging", flush=True)
+                hang()
+            result = function(*args, **kwargs)
+            if calls == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
 
-    setattr(module, name, wrapper)
+        return wrapper
+
+    setattr(module, name, acting(getattr(module, name)))
+    if name == "train_steps":  # the same, as it was compiled before
+        for maker in ("load_program", "keep_program"):
+            setattr(module, maker, with_run(acting, getattr(module, maker)))
+
+
+def with_run(acting, maker):
+    def wrapper(plan):
+        program = maker(plan)
+        return program and program._replace(run=acting(program.run))
+
+    return wrapper
 
 
 def hang() -> None:
