@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
@@ -77,7 +78,7 @@ def compile_loop(plan: Plan, slice_size: int | None = None) -> Any:
 
 
 def program_sha256(plan: Plan) -> str:
-    """SHA-256 of the training loop's jaxpr, what it computes, and its compiler's options."""
+    """SHA-256 of what the training loop computes, its jaxpr, and of its compiler's options."""
     return hashlib.sha256(_text(plan).encode()).hexdigest()
 
 
@@ -119,8 +120,8 @@ def keep_program(plan: Plan) -> Program | None:
     with _without_cache():
         executable = compile_loop(plan)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
-    content = pickle.dumps((sha256, *serialize_executable.serialize(executable)))
-    with contextlib.suppress(OSError):  # where it cannot be written, it costs time alone
+    with contextlib.suppress(Exception):  # where it cannot be written, it costs time alone
+        content = pickle.dumps((sha256, *serialize_executable.serialize(executable)))
         files.make_folder(path.parent)
         files.write_bytes(path, hashlib.sha256(content).digest() + content)
     return _program(plan, executable, sha256)
@@ -144,8 +145,10 @@ def forget_program(plan: Plan) -> None:
 
 def _text(plan: Plan) -> str:
     jaxpr = train_steps.trace(*_loop_shapes(plan), **plan.step_options).jaxpr
+    # It names its constants, but does not show them.
+    constants = [hashlib.sha256(np.asarray(value).tobytes()).hexdigest() for value in jaxpr.consts]
     options = sorted(COMPILER_OPTIONS.get(jax.default_backend(), {}).items())
-    return f"{jaxpr} {options}"
+    return f"{jaxpr} {constants} {options}"
 
 
 def _program(plan: Plan, executable: Any, sha256: str) -> Program:

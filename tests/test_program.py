@@ -11,6 +11,7 @@ from pathlib import Path
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import fmnist_jax as fm
@@ -185,10 +186,22 @@ def test_what_goes_into_the_loop_is_in_its_name(kept, tmp_path, tiny, monkeypatc
             Path, "read_bytes", lambda path: read_bytes(path) + b"#" * (path.stem == "ops")
         )
         others.append(name())
-    jax.config.update("jax_numpy_rank_promotion", "warn")
-    others.append(name())
-    jax.config.update("jax_numpy_rank_promotion", "raise")  # as conftest has it
+    with jax.numpy_rank_promotion("warn"):
+        others.append(name())
     assert len({here, *others}) == 1 + len(others)
+
+
+def test_constants_are_part_of_what_is_computed(tmp_path, tiny, monkeypatch):
+    def sha256(constant):
+        class Scaled(models.Valid2x2):
+            def __call__(self, images, *, train, dropout=None):
+                return super().__call__(images, train=train, dropout=dropout) * constant
+
+        monkeypatch.setattr(models, "ARCHS", {**models.ARCHS, "valid_2x2": Scaled})
+        return program.program_sha256(make_plan(tmp_path / "run", tiny))
+
+    ramp = np.arange(10, dtype=np.float32).reshape(1, 10)
+    assert sha256(ramp) == sha256(ramp.copy()) != sha256(ramp + 1)
 
 
 def test_nothing_is_kept_without_a_folder_or_with_calls_to_python(
