@@ -29,6 +29,9 @@ from fmnist_jax.metrics import Metrics
 from fmnist_jax.plan import Plan
 from fmnist_jax.train import TrainState, train_steps
 
+# Loops of one folder, the newest; each edit of this package makes another, of 1 to 4 MB.
+_MAX_KEPT = 50
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
@@ -124,6 +127,9 @@ def keep_program(plan: Plan) -> Program | None:
         content = pickle.dumps((sha256, *serialize_executable.serialize(executable)))
         files.make_folder(path.parent)
         files.write_bytes(path, hashlib.sha256(content).digest() + content)
+        written = sorted(path.parent.glob("loop-*"), key=lambda one: one.stat().st_mtime)
+        for old in written[:-_MAX_KEPT]:
+            old.unlink()
     return _program(plan, executable, sha256)
 
 

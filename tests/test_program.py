@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import os
 import pickle
 from pathlib import Path
 
@@ -151,6 +152,18 @@ def test_what_cannot_be_read_is_compiled_anew(damage, kept, tmp_path, tiny):
     assert program.load_program(plan) is None
     program.keep_program(plan)
     assert program.load_program(plan) is not None
+
+
+def test_the_newest_are_kept(kept, tmp_path, tiny):
+    kept.mkdir(parents=True)
+    for age in range(60):
+        (kept / f"loop-{age:02}").touch()
+        os.utime(kept / f"loop-{age:02}", (1e9 - age, 1e9 - age))
+    plan = make_plan(tmp_path / "run", tiny)
+    program.keep_program(plan)
+    assert program.load_program(plan) is not None
+    names = [path.name for path in loops(kept) if len(path.name) == len("loop-00")]
+    assert names == [f"loop-{age:02}" for age in range(49)]
 
 
 def test_what_goes_into_the_loop_is_in_its_name(kept, tmp_path, tiny, monkeypatch):
