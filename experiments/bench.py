@@ -142,8 +142,8 @@ class Bench:
             points.append({"axis": axis, "value": value, "seconds_per_image": seconds})
         return points
 
-    def _open(self, name: str, stack: contextlib.ExitStack) -> Child:
-        child = Child(name, self.arguments.device, console.print)
+    def _open(self, name: str, stack: contextlib.ExitStack, cache: str | None = None) -> Child:
+        child = Child(name, self.arguments.device, console.print, cache)
         stack.callback(child.close)
         return child
 
@@ -152,9 +152,12 @@ class Bench:
     ) -> Child:
         """Starts a competitor, twice for --start, and finds how many updates a round has."""
         record |= {"first_step_seconds": [], "rounds": []}
+        cache = None
+        if self.arguments.start:
+            cache = stack.enter_context(tempfile.TemporaryDirectory())
         for last in (False, True) if self.arguments.start else (True,):
             console.print(f"{name}: starting and compiling")
-            child = self._open(name, stack)
+            child = self._open(name, stack, cache)
             first = child.ask(
                 "prepare",
                 **self._about(case),
@@ -369,7 +372,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--seconds", type=float, default=2.0, help="training of each in a round (%(default)s)"
     )
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: the one JAX finds")
-    parser.add_argument("--start", action="store_true", help="start each twice: cold, then warm")
+    parser.add_argument(
+        "--start",
+        action="store_true",
+        help="start each twice: the second takes what the first compiled",
+    )
     parser.add_argument(
         "--growth", action="store_true", help="measure how the cost of an image grows instead"
     )

@@ -70,12 +70,15 @@ class Child:
       name: a key of `COMPETITORS`.
       device: "cpu" or "gpu".
       say: is told when packages are installed.
+      cache: folder in which JAX keeps what it compiles and looks for it; None is nowhere.
 
     Raises:
       ChildError: if they cannot be.
     """
 
-    def __init__(self, name: str, device: str, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, name: str, device: str, say: Callable[[str], None], cache: str | None = None
+    ) -> None:
         python = _interpreter(name, device, say)
         competitor = COMPETITORS[name]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`)
@@ -86,6 +89,9 @@ class Child:
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "TF_FORCE_GPU_ALLOW_GROWTH": "true",
             "JAX_PLATFORMS": "cuda" if device == "gpu" else "cpu",
+            "JAX_ENABLE_COMPILATION_CACHE": str(cache is not None),
+            "JAX_COMPILATION_CACHE_DIR": cache or "",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             **competitor.variables,
         }
         if device == "cpu":

@@ -1,5 +1,7 @@
 """The benchmark: what it concludes from its rounds, and a small one of its own."""
 
+import contextlib
+import itertools
 import json
 
 import pytest
@@ -48,11 +50,23 @@ def test_a_wrong_answer_disqualifies(bench, losses, problem):
 def test_a_small_benchmark(bench, sample, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench.fm, "load_fashion_mnist", lambda: sample)
     arguments = ["--arch", "valid_2x2", "--batch-size", "8", "--rounds", "2", "--seconds", "0.2"]
-    arguments += ["--competitor", "fmnist_jax", "linen", "--output", str(tmp_path)]
+    arguments += ["--competitor", "fmnist_jax", "linen", "--output", str(tmp_path), "--start"]
+    numbers = itertools.count()
+
+    def make_folder():
+        folder = tmp_path / f"folder-{next(numbers)}"
+        folder.mkdir()
+        return contextlib.nullcontext(str(folder))
+
+    monkeypatch.setattr(bench.tempfile, "TemporaryDirectory", make_folder)
     assert bench.main(arguments) == 0
     (result,) = json.loads((tmp_path / "bench.json").read_text())["results"]
     ours, linen = (result["competitors"][name] for name in ("fmnist_jax", "linen"))
     assert len(ours["rounds"]) == len(linen["rounds"]) == 2
+    assert len(ours["first_step_seconds"]) == len(linen["first_step_seconds"]) == 2
+    # The first is for the images.
+    for number in (1, 2):
+        assert list((tmp_path / f"folder-{number}").glob("jit_*-cache"))
     assert ours["difference"]["loss"] < 1e-5
     # Forward 0.37, 2.36 and 0.59 MFLOP for the layers, twice that backward but for the images'
     # gradient, and what is no product on top.
