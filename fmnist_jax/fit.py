@@ -203,6 +203,7 @@ class _Loop:
         except _WrongProgramError:
             # It did some updates, but nothing of them has been saved.
             forget_program(self.plan)
+            signals.nothing_to_lose = True
             self._train(signals, None)
 
     def _train(self, signals: Signals, program: Program | None) -> None:

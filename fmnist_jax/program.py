@@ -2,9 +2,10 @@
 
 JAX's own cache finds a program by its text. To have the text, a process traces and lowers the loop,
 for `small_dropout` a second of Python. `load_program` finds the loop by what it is made from
-instead. That is no proof, because someone may have edited an installed package or exchanged a
-function while it runs; so a kept loop comes with the hash of its text, and `fit` traces the loop
-beside the first updates and compares, before it saves anything.
+instead. That is no proof, because someone may have exchanged a function while it runs, or edited an
+installed package; so a kept loop comes with the hash of its jaxpr, and `fit` traces the loop beside
+the first updates and compares, before it saves anything. For what comes after the jaxpr, lowering
+and compiling, the versions stand.
 """
 
 import contextlib
@@ -91,7 +92,7 @@ def load_program(plan: Plan) -> Program | None:
     Whether it is the loop that `plan` describes is for the caller to see: `program_sha256`.
     """
     path = _path(plan)
-    if path is None or not path.exists():
+    if path is None:
         return None
     try:
         content = path.read_bytes()
@@ -111,8 +112,8 @@ def keep_program(plan: Plan) -> Program | None:
     """Compiles the training loop, and writes it to where the next process will look for it.
 
     Returns:
-      The loop; None where it cannot be kept: without `keep_compiled`, on accelerators, and if it
-      calls back into this process.
+      The loop; None where it cannot be kept: where JAX has no folder for what it compiles, on
+      accelerators, and if it calls back into this process.
     """
     path = _path(plan)
     if path is None:
@@ -133,14 +134,6 @@ def keep_program(plan: Plan) -> Program | None:
     return _program(plan, executable, sha256)
 
 
-def training_loop(plan: Plan) -> Callable[..., tuple[TrainState, Metrics]]:
-    """What `Program.run` is, known to be the plan's: the kept one, or one compiled when called."""
-    program = load_program(plan)
-    if program is not None and program.sha256 == program_sha256(plan):
-        return program.run
-    return functools.partial(train_steps, **plan.step_options)
-
-
 def forget_program(plan: Plan) -> None:
     """Removes the kept training loop."""
     path = _path(plan)
@@ -152,9 +145,20 @@ def forget_program(plan: Plan) -> None:
 def _text(plan: Plan) -> str:
     jaxpr = train_steps.trace(*_loop_shapes(plan), **plan.step_options).jaxpr
     # It names its constants, but does not show them.
-    constants = [hashlib.sha256(np.asarray(value).tobytes()).hexdigest() for value in jaxpr.consts]
+    constants = [
+        hashlib.sha256(np.asarray(value).tobytes()).hexdigest() for value in _constants(jaxpr)
+    ]
     options = sorted(COMPILER_OPTIONS.get(jax.default_backend(), {}).items())
     return f"{jaxpr} {constants} {options}"
+
+
+def _constants(jaxpr: Any) -> Iterator[Any]:
+    """Of a jaxpr and those that its equations call."""
+    yield from getattr(jaxpr, "consts", ())
+    for equation in jaxpr.eqns:
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            if hasattr(inner, "eqns"):
+                yield from _constants(inner)
 
 
 def _program(plan: Plan, executable: Any, sha256: str) -> Program:
@@ -165,7 +169,8 @@ def _program(plan: Plan, executable: Any, sha256: str) -> Program:
 def _path(plan: Plan) -> Path | None:
     """The file of a plan's loop, named by what the loop is made from."""
     folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if not folder or jax.default_backend() != "cpu":
+    is_on = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    if not folder or "://" in folder or not is_on or jax.default_backend() != "cpu":
         return None
     sources = sorted(Path(__file__).parent.glob("*.py"))
     options = plan.step_options | {"tx": (plan.run.recipe.optimizer, plan.run.recipe.schedule)}
@@ -173,9 +178,10 @@ def _path(plan: Plan) -> Path | None:
         lambda leaf: (leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf,
         (_loop_shapes(plan), options),
     )
+    conditions = environment.describe()
     parts = (
         machine_sha256(),
-        environment.versions(),
+        [conditions.get(name) for name in environment.DECISIVE],
         [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources],
         jax.config.values,
         shapes,

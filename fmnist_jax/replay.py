@@ -10,14 +10,12 @@ import numpy as np
 import optax
 
 from fmnist_jax import files
-from fmnist_jax import metrics as metrics_lib
 from fmnist_jax.augment import RandomAffine
 from fmnist_jax.checkpoint import CheckpointError, Checkpoints
 from fmnist_jax.compile import compiled
 from fmnist_jax.config import ConfigError, differences, from_dict
 from fmnist_jax.data import Dataset
 from fmnist_jax.plan import Plan, create_plan
-from fmnist_jax.program import training_loop
 from fmnist_jax.slices import choose_slice_size
 from fmnist_jax.streams import Streams
 from fmnist_jax.train import (
@@ -27,6 +25,7 @@ from fmnist_jax.train import (
     epoch_order,
     gradients,
     read_batch,
+    train_steps,
 )
 
 
@@ -151,13 +150,11 @@ def _state_before(plan: Plan, step: int, images: jax.Array, labels: jax.Array) -
             with contextlib.suppress(CheckpointError):
                 state = checkpoints.restore_step(saved, plan.checkpoint_shapes)[0]["state"]
                 break
-    if int(state.step) == step - 1:
-        return state
-    run = training_loop(plan)
     while int(state.step) < step - 1:
         done = int(state.step)
         epoch_end = (done // plan.steps_per_epoch + 1) * plan.steps_per_epoch
         count = min(epoch_end, step - 1) - done
-        order, metrics = _order(plan, done), metrics_lib.zeros()
-        state, _ = run(state, images, labels, order, plan.streams, jnp.int32(count), metrics)
+        state, _ = train_steps(
+            state, images, labels, _order(plan, done), plan.streams, count, **plan.step_options
+        )
     return state

@@ -57,8 +57,8 @@ ALLOWED = {
     "seeds": {"config", "data", "files", "fit", "progress", "scores", "stats"},
     "compare": {"config", "files", "seeds", "stats"},
     "replay": {
-        "augment", "checkpoint", "compile", "config", "data", "files", "metrics", "plan", "program",
-        "slices", "streams", "train",
+        "augment", "checkpoint", "compile", "config", "data", "files", "plan", "slices", "streams",
+        "train",
     },
     "report": {"calibration", "config", "files", "page", "recipes", "replay"},
     "seeds_report": {"files", "page", "report"},

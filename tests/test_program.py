@@ -204,11 +204,14 @@ def test_what_goes_into_the_loop_is_in_its_name(kept, tmp_path, tiny, monkeypatc
     assert len({here, *others}) == 1 + len(others)
 
 
-def test_constants_are_part_of_what_is_computed(tmp_path, tiny, monkeypatch):
+@pytest.mark.parametrize("inner", [lambda function: function, jax.jit])
+def test_constants_are_part_of_what_is_computed(inner, tmp_path, tiny, monkeypatch):
     def sha256(constant):
+        scale = inner(lambda logits: logits * constant)
+
         class Scaled(models.Valid2x2):
             def __call__(self, images, *, train, dropout=None):
-                return super().__call__(images, train=train, dropout=dropout) * constant
+                return scale(super().__call__(images, train=train, dropout=dropout))
 
         monkeypatch.setattr(models, "ARCHS", {**models.ARCHS, "valid_2x2": Scaled})
         return program.program_sha256(make_plan(tmp_path / "run", tiny))
