@@ -204,20 +204,22 @@ def test_what_goes_into_the_loop_is_in_its_name(kept, tmp_path, tiny, monkeypatc
     assert len({here, *others}) == 1 + len(others)
 
 
-@pytest.mark.parametrize("inner", [lambda function: function, jax.jit])
-def test_constants_are_part_of_what_is_computed(inner, tmp_path, tiny, monkeypatch):
+def test_constants_are_part_of_what_is_computed(tmp_path, tiny, monkeypatch):
     def sha256(constant):
-        scale = inner(lambda logits: logits * constant)
-
         class Scaled(models.Valid2x2):
             def __call__(self, images, *, train, dropout=None):
-                return scale(super().__call__(images, train=train, dropout=dropout))
+                return super().__call__(images, train=train, dropout=dropout) * constant
 
         monkeypatch.setattr(models, "ARCHS", {**models.ARCHS, "valid_2x2": Scaled})
         return program.program_sha256(make_plan(tmp_path / "run", tiny))
 
     ramp = np.arange(10, dtype=np.float32).reshape(1, 10)
     assert sha256(ramp) == sha256(ramp.copy()) != sha256(ramp + 1)
+    # A program within a program has its own.
+    nested = jax.jit(lambda x: jax.jit(lambda y: y * ramp)(x)).trace(ramp).jaxpr
+    assert not nested.consts
+    (found,) = program._constants(nested)
+    np.testing.assert_array_equal(found, ramp)
 
 
 def test_nothing_is_kept_without_a_folder_or_with_calls_to_python(
