@@ -125,7 +125,8 @@ def keep_compiled(directory: Path | None = None) -> Path:
     It sets JAX's configuration for the process. JAX keys each program by its content, its options
     and the device; the folder is moreover one for each version of JAX and each kind of processor,
     because a program for one processor may use instructions that another has not. What cannot be
-    read is compiled anew.
+    read is compiled anew. `fit` keeps its training loop there as well, in a form that needs no
+    tracing (`program.py`).
 
     Args:
       directory: None takes `fmnist_jax` in `$XDG_CACHE_HOME`, or in `~/.cache`. Where JAX has a
