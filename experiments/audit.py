@@ -31,7 +31,10 @@ from rich.progress import track
 from scipy.special import softmax
 
 import fmnist_jax as fm
-from fmnist_jax import duplicates, files, page, suspects
+from fmnist_jax.analysis import duplicates
+from fmnist_jax.report import page
+from fmnist_jax.runs import files
+from fmnist_jax.studies import label_issues as suspects
 
 ARCH = "small_dropout"  # the fastest of the networks that reach 91%
 NUM_SEEDS = 3  # trainings with and without the suspects

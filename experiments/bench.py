@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fmnist_jax as fm
-from fmnist_jax import environment, files
+from fmnist_jax.runs import environment, files
 
 AUGMENTED = "deep_augmented"
 # Fewer updates than this may leave any network's loss above its first one.

@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 import fmnist_jax as fm
-from fmnist_jax import files, stats
-from fmnist_jax.compile import keep_compiled
+from fmnist_jax.analysis import stats
+from fmnist_jax.runs import files
+from fmnist_jax.xla.compile import keep_compiled
 
 _HEADINGS = ("network", "claimed", "n", "mean, % (95% interval)", "one run, %", "verdict")
 

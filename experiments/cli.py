@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 import fmnist_jax as fm
-from fmnist_jax.compile import forget_damaged
+from fmnist_jax.xla.compile import forget_damaged
 
 
 class VerificationError(Exception):

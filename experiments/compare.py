@@ -27,9 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 import fmnist_jax as fm
-from fmnist_jax import config, files
-from fmnist_jax.compile import keep_compiled
-from fmnist_jax.plan import Plan, create_plan
+from fmnist_jax import config
+from fmnist_jax.runs import files
+from fmnist_jax.runs.plan import Plan, create_plan
+from fmnist_jax.xla.compile import keep_compiled
 
 _COMPARISON = "comparison.json"
 

@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 import fmnist_jax as fm
-from fmnist_jax import files
 from fmnist_jax.config import StreamName
-from fmnist_jax.plan import create_plan
-from fmnist_jax.seeds import seed_run, variances
+from fmnist_jax.runs import files
+from fmnist_jax.runs.plan import create_plan
+from fmnist_jax.studies.seeds import seed_run, variances
 
 _VARIANCES = "variances.json"
 
@@ -27,7 +27,9 @@ def train(
         console.print(f"\nOnly the stream {name} follows the seeds:")
         fm.fit_seeds(run, dataset, count, vary=name, progress=progress)
     console.print("Drawing the report ...")
-    from fmnist_jax.seeds_report import write_seeds_report  # here: matplotlib is needed only now
+    from fmnist_jax.report.seeds_page import (
+        write_seeds_report,  # here: matplotlib is needed only now
+    )
 
     page = write_seeds_report(run.workdir)
     console.print()

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fmnist_jax as fm
-from fmnist_jax import files
+from fmnist_jax.runs import files
 
 RUN = Path(__file__).with_name("run.py")
 

@@ -32,11 +32,12 @@ from rich.console import Console
 from rich.table import Table
 
 import fmnist_jax as fm
-from fmnist_jax import config, files
-from fmnist_jax.compile import keep_compiled
-from fmnist_jax.fit import fit_plan
-from fmnist_jax.plan import Plan, create_plan
-from fmnist_jax.program import measure_cost
+from fmnist_jax import config
+from fmnist_jax.runs import files
+from fmnist_jax.runs.fit import fit_plan
+from fmnist_jax.runs.plan import Plan, create_plan
+from fmnist_jax.runs.program import measure_cost
+from fmnist_jax.xla.compile import keep_compiled
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,7 +147,9 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         return 0
     result = fit_plan(plan, progress=fm.ConsoleProgress(console))
     console.print("Drawing the report ...")
-    from fmnist_jax.report import write_report  # imported here: matplotlib is needed only now
+    from fmnist_jax.report.run_page import (
+        write_report,  # imported here: matplotlib is needed only now
+    )
 
     page = write_report(run.workdir)
     _print_summary(result, page, console)
@@ -210,7 +213,9 @@ def _replay(arguments: argparse.Namespace, dataset: fm.Dataset, console: Console
         dataset = fm.select_classes(dataset, classes)
     console.print("Going to that update ...")
     shown = fm.replay(arguments.workdir, dataset, arguments.replay)
-    from fmnist_jax.report import write_replay  # imported here: matplotlib is needed only now
+    from fmnist_jax.report.run_page import (
+        write_replay,  # imported here: matplotlib is needed only now
+    )
 
     picture = write_replay(arguments.workdir, shown, dataset.class_names, sample=dataset.sample)
     console.print(

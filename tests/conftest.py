@@ -19,7 +19,7 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import fmnist_jax as fm
-from fmnist_jax.compile import compiled
+from fmnist_jax.xla.compile import compiled
 
 ROOT = Path(__file__).parent.parent
 

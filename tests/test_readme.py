@@ -30,13 +30,6 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys, sample):
     assert len(statements) == 10
 
 
-def test_the_file_tree_is_complete():
-    tree = README.split("## Files")[1]
-    for path in (ROOT / "fmnist_jax").glob("*.py"):
-        assert path.name == "__init__.py" or f"  {path.name} " in tree
-    assert (ROOT / "experiments" / "report.png").exists()
-
-
 def test_the_flags_of_the_readme_exist(run_py):
     options = {option for action in run_py._parser()._actions for option in action.option_strings}
     assert set(re.findall(r"(?<= )--[a-z-]+", README)) <= options

@@ -25,7 +25,7 @@ INITIALIZERS = {
 
 
 class Network(nn.Module):
-    """The layers in a row; parameters are named as in `fmnist_jax.models`."""
+    """The layers in a row; parameters are named as in `fmnist_jax.nn.models`."""
 
     layers: Layers
     dropout: Callable[..., nn.Module] = nn.Dropout

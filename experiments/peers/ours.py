@@ -14,9 +14,9 @@ from linen_loop import Network, mean_loss
 from worker import AUGMENTED, NETWORKS, OPTIMIZERS, Trained
 
 import fmnist_jax as fm
-from fmnist_jax import ops
-from fmnist_jax.compile import compiled
-from fmnist_jax.train import example_keys, scale
+from fmnist_jax.nn import ops
+from fmnist_jax.train.loop import example_keys, scale
+from fmnist_jax.xla.compile import compiled
 
 
 class Competitor:

@@ -74,7 +74,7 @@ class Trained(NamedTuple):
 
 Layers = tuple[Conv | Dropout | Dense, ...]
 
-# The networks of `fmnist_jax.models`, for the competitors that cannot import it.
+# The networks of `fmnist_jax.nn.models`, for the competitors that cannot import it.
 NETWORKS: dict[str, Layers] = {
     "small_dropout": (
         Conv(32, pool=True, init="normal_0.05"),

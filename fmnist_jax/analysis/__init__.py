@@ -1,0 +1,1 @@
+"""Scores, statistics, calibration and duplicates, in NumPy alone."""

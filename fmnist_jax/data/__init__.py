@@ -1,0 +1,1 @@
+"""Fashion-MNIST: sources, verification, splits, batches and augmentation."""

@@ -1,0 +1,164 @@
+"""Fashion-MNIST through TensorFlow Datasets, without TensorFlow."""
+
+import hashlib
+import io
+import socket
+import struct
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fmnist_jax.data.idx import DataError, read_images, read_labels
+
+_TIMEOUT_SECONDS = 5.0
+_IDX_FILES = {
+    "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+    "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+}
+
+
+def find_prepared(directory: Path) -> Path | None:
+    """The newest prepared version of Fashion-MNIST in or at a TFDS directory, or None.
+
+    Example:
+      >>> find_prepared(Path("/nowhere")) is None
+      True
+    """
+    places = [directory, *sorted(directory.glob("fashion_mnist/*.*.*"), reverse=True)]
+    return next((place for place in places if record_files(place)), None)
+
+
+def record_files(prepared: Path) -> list[Path]:
+    """The record files of a prepared version, in the order of their shards."""
+    return sorted(prepared.glob("fashion_mnist-*record-*-of-*"))
+
+
+def read_prepared(prepared: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Images and labels of both splits in the order of the published files.
+
+    TFDS stores the examples sorted by the MD5 of split name and position; sorting the positions in
+    the same way tells where each example came from.
+
+    Args:
+      prepared: folder with the record files, in ArrayRecord or TFRecord format.
+
+    Returns:
+      {"train": (uint8[count, 28, 28], uint8[count]), "test": ...}.
+
+    Raises:
+      DataError: if the records are missing, damaged or not those of Fashion-MNIST.
+    """
+    # Imported here: only this source needs them.
+    from PIL import Image
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    splits = {}
+    for split in ("train", "test"):
+        paths = [path for path in record_files(prepared) if f"-{split}." in path.name]
+        if not paths:
+            raise DataError(f"{prepared}: no record files of the {split} split; prepare it again")
+        images, labels = [], []
+        try:
+            for path in paths:
+                for record in _records(path):
+                    feature = tf_example_pb2.Example.FromString(record).features.feature
+                    png = Image.open(io.BytesIO(feature["image"].bytes_list.value[0]))
+                    images.append(np.asarray(png))
+                    labels.append(feature["label"].int64_list.value[0])
+            stored = np.stack(images), np.array(labels, np.uint8)
+        except Exception as error:  # protobuf, PIL and array_record share no base class
+            raise DataError(
+                f"{prepared}: the {split} records cannot be read ({error}); prepare them again"
+            ) from error
+        positions = sorted(range(len(labels)), key=lambda i: _position_hash(split, i))
+        order = np.argsort(positions)
+        splits[split] = (stored[0][order], stored[1][order])
+    return splits
+
+
+def prepare(data_dir: Path, *, manual_dir: Path | None = None) -> Path:
+    """Downloads and prepares Fashion-MNIST with TFDS' own version, features and checksums.
+
+    The stock builder unpacks and encodes with TensorFlow; this one overrides just these two steps.
+
+    Args:
+      data_dir: TFDS directory to write into.
+      manual_dir: folder with the four published `.gz` files, instead of a download.
+
+    Returns:
+      The folder of the prepared version.
+
+    Raises:
+      DataError: if the files cannot be had or their checksums differ.
+    """
+    import tensorflow_datasets as tfds
+    from PIL import Image
+
+    with tfds.core.registered.skip_registration():
+
+        class FashionMNIST(tfds.image_classification.FashionMNIST):
+            name = "fashion_mnist"
+
+            def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
+                urls = {
+                    name: urllib.parse.urljoin(self.URL, name)
+                    for names in _IDX_FILES.values()
+                    for name in names
+                }
+                paths = dl_manager.download(urls)
+                return {
+                    split: self._generate_examples(paths[images], paths[labels])
+                    for split, (images, labels) in _IDX_FILES.items()
+                }
+
+            def _generate_examples(self, images_path: Any, labels_path: Any) -> Iterator[Any]:
+                images, labels = read_images(Path(images_path)), read_labels(Path(labels_path))
+                for position, (image, label) in enumerate(zip(images, labels, strict=True)):
+                    yield position, {"image": Image.fromarray(image), "label": int(label)}
+
+    if manual_dir is None:
+        _check_reachable(FashionMNIST.URL)
+    try:
+        builder = FashionMNIST(data_dir=str(data_dir), file_format="array_record")
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(
+                manual_dir=str(manual_dir) if manual_dir else None,
+                try_download_gcs=False,
+                force_checksums_validation=True,
+            )
+        )
+    except Exception as error:  # requests, TFDS and the file system share no base class
+        raise DataError(f"TFDS could not prepare Fashion-MNIST: {error}") from error
+    return Path(builder.data_dir)
+
+
+def _check_reachable(url: str) -> None:
+    # TFDS tries for minutes where packets vanish; one look of its own is over in seconds.
+    parts = urllib.parse.urlsplit(url)
+    try:
+        socket.create_connection((parts.hostname or "", parts.port or 80), _TIMEOUT_SECONDS).close()
+    except OSError as error:
+        raise DataError(f"{parts.hostname} cannot be reached ({error})") from error
+
+
+def _position_hash(split: str, position: int) -> bytes:
+    return hashlib.md5(f"{split}{position}".encode(), usedforsecurity=False).digest()
+
+
+def _records(path: Path) -> Iterator[bytes]:
+    if ".array_record-" in path.name:
+        from array_record.python import array_record_module
+
+        reader = array_record_module.ArrayRecordReader(str(path))
+        yield from reader.read_all()
+        reader.close()
+        return
+    content = memoryview(path.read_bytes())
+    position = 0
+    while position < len(content):  # length, its checksum, the record, its checksum
+        (length,) = struct.unpack_from("<Q", content, position)
+        yield bytes(content[position + 12 : position + 12 + length])
+        position += 12 + length + 4

@@ -1,0 +1,1 @@
+"""The networks and the operations they are made of."""

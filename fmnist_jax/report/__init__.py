@@ -1,0 +1,1 @@
+"""HTML pages and plots, made from a run's files alone."""

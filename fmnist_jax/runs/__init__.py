@@ -1,0 +1,1 @@
+"""One run on disk: plan, fit, checkpoints, signals and results."""

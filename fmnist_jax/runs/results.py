@@ -1,0 +1,158 @@
+"""What a run comes to: the files that are written at its end."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fmnist_jax.data.augment import RandomAffine
+from fmnist_jax.runs import environment, files
+from fmnist_jax.runs.plan import Plan
+from fmnist_jax.train.loop import augmented, example_keys
+from fmnist_jax.train.predict import predict
+from fmnist_jax.train.tta import predict_views
+from fmnist_jax.xla.compile import compiled
+
+
+def write_results(
+    plan: Plan, params: Any, history: Sequence[Mapping[str, Any]], *, compile_seconds: float
+) -> dict[str, Any]:
+    """Looks at the test images and writes predictions.npz, examples.npz and report.json.
+
+    Args:
+      plan: the run.
+      params: the parameters after its last step.
+      history: its log, the lines of metrics.jsonl.
+      compile_seconds: how long the training loop was compiled for.
+
+    Returns:
+      The content of report.json. It is written last, because it marks a run as complete.
+    """
+    from fmnist_jax.analysis import (
+        scores,  # imported here: scikit-learn takes a second, needed only now
+    )
+
+    dataset, workdir, recipe = plan.dataset, plan.run.workdir, plan.run.recipe
+    test_images = jnp.asarray(dataset.test_images)
+    val_images = jnp.asarray(dataset.train_images[plan.val_examples])
+    predictions = {
+        "logits": np.asarray(predict(params, test_images, model=plan.model)),
+        "labels": dataset.test_labels,
+        "indices": dataset.test_indices,
+        "views_logits": np.asarray(predict_views(params, test_images, model=plan.model)),
+        "val_logits": np.asarray(predict(params, val_images, model=plan.model)),
+        "val_labels": dataset.train_labels[plan.val_examples],
+        "val_indices": plan.val_examples,
+    }
+    files.write_arrays(workdir / files.PREDICTIONS, **predictions, sample=dataset.sample)
+    test = scores.score(predictions["logits"], dataset.test_labels, dataset.class_names)
+    views = scores.score(predictions["views_logits"], dataset.test_labels, dataset.class_names)
+    files.write_arrays(workdir / files.EXAMPLES, **_examples(plan, test.losses))
+    last = {line["split"]: line for line in history}
+    train_lines = [line for line in history if line["split"] == "train"]
+    report = {
+        "sample": dataset.sample,
+        "arch": recipe.arch,
+        "recipe": dataclasses.asdict(recipe),
+        "seed": plan.run.seed,
+        "stream_seeds": plan.run.stream_seeds,
+        "epochs": recipe.epochs,
+        "steps": plan.total_steps,
+        "params": plan.num_params,
+        "train_accuracy": last["train"]["accuracy"],
+        "val_accuracy": last["val"]["accuracy"] if "val" in last else None,
+        "test_accuracy": test.accuracy,
+        "test_loss": test.loss,
+        "views_accuracy": views.accuracy,
+        "calibration": scores.calibrate(predictions),
+        "classes": test.classes,
+        "confusion_matrix": test.confusion_matrix,
+        "compile_seconds": round(compile_seconds, 3),
+        "train_seconds": round(sum(line["seconds"] for line in train_lines), 3),
+        "images_per_second": float(np.median([line["images_per_second"] for line in train_lines])),
+        "data": {
+            "source": dataset.source,
+            "sha256": dataset.sha256,
+            "train": len(plan.train_examples),
+            "val": len(plan.val_examples),
+            "excluded": len(plan.run.exclude),
+            "test": len(dataset.test_labels),
+            "classes": list(dataset.class_names),
+        },
+        "params_sha256": params_sha256(params),
+        "versions": environment.versions(),
+        "device": jax.devices()[0].device_kind,
+    }
+    files.write_json(workdir / files.REPORT, report)
+    return report
+
+
+def params_sha256(params: Any) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of all parameters.
+
+    Example:
+      >>> params_sha256({"w": np.zeros(2)})[:8]
+      '99024f1b'
+    """
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(params):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape};".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _examples(plan: Plan, test_losses: np.ndarray) -> dict[str, np.ndarray]:
+    """The images that the report shows."""
+    dataset = plan.dataset
+    shown = np.concatenate(
+        [
+            plan.train_examples[dataset.train_labels[plan.train_examples] == label][:10]
+            for label in range(len(dataset.class_names))
+        ]
+    )
+    worst = np.argsort(-test_losses, kind="stable")[:20]
+    assert dataset.test_indices is not None  # set by Dataset itself
+    examples = {
+        "sample_images": dataset.train_images[shown],
+        "sample_labels": dataset.train_labels[shown],
+        "worst_images": dataset.test_images[worst],
+        "worst_indices": dataset.test_indices[worst],
+        "sample": np.asarray(dataset.sample),
+    }
+    if plan.augment is not None:
+        originals = plan.train_examples[:6]
+        examples["originals"] = dataset.train_images[originals]
+        examples["augmented"] = np.asarray(
+            _augmented(
+                plan.streams.augment,
+                jnp.asarray(originals),
+                jnp.asarray(examples["originals"]),
+                plan.regularization.augmentation,
+                augment=plan.augment,
+            )
+        )
+    return examples
+
+
+@compiled(static_argnames=("augment",))
+def _augmented(
+    key: jax.Array,
+    examples: jax.Array,
+    images: jax.Array,
+    strength: float | jax.Array | None,
+    *,
+    augment: RandomAffine,
+) -> jax.Array:
+    """float32[example, epoch, side, side]: the images that the first five epochs saw."""
+
+    def of_epoch(epoch: jax.Array) -> jax.Array:
+        keys = example_keys(key, epoch, examples)
+        return augmented(keys, images, strength, augment=augment)[..., 0]
+
+    return lax.map(of_epoch, jnp.arange(5)).swapaxes(0, 1)

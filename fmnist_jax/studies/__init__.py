@@ -1,0 +1,1 @@
+"""Many runs: seeds, comparisons, cross-validation and label issues."""

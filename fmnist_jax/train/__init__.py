@@ -1,0 +1,1 @@
+"""The training step, the training loop, optimizers, metrics and prediction: pure functions."""

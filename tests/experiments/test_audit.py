@@ -1,0 +1,119 @@
+"""The command that looks at the data, as a person calls it."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+
+import fmnist_jax as fm
+from fmnist_jax.studies import label_issues as suspects
+from tests.conftest import ROOT, Linear, load_module
+
+
+@pytest.fixture(scope="module")
+def audit_py():
+    sys.modules.pop("audit", None)
+    return load_module(ROOT / "experiments" / "audit.py")
+
+
+def test_a_tiny_audit_from_end_to_end(audit_py, tiny, tmp_path, monkeypatch, capsys):
+    train = tiny.train_images.copy()
+    train[7], train[20] = tiny.test_images[3], tiny.test_images[11][:, ::-1]
+    labels = np.arange(60) % 10
+    data = fm.Dataset(train, labels, tiny.test_images, tiny.test_labels)
+    monkeypatch.setattr(fm, "load_fashion_mnist", lambda *_, **__: data)
+    monkeypatch.setattr(fm, "create_model", lambda name, num_classes: Linear(num_classes))
+    command = ["--folds", "2", "--epochs", "1", "--workdir", str(tmp_path / "a")]
+    assert audit_py.main(command) == 0
+    output = capsys.readouterr().out
+    assert "fold 2 of 2, epoch 1 of 1" in output
+
+    audit = json.loads((tmp_path / "a" / "audit.json").read_text())
+    assert audit["data"]["sha256"] == data.sha256
+    for name, images in (("train", train), ("test", tiny.test_images)):
+        split, pixels = audit["splits"][name], images / 255
+        found = [split[key] for key in ("images", "mean", "std", "zero_share")]
+        np.testing.assert_allclose(
+            found, [len(images), pixels.mean(), pixels.std(), (images == 0).mean()]
+        )
+    by_class = audit["splits"]["train"]["by_class"]
+    assert [row["images"] for row in by_class] == [6] * 10
+    np.testing.assert_allclose(by_class[4]["mean"], train[labels == 4].mean() / 255)
+    (group,) = audit["exact_duplicates"]
+    assert [(member["split"], member["index"]) for member in group] == [("train", 7), ("test", 3)]
+    assert group[0]["label"] == "Sneaker"
+    pairs = audit["near_duplicates"]["pairs"]
+    assert sorted((p["test"], p["train"], p["mirrored"]) for p in pairs) == [
+        (3, 7, False),
+        (11, 20, True),
+    ]
+
+    found = audit["labels"]
+    indices = [suspect["index"] for suspect in found["suspects"]]
+    margins = [s["label_probability"] - s["other_probability"] for s in found["suspects"]]
+    assert margins == sorted(margins)
+    for suspect in found["suspects"]:
+        assert suspect["label"] == fm.CLASS_NAMES[labels[suspect["index"]]] != suspect["taken_for"]
+    lines = (tmp_path / "a" / "suspects.txt").read_text().splitlines()
+    assert lines[0].startswith("# suspected labels of 60 training images")
+    assert [int(line) for line in lines[1:]] == indices
+    assert [len(values) for values in found["test_accuracy"].values()] == [3, 3]
+
+    page = (tmp_path / "a" / "audit.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
+    assert len(sources) > 12
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    for expected in ("train 7: Sneaker", "distance 0.000, mirrored", "too high by construction"):
+        assert expected in page
+    assert "embedded sample" not in page
+
+
+def test_with_and_without_are_those_trainings(audit_py, tiny, monkeypatch):
+    """The numbers are those of networks trained here by hand."""
+    assert audit_py.ARCH in fm.ARCHS
+    monkeypatch.setattr(fm, "create_model", lambda name, num_classes: Linear(num_classes))
+    found = audit_py.doubt(tiny, 2, 1, 3, fm.Silence())
+    left = [suspect["index"] for suspect in found["suspects"]]
+    model = Linear()
+    for name, examples in (("with", np.arange(60)), ("without", np.delete(np.arange(60), left))):
+        (state,) = suspects.train_epochs(
+            4, tiny.train_images, tiny.train_labels, examples.astype(np.int32), model=model,
+            epochs=1,
+        )  # fmt: skip
+        logits = np.asarray(fm.predict(state.params, tiny.test_images, model=model))
+        accuracy = (logits.argmax(axis=1) == tiny.test_labels).mean()
+        np.testing.assert_allclose(found["test_accuracy"][name][1], accuracy)
+
+
+def test_the_sample_without_training(audit_py, tmp_path):
+    arguments = ["--sample", "--skip-training", "--workdir", str(tmp_path)]
+    assert audit_py.main(arguments) == 0
+    audit = json.loads((tmp_path / "audit.json").read_text())
+    assert audit["labels"] is None
+    assert audit["exact_duplicates"] == []
+    assert [split["images"] for split in audit["splits"].values()] == [6000, 1000]
+    assert not (tmp_path / "suspects.txt").exists()
+    page = (tmp_path / "audit.html").read_text()
+    assert "embedded sample" in page
+    assert "Suspected" not in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data-dir", "/nowhere"], "/nowhere: not a folder"),
+        (["--sample", "--seed", "-1"], "seed is -1"),
+        (["--sample", "--workdir", "/dev/null"], "workdir /dev/null cannot be used"),
+        (["--sample", "--folds", "1"], "folds is 1"),
+        (["--sample", "--epochs", "0"], "epochs is 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, audit_py, tmp_path, capsys):
+    workdir = [] if "--workdir" in arguments else ["--workdir", str(tmp_path)]
+    assert audit_py.main([*arguments, *workdir]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("error: ")
+    assert len(captured.err.splitlines()) == 1

@@ -1,0 +1,104 @@
+"""Compiled programs that outlive the process."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import pytest
+
+from fmnist_jax.xla.compile import keep_compiled
+from tests.conftest import ROOT
+
+PROGRAM = """
+import collections, json, sys, warnings
+from pathlib import Path
+import jax, jax.numpy as jnp
+from jax import monitoring
+from fmnist_jax.xla.compile import compiled, forget_damaged, keep_compiled
+
+warnings.showwarning = lambda message, *_args, **_kwargs: forget_damaged(str(message))
+seen = collections.Counter()
+monitoring.register_event_listener(lambda name, **_: seen.update([name.rpartition("/")[2]]))
+folder = keep_compiled(Path(sys.argv[1]))
+
+@compiled()
+def mix(x):
+    return jnp.sin(x) @ jnp.cos(x)
+
+result = float(mix(jnp.arange(9.0).reshape(3, 3)).sum())
+print(json.dumps({"folder": str(folder), "hits": seen["cache_hits"], "result": result}))
+"""
+
+
+def run_program(directory: Path) -> dict:
+    command = [sys.executable, "-c", PROGRAM, str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return json.loads(done.stdout)
+
+
+def test_a_later_process_takes_what_an_earlier_one_compiled(tmp_path):
+    first = run_program(tmp_path)
+    kept = sorted(Path(first["folder"]).glob("*-cache"))
+    assert first["hits"] == 0
+    assert kept
+    second = run_program(tmp_path)
+    assert second["hits"] == len(kept)
+    assert sorted(Path(second["folder"]).glob("*-cache")) == kept
+    assert second["result"] == first["result"]
+
+    # What is damaged is compiled anew, and kept anew.
+    for number, path in enumerate(kept):
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2] if number % 2 else b"")
+    third = run_program(tmp_path)
+    assert third["hits"] == 0
+    assert third["result"] == first["result"]
+    assert run_program(tmp_path)["hits"] == len(kept)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Calls `keep_compiled` as a new process would."""
+
+    def call() -> Path:
+        jax.config.update("jax_compilation_cache_dir", None)
+        return keep_compiled(tmp_path)
+
+    return call
+
+
+def test_versions_processors_and_flags_have_folders_of_their_own(folder, monkeypatch):
+    folders = {folder(), folder()}
+    assert len(folders) == 1
+    monkeypatch.setattr(metadata, "version", lambda name: f"{name} 0.99")
+    folders.add(folder())
+    monkeypatch.undo()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    folders.add(folder())
+    monkeypatch.undo()
+    read_text = Path.read_text
+
+    def read(path, *args, **kwargs):
+        other = "model name : Another\nflags : fpu vme\n"
+        return other if path == Path("/proc/cpuinfo") else read_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    folders.add(folder())
+    assert len(folders) == (4 if Path("/proc/cpuinfo").exists() else 3)
+
+
+def test_a_folder_that_jax_has_already_stays(tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
+    assert keep_compiled(tmp_path / "other") == tmp_path / "mine"
+
+
+@pytest.mark.parametrize(("flags", "kept"), [([], True), (["--no-cache"], False)])
+def test_the_command_line_keeps_what_it_compiles(flags, kept, tmp_path):
+    command = [sys.executable, ROOT / "experiments" / "run.py", "--sample", "--dry-run", *flags]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run(command, env=environment, capture_output=True, timeout=300, check=True)
+    assert bool(list(tmp_path.glob("fmnist_jax/compiled-*/*-cache"))) == kept
