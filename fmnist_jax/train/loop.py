@@ -28,8 +28,8 @@ from fmnist_jax.rng import Streams
 from fmnist_jax.train import metrics as metrics_lib
 from fmnist_jax.train.metrics import Metrics, cross_entropy
 from fmnist_jax.train.microbatch import choose_slice_size
-from fmnist_jax.xla.compile import compiled
-from fmnist_jax.xla.fence import isolated
+from fmnist_jax.xla.jit import platform_jit
+from fmnist_jax.xla.noinline import noinline
 
 LossFn = Callable[..., jax.Array]
 
@@ -105,7 +105,7 @@ def create_train_state(
     return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, tx.init(params)))
 
 
-@compiled(static_argnames=("model", "image_shape"), quick=True)
+@platform_jit(static_argnames=("model", "image_shape"), quick=True)
 def _create_params(key: jax.Array, *, model: Any, image_shape: tuple[int, int]) -> Any:
     images = jnp.zeros((1, *image_shape, 1), jnp.float32)
     return model.init(key, images, train=False)["params"]
@@ -219,7 +219,7 @@ def gradients(
     return grads, losses, logits
 
 
-@compiled(
+@platform_jit(
     static_argnames=("batch_size", "model", "tx", "augment", "loss", "dtype", "slice_size"),
     donate_argnames=("state",),
 )
@@ -377,7 +377,7 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return -(-num_examples // batch_size)
 
 
-@compiled(quick=True)
+@platform_jit(quick=True)
 def epoch_order(key: jax.Array, epoch: int | jax.Array, examples: jax.Array) -> jax.Array:
     """The examples, int32[m], in the random order of an epoch, from the shuffle stream."""
     return jax.random.permutation(jax.random.fold_in(key, epoch), examples)
@@ -400,7 +400,7 @@ def augmented(
         keys,
         images,
         jnp.float32(1.0 if strength is None else strength),
-        cpu=functools.partial(isolated, augment),
+        cpu=functools.partial(noinline, augment),
         default=augment,
     )
 

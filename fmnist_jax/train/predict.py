@@ -17,7 +17,7 @@ from fmnist_jax.train.loop import (
 )
 from fmnist_jax.train.metrics import Metrics, cross_entropy
 from fmnist_jax.train.microbatch import choose_slice_size
-from fmnist_jax.xla.compile import compiled
+from fmnist_jax.xla.jit import platform_jit
 
 # Images a pass of `evaluate` and `predict` at most; on a CPU they take as many as a slice of such a
 # batch has in training. Measured on two cores (Zen 3), against 128: 1.3 to 1.4 times as fast for
@@ -84,7 +84,7 @@ def evaluate(
     return _measure(logits, labels, loss=loss)
 
 
-@compiled(static_argnames=("model", "batch_size"))
+@platform_jit(static_argnames=("model", "batch_size"))
 def _predict(params: Any, images: jax.Array, *, model: Any, batch_size: int | None) -> jax.Array:
     if batch_size is None:
         batch_size = choose_slice_size(params, model, images.shape[1:], EVAL_BATCH_SIZE)
@@ -98,7 +98,7 @@ def _predict(params: Any, images: jax.Array, *, model: Any, batch_size: int | No
     return logits.reshape(num_batches * batch_size, -1)[:num_examples]
 
 
-@compiled(static_argnames=("loss",))
+@platform_jit(static_argnames=("loss",))
 def _measure(logits: jax.Array, labels: jax.Array, *, loss: LossFn) -> Metrics:
     losses = example_losses(loss, logits, labels)
     return metrics_lib.measure(losses, logits, labels, jnp.ones(len(labels), bool))
