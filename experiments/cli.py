@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 import fmnist_jax as fm
-from fmnist_jax.xla.compile import forget_damaged
+from fmnist_jax.xla.cache import remove_unreadable_entry
 
 
 class VerificationError(Exception):
@@ -43,7 +43,7 @@ def run(
     console, errors = Console(quiet=quiet), Console(stderr=True)
 
     def show_warning(message, *_args, **_kwargs) -> None:
-        forget_damaged(str(message))
+        remove_unreadable_entry(str(message))
         errors.print(f"warning: {message}", style="bold yellow", highlight=False, markup=False)
 
     with warnings.catch_warnings():

@@ -23,7 +23,7 @@ from fmnist_jax.train.loop import (
     steps_per_epoch,
 )
 from fmnist_jax.train.optim import Optimizer, create_optimizer
-from fmnist_jax.xla.compile import Compiled, compiled
+from fmnist_jax.xla.jit import PlatformJit, platform_jit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class Plan:
         return self._create_state.trace(self.streams.init).out_info
 
     @functools.cached_property
-    def _create_state(self) -> Compiled[[jax.Array], TrainState]:
+    def _create_state(self) -> PlatformJit[[jax.Array], TrainState]:
         height, width = self.dataset.train_images.shape[1:]
 
         # One program in place of some twenty small ones, which take a second to compile. It is this
@@ -75,7 +75,7 @@ class Plan:
         def create_state(key: jax.Array) -> TrainState:
             return create_train_state(key, self.model, self.tx, image_shape=(height, width))
 
-        return compiled(quick=True)(create_state)
+        return platform_jit(quick=True)(create_state)
 
     @property
     def checkpoint_shapes(self) -> dict[str, Any]:

@@ -28,7 +28,8 @@ from fmnist_jax.runs.plan import Plan
 from fmnist_jax.train import metrics as metrics_lib
 from fmnist_jax.train.loop import TrainState, train_steps
 from fmnist_jax.train.metrics import Metrics
-from fmnist_jax.xla.compile import COMPILER_OPTIONS, machine_sha256
+from fmnist_jax.xla.cache import machine_sha256
+from fmnist_jax.xla.jit import COMPILER_OPTIONS
 
 # Loops of one folder, the newest; each edit of this package makes another, of 1 to 4 MB.
 _MAX_KEPT = 50

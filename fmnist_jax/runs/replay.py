@@ -26,7 +26,7 @@ from fmnist_jax.train.loop import (
     train_steps,
 )
 from fmnist_jax.train.microbatch import choose_slice_size
-from fmnist_jax.xla.compile import compiled
+from fmnist_jax.xla.jit import platform_jit
 
 
 class Replay(NamedTuple):
@@ -83,7 +83,7 @@ def replay(workdir: Path, dataset: Dataset, step: int) -> Replay:
     )
 
 
-@compiled(static_argnames=("batch_size", "model", "augment", "dtype"))
+@platform_jit(static_argnames=("batch_size", "model", "augment", "dtype"))
 def _replay(
     state: TrainState,
     images: jax.Array,

@@ -16,7 +16,7 @@ from fmnist_jax.runs.plan import Plan
 from fmnist_jax.train.loop import augmented, example_keys
 from fmnist_jax.train.predict import predict
 from fmnist_jax.train.tta import predict_views
-from fmnist_jax.xla.compile import compiled
+from fmnist_jax.xla.jit import platform_jit
 
 
 def write_results(
@@ -140,7 +140,7 @@ def _examples(plan: Plan, test_losses: np.ndarray) -> dict[str, np.ndarray]:
     return examples
 
 
-@compiled(static_argnames=("augment",))
+@platform_jit(static_argnames=("augment",))
 def _augmented(
     key: jax.Array,
     examples: jax.Array,
