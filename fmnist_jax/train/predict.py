@@ -27,6 +27,7 @@ _CALL_SIZE = 1024
 # image, as in airbench94 (Jordan 2024).
 _TTA_SHIFTS = ((0, 0), (1, 1), (-1, -1))
 _TTA_WEIGHTS = (0.25, 0.25, 0.125, 0.125, 0.125, 0.125)
+NUM_VIEWS = len(_TTA_WEIGHTS)
 
 OnCall = Callable[[int], None]
 
@@ -167,6 +168,6 @@ def predict_tta(
         view = padded[:, 1 - row : 1 - row + height, 1 - column : 1 - column + width]
         views += [view, view[:, :, ::-1]]
     logits = predict(variables, np.concatenate(views), model=model, on_call=on_call)
-    log_probabilities = jax.nn.log_softmax(logits).reshape(len(views), len(images), -1)
+    log_probabilities = jax.nn.log_softmax(logits).reshape(NUM_VIEWS, len(images), -1)
     weights = jnp.array(_TTA_WEIGHTS)[:, None, None]
     return jax.nn.logsumexp(log_probabilities + jnp.log(weights), axis=0)
