@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
+from fmnist_jax.errors import ConfigError
+
 OptimizerName = Literal["adam", "rmsprop", "sgd"]
 ScheduleName = Literal["constant", "cosine", "one_cycle"]
 DtypeName = Literal["float32", "bfloat16"]
@@ -22,10 +24,6 @@ _NOTHING = "nothing"
 
 # What a recipe says and does not do.
 _TEXTS = ("source", "claim", "claimed_test_accuracy", "not_comparable", "open_choices")
-
-
-class ConfigError(ValueError):
-    """A setting has a value that cannot work. The message names value, expectation and remedy."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +60,7 @@ class Recipe:
       >>> dataclasses.replace(recipe, epochs=0)
       Traceback (most recent call last):
       ...
-      fmnist_jax.config.ConfigError: epochs is 0; it must be a whole number of at least 1
+      fmnist_jax.errors.ConfigError: epochs is 0; it must be a whole number of at least 1
     """
 
     arch: str

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmnist_jax.config import differences
+from fmnist_jax.errors import CheckpointError, CheckpointWarning
 from fmnist_jax.runs import files
 
 # Raised when what is written here could not be read by the version before.
@@ -39,14 +40,6 @@ NUM_LATEST = 2
 _ARRAYS, _MANIFEST = "arrays", "manifest.json"
 _SAVING, _REMOVING, _DAMAGED = ".saving-", ".removing-", "damaged-"
 _SAVED = ".saved"
-
-
-class CheckpointError(OSError):
-    """A checkpoint could not be written or read."""
-
-
-class CheckpointWarning(UserWarning):
-    """A checkpoint was passed over, or could not be written for now."""
 
 
 class _DamagedError(Exception):

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from fmnist_jax.errors import DamagedFileError
+
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
@@ -19,10 +21,6 @@ EXAMPLES = "examples.npz"
 REPORT = "report.json"
 SEEDS = "seeds.json"
 CHECKPOINTS = "checkpoints"
-
-
-class DamagedFileError(ValueError):
-    """A file of a run is missing or cannot be read. The message names it."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -11,10 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmnist_jax.config import ConfigError, Interval, Run, differences
+from fmnist_jax.config import Interval, Run, differences
 from fmnist_jax.data.sources import Dataset
+from fmnist_jax.errors import (
+    CheckpointError,
+    CheckpointWarning,
+    ConfigError,
+    DivergedError,
+    EnvironmentWarning,
+    Interrupted,
+)
 from fmnist_jax.runs import environment, files
-from fmnist_jax.runs.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
+from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.runs.lock import locked
 from fmnist_jax.runs.plan import Plan, create_plan
 from fmnist_jax.runs.program import (
@@ -37,28 +45,8 @@ from fmnist_jax.train.predict import evaluate
 _CALL_SECONDS = 0.5
 
 
-class DivergedError(ArithmeticError):
-    """The loss is not finite. The message names epoch and step."""
-
-
-class ConditionsWarning(UserWarning):
-    """A run goes on under conditions that may change its bits."""
-
-
 class _WrongProgramError(Exception):
     """The kept training loop is another than this run's."""
-
-
-class Interrupted(Exception):  # noqa: N818 (it reports what was asked for, no error)
-    """A signal stopped the run after its state was saved.
-
-    Attributes:
-      signal_number: the signal.
-    """
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
 
 
 class Result(NamedTuple):
@@ -279,7 +267,7 @@ class _Loop:
                 warnings.warn(
                     "the conditions are not those of before, so the bits of what follows may be "
                     "others than without the stop:\n" + "\n".join(f"  {line}" for line in changed),
-                    ConditionsWarning,
+                    EnvironmentWarning,
                     stacklevel=2,
                 )
         files.write_json(path, [*entries, entry])

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from fmnist_jax.config import ConfigError
+from fmnist_jax.errors import ConfigError
 
 
 @contextlib.contextmanager

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmnist_jax.config import ConfigError, Interval, Run, to_dict
+from fmnist_jax.config import Interval, Run, to_dict
 from fmnist_jax.data.augment import AUGMENTATIONS, RandomAffine
 from fmnist_jax.data.sources import Dataset, stratified_split
+from fmnist_jax.errors import ConfigError
 from fmnist_jax.nn.models import create_model
 from fmnist_jax.rng import Streams, create_streams
 from fmnist_jax.train import metrics as metrics_lib

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fmnist_jax.config import ConfigError, differences, from_dict
+from fmnist_jax.config import differences, from_dict
 from fmnist_jax.data.augment import RandomAffine
 from fmnist_jax.data.sources import Dataset
+from fmnist_jax.errors import CheckpointError, ConfigError
 from fmnist_jax.rng import Streams
 from fmnist_jax.runs import files
-from fmnist_jax.runs.checkpoint import CheckpointError, Checkpoints
+from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.runs.plan import Plan, create_plan
 from fmnist_jax.train.loop import (
     Batch,

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fmnist_jax.config import ConfigError, OptimizerName, ScheduleName
+from fmnist_jax.config import OptimizerName, ScheduleName
+from fmnist_jax.errors import ConfigError
 
 
 class Optimizer(optax.GradientTransformation):
