@@ -11,10 +11,6 @@ import fmnist_jax as fm
 from fmnist_jax.xla.cache import remove_unreadable_entry
 
 
-class VerificationError(Exception):
-    """Something was not as it should be; the exit status is 1."""
-
-
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that `load_data` reads."""
     source = parser.add_mutually_exclusive_group()
@@ -47,14 +43,14 @@ def run(
         errors.print(f"warning: {message}", style="bold yellow", highlight=False, markup=False)
 
     with warnings.catch_warnings():
-        for category in (fm.DataWarning, fm.CheckpointWarning, fm.ConditionsWarning):
+        for category in (fm.DataWarning, fm.CheckpointWarning, fm.EnvironmentWarning):
             warnings.simplefilter("always", category)
         warnings.showwarning = show_warning
         try:
             return command(arguments, console)
         except (fm.ConfigError, fm.DataError, fm.DamagedFileError, OSError) as error:
             message, status = f"error: {error}", 2
-        except VerificationError as error:
+        except fm.VerificationError as error:
             message, status = f"not verified: {error}", 1
         except fm.DivergedError as error:
             message, status = f"diverged: {error}", 3
