@@ -9,7 +9,8 @@ import pytest
 
 import fmnist_jax as fm
 from fmnist_jax.studies import label_issues as suspects
-from tests.conftest import ROOT, Linear, load_module
+from tests.conftest import ROOT, load_module
+from tests.small import Linear
 
 
 @pytest.fixture(scope="module")
