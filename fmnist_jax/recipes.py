@@ -6,8 +6,28 @@ the training images instead. What a project left open is decided here, and `open
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 from fmnist_jax.config import Recipe
+
+
+class Claim(NamedTuple):
+    """What a Keras project reports about its network.
+
+    Attributes:
+      source: the project.
+      text: the accuracies that it reports.
+      test_accuracy: the reported accuracy on test images, a fraction; None if there is none.
+      not_comparable: why its numbers cannot be compared with the recipe's; empty if they can.
+      open_choices: what the project left open and the recipe decided.
+    """
+
+    source: str
+    text: str = "none"
+    test_accuracy: float | None = None
+    not_comparable: str = ""
+    open_choices: str = ""
+
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
@@ -66,5 +86,18 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             ),
             open_choices="learning rate; ten outputs where the project's text has three",
         ),
+    }
+)
+
+CLAIMS: Mapping[str, Claim] = MappingProxyType(
+    {
+        name: Claim(
+            recipe.source,
+            recipe.claim,
+            recipe.claimed_test_accuracy,
+            recipe.not_comparable,
+            recipe.open_choices,
+        )
+        for name, recipe in RECIPES.items()
     }
 )
