@@ -27,7 +27,7 @@ def train(
         console.print(f"\nOnly the stream {name} follows the seeds:")
         fm.fit_seeds(run, dataset, count, vary=name, progress=progress)
     console.print("Drawing the report ...")
-    from fmnist_jax.report.seeds_page import (
+    from fmnist_jax.report.seeds import (
         write_seeds_report,  # here: matplotlib is needed only now
     )
 

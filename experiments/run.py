@@ -147,7 +147,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         return 0
     result = fit_plan(plan, progress=fm.ConsoleProgress(console))
     console.print("Drawing the report ...")
-    from fmnist_jax.report.run_page import (
+    from fmnist_jax.report.run import (
         write_report,  # imported here: matplotlib is needed only now
     )
 
@@ -213,7 +213,7 @@ def _replay(arguments: argparse.Namespace, dataset: fm.Dataset, console: Console
         dataset = fm.select_classes(dataset, classes)
     console.print("Going to that update ...")
     shown = fm.replay(arguments.workdir, dataset, arguments.replay)
-    from fmnist_jax.report.run_page import (
+    from fmnist_jax.report.run import (
         write_replay,  # imported here: matplotlib is needed only now
     )
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import shutil
 
 import chex
@@ -11,7 +10,6 @@ import pytest
 import scipy.stats
 
 import fmnist_jax as fm
-from fmnist_jax.report import seeds_page as seeds_report
 from fmnist_jax.runs import files
 from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.studies import seeds
@@ -153,21 +151,6 @@ def test_a_count_that_is_none_is_refused(count, tiny, tmp_path):
     run = fm.Run(recipe=RECIPE, workdir=tmp_path)
     with pytest.raises(fm.ConfigError, match="count is"):
         fm.fit_seeds(run, tiny, count)
-
-
-def test_the_page_shows_every_seed(workdir):
-    text = seeds_report.write_seeds_report(workdir).read_text()
-    for name, words in (("test_accuracy", "test accuracy"), ("test_loss", "test loss in nats")):
-        row = re.search(rf"<tr><td>{words}</td>(.*?)</tr>", text)
-        assert row is not None
-        figures = files.read_json(workdir / files.SEEDS)[name]
-        keys = ("mean", "low", "high", "bootstrap_low", "bootstrap_high", "std")
-        percent = name.endswith("accuracy")
-        expected = [f"{figures[key]:.2%}" if percent else f"{figures[key]:.4f}" for key in keys]
-        assert re.findall(r"-?\d+\.\d+%?", row[1]) == expected
-    for word in ("small_dropout from 3 seeds", "seed-5", "seed-7", "bootstrap", "ensemble"):
-        assert word in text
-    assert 'src="data:image/png;base64,' in text
 
 
 def test_progress_is_over_all_seeds(tiny, tmp_path):
