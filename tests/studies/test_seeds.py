@@ -95,54 +95,6 @@ def test_more_seeds_keep_those_that_are_there(workdir, tiny, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
-@pytest.mark.parametrize("name", ["init", "split", "shuffle", "augment", "dropout"])
-def test_the_other_streams_draw_what_they_drew(name):
-    plain, varied = fm.create_streams(3), fm.create_streams(3, {name: 4})
-    other = fm.create_streams(4)
-    for stream in fm.Streams._fields:
-        expected = getattr(other if stream == name else plain, stream)
-        assert getattr(varied, stream) == expected
-
-
-def test_one_stream_varies_alone(tiny, tmp_path):
-    run = fm.Run(recipe=dataclasses.replace(RECIPE, epochs=1), workdir=tmp_path)
-    silent = fm.Silence()
-    reference = fm.fit_seeds(run, tiny, 1, progress=silent)
-    for name in ("init", "dropout"):
-        varied = fm.fit_seeds(run, tiny, 2, vary=name, progress=silent)
-        first, second = varied.report["params_sha256"]
-        # The stream of the first seed is that of the reference.
-        assert first == reference.report["params_sha256"][0]
-        assert second != first
-        assert files.read_json(tmp_path / f"{name}-seeds.json") == varied.report
-    assert files.read_json(tmp_path / "seeds.json") == reference.report
-    validation = [
-        files.read_arrays(tmp_path / folder / files.PREDICTIONS)["val_indices"]
-        for folder in ("seed-0", "init-1", "dropout-1")  # no init-0: it is seed-0
-    ]
-    np.testing.assert_array_equal(validation[0], validation[1])
-    np.testing.assert_array_equal(validation[0], validation[2])
-
-
-def test_shares_of_the_variance(tmp_path):
-    # The first run of a stream is that of all.
-    values = {"seed": [0.2, 0.6, 0.4], "init": [0.9, 0.3, 0.4]}
-    for prefix, accuracies in values.items():
-        for seed, accuracy in enumerate(accuracies):
-            folder = tmp_path / f"{prefix}-{seed}"
-            folder.mkdir()
-            files.write_json(folder / files.REPORT, {"test_accuracy": accuracy})
-    table = seeds.variances(tmp_path, 3, 0, ["init"])
-    np.testing.assert_allclose(table["all"]["variance"], 0.04)
-    np.testing.assert_allclose(table["init"]["share"], 0.25)
-    # By integrating the density of F with 2 and 2 degrees of freedom, 1 / (1 + x)^2.
-    spread = 0.975 / 0.025
-    ends = table["init"]["share_low"], table["init"]["share_high"]
-    np.testing.assert_allclose(ends, [0.25 / spread, 0.25 * spread])
-    with pytest.raises(fm.ConfigError, match="needs 2 runs"):
-        seeds.variances(tmp_path, 1, 0, ["init"])
-
-
 def test_an_unfinished_seed_is_named(workdir, tmp_path):
     with pytest.raises(fm.DamagedFileError, match="the run is not complete"):
         seeds.summarize([workdir / "seed-5", tmp_path])
