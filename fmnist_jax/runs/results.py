@@ -34,6 +34,7 @@ def write_results(
       The content of report.json. It is written last, because it marks a run as complete.
     """
     from fmnist_jax.analysis import (
+        calibration,
         scores,  # imported here: scikit-learn takes a second, needed only now
     )
 
@@ -69,7 +70,7 @@ def write_results(
         "test_accuracy": test.accuracy,
         "test_loss": test.loss,
         "views_accuracy": views.accuracy,
-        "calibration": scores.calibrate(predictions),
+        "calibration": calibration.describe(predictions),
         "classes": test.classes,
         "confusion_matrix": test.confusion_matrix,
         "compile_seconds": round(compile_seconds, 3),

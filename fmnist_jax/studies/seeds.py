@@ -109,7 +109,7 @@ def summarize(workdirs: Sequence[Path]) -> dict[str, Any]:
       DamagedFileError: if a file cannot be read.
     """
     # Imported here, because scikit-learn takes a second.
-    from fmnist_jax.analysis import scores, stats
+    from fmnist_jax.analysis import calibration, scores, stats
 
     reports = [read_report(workdir) for workdir in workdirs]
     summary: dict[str, Any] = {
@@ -128,7 +128,7 @@ def summarize(workdirs: Sequence[Path]) -> dict[str, Any]:
     summary["ensemble"] = {
         "accuracy": ensemble.accuracy,
         "loss": ensemble.loss,
-        "calibration": scores.calibrate({"logits": logits, "labels": labels}),
+        "calibration": calibration.describe({"logits": logits, "labels": labels}),
     }
     summary["runs"] = [str(workdir.name) for workdir in workdirs]
     summary["params_sha256"] = [report["params_sha256"] for report in reports]
