@@ -28,6 +28,7 @@ from typing import get_args
 import cli
 import many_seeds
 import resume
+from fmnist_jax.runs.program import measure_cost
 from rich.console import Console
 from rich.table import Table
 
@@ -36,7 +37,6 @@ from fmnist_jax import config
 from fmnist_jax.runs import files
 from fmnist_jax.runs.fit import fit_plan
 from fmnist_jax.runs.plan import Plan, create_plan
-from fmnist_jax.runs.program import measure_cost
 from fmnist_jax.xla.cache import enable_compilation_cache
 
 
