@@ -1,6 +1,6 @@
 """Random rotation, shift, shear, zoom, flip and resize as one affine map and one resample.
 
-Everything here is pure and works inside a compiled step. Coordinates are (row, column) in pixels,
+All functions are pure and traceable. Coordinates are (row, column) in pixels,
 with pixel centres at whole numbers.
 """
 
@@ -14,18 +14,17 @@ import jax.numpy as jnp
 
 
 class Transform(NamedTuple):
-    """One example's geometric change. Every field is a float32 scalar.
+    """The geometric transform of one example. Every field is a float32 scalar.
 
-    The fields mean what Keras' `ImageDataGenerator.get_random_transform` means by them, apart from
-    their units.
+    The fields are those of Keras' `ImageDataGenerator.get_random_transform`, in other units.
 
     Attributes:
       rotation: radians.
-      row_shift: as a share of the image's side.
-      column_shift: likewise.
+      row_shift: fraction of the image's side.
+      column_shift: fraction of the image's side.
       shear: radians for Keras' shear, a slope for the geometric one.
-      row_zoom: source pixels per pixel; above 1 the picture shrinks.
-      column_zoom: likewise.
+      row_zoom: source pixels per pixel; above 1 the content shrinks.
+      column_zoom: source pixels per pixel.
       flip: 1.0 mirrors left and right, 0.0 does not.
     """
 
@@ -40,16 +39,17 @@ class Transform(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RandomAffine:
-    """Augmentation with parameters drawn evenly for each example from its own key.
+    """Random affine augmentation; each example draws uniformly from its own key.
 
     Attributes:
-      rotation: at most so many degrees either way.
-      shift: at most this share of the side either way, for rows and for columns.
-      shear: at most so much either way: degrees if `keras_shear`, else a slope (0.2 moves a row's
-        pixels by 0.2 of its distance from the centre).
-      zoom: rows and columns are scaled on their own by 1 - zoom to 1 + zoom.
-      flip: mirror half of the images.
-      keras_shear: Keras takes `shear_range` in degrees, so its 0.2 moves nothing one could see.
+      rotation: largest rotation in degrees, in either direction.
+      shift: largest shift of rows and of columns, as a fraction of the side.
+      shear: largest shear: degrees if `keras_shear`, else a slope (0.2 moves a row's pixels by 0.2
+        of its distance from the centre).
+      zoom: rows and columns are scaled independently by 1 - zoom to 1 + zoom.
+      flip: whether half of the images are mirrored.
+      keras_shear: whether the shear is in degrees, as Keras' `shear_range`, of which 0.2 is
+        invisible.
       image_size: side of the square result in pixels; None keeps the images' own.
 
     Example:
@@ -75,7 +75,7 @@ class RandomAffine:
         Args:
           keys: typed PRNG keys of shape [batch], each used here and nowhere else.
           images: uint8[batch, side, side].
-          strength: share of every range, and of the flips, that is used; 0 only resizes. It may be
+          strength: scales every range and the probability of a flip; 0 only resizes. It may be
             traced.
 
         Returns:
@@ -85,7 +85,7 @@ class RandomAffine:
         return apply(transforms, images, keras_shear=self.keras_shear, image_size=self.image_size)
 
     def draw(self, key: jax.Array, strength: float | jax.Array = 1.0) -> Transform:
-        """Draws one example's transform, with so large a share of each range."""
+        """Draws the transform of one example, with the ranges scaled by the strength."""
         *draws, side = jax.random.uniform(key, (7,), minval=-1)
         draws = [strength * draw for draw in draws]
         degree = jnp.pi / 180
@@ -107,7 +107,7 @@ def apply(
     keras_shear: bool = False,
     image_size: int | None = None,
 ) -> jax.Array:
-    """Applies one transform to each image, bilinearly; outside, the nearest edge pixel counts.
+    """Applies one transform to each image, with bilinear interpolation and edge padding.
 
     Args:
       transforms: fields of shape [batch].
@@ -127,12 +127,12 @@ def apply(
 
 
 def _source_matrix(transform: Transform, side: int, keras_shear: bool) -> jax.Array:
-    """float32[2, 3]: from a result's (row, column) about the centre to the source's, in pixels."""
+    """Returns float32[2, 3], from (row, column) about the centre to those of the source."""
     cos, sin = jnp.cos(transform.rotation), jnp.sin(transform.rotation)
     shear = transform.shear
     slope, height = (jnp.sin(shear), jnp.cos(shear)) if keras_shear else (shear, 1.0)
-    # Keras multiplies rotation, shift, shear and zoom in this order and reads the product with rows
-    # and columns exchanged; written out, that is:
+    # Keras multiplies rotation, shift, shear and zoom in this order, and exchanges rows and columns
+    # of the product. Written out, that is:
     rotate = jnp.array([[cos, sin], [-sin, cos]])
     shift = side * jnp.stack([transform.column_shift, transform.row_shift])
     shear_and_zoom = jnp.array(
@@ -142,7 +142,7 @@ def _source_matrix(transform: Transform, side: int, keras_shear: bool) -> jax.Ar
         ]
     )
     linear = rotate @ shear_and_zoom
-    # The flip comes last in Keras, so first on the way back to the source.
+    # The flip is last in Keras, and so first on the way back to the source.
     linear = linear * jnp.stack([1.0, 1 - 2 * transform.flip])[None, :]
     return jnp.concatenate([linear, (rotate @ shift)[:, None]], axis=1)
 

@@ -1,5 +1,136 @@
-"""Shim."""
+"""`Dataset`: images and labels in memory, and selection of classes."""
 
-from fmnist_jax.data.sources import CLASS_NAMES as CLASS_NAMES
-from fmnist_jax.data.sources import Dataset as Dataset
-from fmnist_jax.data.sources import select_classes as select_classes
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from fmnist_jax.digest import sha256_array, sha256_bytes
+from fmnist_jax.errors import DataError
+
+CLASS_NAMES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Training and test images as NumPy arrays.
+
+    Attributes:
+      train_images: uint8[n, height, width].
+      train_labels: int32[n], from 0 to the number of classes - 1.
+      test_images: uint8[m, height, width].
+      test_labels: int32[m].
+      class_names: one name per class.
+      test_indices: int32[m], each test image's position in the published test file.
+      source: where the data came from, for display.
+      sha256: of the bytes of the four full arrays, before classes were selected.
+      sample: True for the embedded sample, whose accuracies are not results.
+
+    Raises:
+      DataError: if shapes, dtypes or labels do not fit together.
+    """
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    class_names: tuple[str, ...] = CLASS_NAMES
+    test_indices: np.ndarray | None = None
+    source: str = "arrays"
+    sha256: str = ""
+    sample: bool = False
+
+    def __post_init__(self) -> None:
+        for split in ("train", "test"):
+            images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
+            if images.dtype != np.uint8 or images.ndim != 3:
+                raise DataError(
+                    f"{split}_images are {images.dtype}{list(images.shape)}; "
+                    "expected uint8[count, height, width]"
+                )
+            if labels.shape != images.shape[:1]:
+                raise DataError(
+                    f"{split}_labels have shape {labels.shape} for {len(images):,} images; "
+                    "expected one label per image"
+                )
+            if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(self.class_names):
+                raise DataError(
+                    f"{split}_labels are empty or out of range; expected at least one label, each "
+                    f"from 0 to {len(self.class_names) - 1}"
+                )
+            object.__setattr__(self, f"{split}_labels", labels.astype(np.int32))
+        if self.test_indices is None:
+            object.__setattr__(
+                self, "test_indices", np.arange(len(self.test_labels), dtype=np.int32)
+            )
+        if not self.sha256:
+            arrays = (self.train_images, self.train_labels, self.test_images, self.test_labels)
+            object.__setattr__(self, "sha256", combined_sha256(arrays))
+
+
+def select_classes(dataset: Dataset, classes: str | Sequence[str | int]) -> Dataset:
+    """Keeps some classes; the i-th of them gets label i.
+
+    Args:
+      dataset: the data.
+      classes: two or more names or numbers, as a sequence or separated by commas. Case, spaces and
+        punctuation are ignored.
+
+    Raises:
+      DataError: if a class is unknown or repeated, or fewer than two are named.
+
+    Example:
+      >>> import fmnist_jax as fm
+      >>> subset = select_classes(fm.load_fashion_mnist(sample=True), "sandal,bag,1")
+      >>> subset.class_names, subset.train_images.shape
+      (('Sandal', 'Bag', 'Trouser'), (1800, 28, 28))
+    """
+    names = classes.split(",") if isinstance(classes, str) else [str(name) for name in classes]
+    numbers = [_class_number(dataset, name) for name in names]
+    if len(set(numbers)) != len(numbers) or len(numbers) < 2:
+        raise DataError(f"classes are {','.join(names)}; expected two or more, each once")
+    new_label = np.full(len(dataset.class_names), -1, np.int32)
+    new_label[numbers] = np.arange(len(numbers))
+    train, test = new_label[dataset.train_labels] >= 0, new_label[dataset.test_labels] >= 0
+    assert dataset.test_indices is not None  # set in __post_init__
+    return dataclasses.replace(
+        dataset,
+        train_images=dataset.train_images[train],
+        train_labels=new_label[dataset.train_labels[train]],
+        test_images=dataset.test_images[test],
+        test_labels=new_label[dataset.test_labels[test]],
+        test_indices=dataset.test_indices[test],
+        class_names=tuple(dataset.class_names[number] for number in numbers),
+    )
+
+
+def combined_sha256(arrays: Sequence[np.ndarray]) -> str:
+    """Returns the SHA-256 of the SHA-256s of the arrays."""
+    return sha256_bytes("".join(map(sha256_array, arrays)).encode())
+
+
+def _class_number(dataset: Dataset, name: str) -> int:
+    names = [_plain(known) for known in dataset.class_names]
+    if _plain(name) in names:
+        return names.index(_plain(name))
+    if name.strip().isdecimal() and int(name) < len(names):
+        return int(name)
+    raise DataError(
+        f"unknown class {name!r}; the classes are "
+        + ", ".join(f"{i} {known}" for i, known in enumerate(dataset.class_names))
+    )
+
+
+def _plain(name: str) -> str:
+    return "".join(character for character in name.lower() if character.isalnum())

@@ -13,25 +13,25 @@ LABELS_MAGIC = 0x801  # unsigned bytes in one
 
 
 def read_images(path: Path) -> np.ndarray:
-    """uint8[count, height, width] from an IDX file, gzipped or not.
+    """Reads uint8[count, height, width] from an IDX file, gzipped or not.
 
     Raises:
-      DataError: if the file cannot be read, is truncated or is no IDX file of images.
+      DataError: if the file cannot be read, is truncated or is not an IDX file of images.
     """
     return _read(path, IMAGES_MAGIC, "images", dimensions=3)
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """uint8[count] from an IDX file, gzipped or not.
+    """Reads uint8[count] from an IDX file, gzipped or not.
 
     Raises:
-      DataError: if the file cannot be read, is truncated or is no IDX file of labels.
+      DataError: if the file cannot be read, is truncated or is not an IDX file of labels.
     """
     return _read(path, LABELS_MAGIC, "labels", dimensions=1)
 
 
 def write(path: Path, array: np.ndarray) -> None:
-    """Writes uint8 images or labels as a gzipped IDX file; the same array gives the same bytes.
+    """Writes uint8 images or labels as a gzipped IDX file, with deterministic bytes.
 
     Example:
       >>> import tempfile
@@ -52,8 +52,8 @@ def _read(path: Path, magic: int, noun: str, *, dimensions: int) -> np.ndarray:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     if content[:2] == b"\x1f\x8b" or path.suffix == ".gz":
         try:
-            # The last four bytes are the size, in a damaged file any number; a buffer that is too
-            # small grows. 31: a gzip header and checksum.
+            # The last four bytes are the size, or any number in a damaged file, which must not
+            # allocate gigabytes. A buffer that is too small grows. 31: gzip header and checksum.
             size = min(int.from_bytes(content[-4:], "little"), 1 << 26)
             content = zlib.decompress(content, wbits=31, bufsize=max(size, 1))
         except zlib.error as error:
@@ -63,13 +63,13 @@ def _read(path: Path, magic: int, noun: str, *, dimensions: int) -> np.ndarray:
     if len(header) == 0 or header[0] != magic:
         found = f"{int(header[0]):#x}" if len(header) else "nothing"
         raise DataError(
-            f"{path}: not an IDX file of {noun}: it starts with {found} where {magic:#x} should be"
+            f"{path}: not an IDX file of {noun}: it starts with {found}, expected {magic:#x}"
         )
     shape = tuple(int(size) for size in header[1:])
     expected = int(np.prod(shape))
     if len(shape) < dimensions or len(content) - header_size != expected:
         raise DataError(
-            f"{path}: holds {max(len(content) - header_size, 0):,} bytes of {noun} where its "
-            f"header promises {expected:,}; fetch it again"
+            f"{path}: holds {max(len(content) - header_size, 0):,} bytes of {noun}, but its header "
+            f"says {expected:,}; fetch it again"
         )
     return np.frombuffer(content, np.uint8, offset=header_size).reshape(shape)

@@ -22,7 +22,7 @@ _IDX_FILES = {
 
 
 def find_prepared(directory: Path) -> Path | None:
-    """The newest prepared version of Fashion-MNIST in or at a TFDS directory, or None.
+    """Returns the newest prepared version in or at a TFDS directory, or None.
 
     Example:
       >>> find_prepared(Path("/nowhere")) is None
@@ -33,15 +33,15 @@ def find_prepared(directory: Path) -> Path | None:
 
 
 def record_files(prepared: Path) -> list[Path]:
-    """The record files of a prepared version, in the order of their shards."""
+    """Returns the record files of a prepared version, in the order of their shards."""
     return sorted(prepared.glob("fashion_mnist-*record-*-of-*"))
 
 
 def read_prepared(prepared: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Images and labels of both splits in the order of the published files.
+    """Reads both splits in the order of the published files.
 
-    TFDS stores the examples sorted by the MD5 of split name and position; sorting the positions in
-    the same way tells where each example came from.
+    TFDS stores the examples sorted by the MD5 of split name and position. Sorting the positions the
+    same way recovers the position of each example.
 
     Args:
       prepared: folder with the record files, in ArrayRecord or TFRecord format.
@@ -50,9 +50,9 @@ def read_prepared(prepared: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
       {"train": (uint8[count, 28, 28], uint8[count]), "test": ...}.
 
     Raises:
-      DataError: if the records are missing, damaged or not those of Fashion-MNIST.
+      DataError: if the records are missing, damaged or of another data set.
     """
-    # Imported here: only this source needs them.
+    # Imported here, because only this source needs them.
     from PIL import Image
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -83,7 +83,7 @@ def read_prepared(prepared: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def prepare(data_dir: Path, *, manual_dir: Path | None = None) -> Path:
     """Downloads and prepares Fashion-MNIST with TFDS' own version, features and checksums.
 
-    The stock builder unpacks and encodes with TensorFlow; this one overrides just these two steps.
+    TFDS' builder decodes and encodes with TensorFlow; this one overrides only these two steps.
 
     Args:
       data_dir: TFDS directory to write into.
@@ -93,7 +93,7 @@ def prepare(data_dir: Path, *, manual_dir: Path | None = None) -> Path:
       The folder of the prepared version.
 
     Raises:
-      DataError: if the files cannot be had or their checksums differ.
+      DataError: if the files cannot be downloaded or their checksums differ.
     """
     import tensorflow_datasets as tfds
     from PIL import Image
@@ -137,7 +137,7 @@ def prepare(data_dir: Path, *, manual_dir: Path | None = None) -> Path:
 
 
 def _check_reachable(url: str) -> None:
-    # TFDS tries for minutes where packets vanish; one look of its own is over in seconds.
+    # Where packets are dropped, TFDS retries for minutes; this fails within seconds.
     parts = urllib.parse.urlsplit(url)
     try:
         socket.create_connection((parts.hostname or "", parts.port or 80), _TIMEOUT_SECONDS).close()

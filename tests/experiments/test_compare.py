@@ -109,16 +109,16 @@ def test_a_recipe_is_as_good_as_itself(sides):
 def test_what_cannot_be_compared_is_refused(sides, tmp_path):
     _, folders = sides
     other = write_run(tmp_path / "c", 9, [1] * 200, {"dropout": "b"})
-    with pytest.raises(fm.ConfigError, match="runs are compared by seed"):
+    with pytest.raises(fm.errors.ConfigError, match="runs are compared by seed"):
         fm.compare(folders["a"], [other])
     other = write_run(tmp_path / "d", 0, [1] * 200, indices=np.arange(200) + 1)
-    with pytest.raises(fm.ConfigError, match="tested on different images"):
+    with pytest.raises(fm.errors.ConfigError, match="tested on different images"):
         fm.compare(folders["a"], [other])
-    with pytest.raises(fm.ConfigError, match="both have seed 0"):
+    with pytest.raises(fm.errors.ConfigError, match="both have seed 0"):
         fm.compare(folders["a"], [folders["b"][0], folders["b"][0]])
-    with pytest.raises(fm.ConfigError, match="have different settings"):
+    with pytest.raises(fm.errors.ConfigError, match="have different settings"):
         fm.compare(folders["a"], [folders["b"][0], folders["a"][1]])
-    with pytest.raises(fm.DamagedFileError, match="not complete"):
+    with pytest.raises(fm.errors.DamagedFileError, match="not complete"):
         fm.compare(folders["a"], [tmp_path])
 
 

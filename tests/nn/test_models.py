@@ -239,7 +239,7 @@ def test_first_filters_of_small_dropout_are_normal():
 
 def test_images_that_are_too_small():
     model = fm.create_model("deep_augmented", image_size=45)
-    with pytest.raises(fm.ConfigError, match="the images are too small"):
+    with pytest.raises(fm.errors.ConfigError, match="the images are too small"):
         jax.eval_shape(
             lambda: model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)), train=False)
         )
@@ -254,5 +254,5 @@ def test_images_that_are_too_small():
     ],
 )
 def test_errors(arguments, options, message):
-    with pytest.raises(fm.ConfigError, match=message):
+    with pytest.raises(fm.errors.ConfigError, match=message):
         fm.create_model(*arguments, **options)

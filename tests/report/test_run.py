@@ -138,7 +138,7 @@ def test_hostile_text_is_escaped(tmp_path):
 
 
 def test_unfinished_run_has_no_report(tmp_path):
-    with pytest.raises(fm.DamagedFileError, match=r"report\.json is missing"):
+    with pytest.raises(fm.errors.DamagedFileError, match=r"report\.json is missing"):
         run.write_report(tmp_path)
 
 
@@ -151,7 +151,7 @@ def test_damaged_file_is_named(name, damage, tmp_path):
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[: 0 if damage == "empty" else 40])
-    with pytest.raises(fm.DamagedFileError, match=name):
+    with pytest.raises(fm.errors.DamagedFileError, match=name):
         run.write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
 
@@ -160,7 +160,7 @@ def test_damaged_file_is_named(name, damage, tmp_path):
 def test_report_that_is_no_object_is_damaged(content, tmp_path):
     write_run(tmp_path)
     (tmp_path / files.REPORT).write_text(content)
-    with pytest.raises(fm.DamagedFileError, match=r"report\.json"):
+    with pytest.raises(fm.errors.DamagedFileError, match=r"report\.json"):
         run.write_report(tmp_path)
 
 
@@ -169,7 +169,7 @@ def test_missing_value_is_named(name, tmp_path):
     report = write_run(tmp_path)
     del report[name]
     (tmp_path / files.REPORT).write_text(json.dumps(report))
-    with pytest.raises(fm.DamagedFileError, match=name):
+    with pytest.raises(fm.errors.DamagedFileError, match=name):
         run.write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
 
@@ -177,7 +177,7 @@ def test_missing_value_is_named(name, tmp_path):
 def test_missing_array_is_named(tmp_path):
     write_run(tmp_path)
     files.write_arrays(tmp_path / files.PREDICTIONS, labels=np.zeros(3, int))
-    with pytest.raises(fm.DamagedFileError, match="logits"):
+    with pytest.raises(fm.errors.DamagedFileError, match="logits"):
         run.write_report(tmp_path)
 
 

@@ -93,7 +93,7 @@ def test_hostile_text_is_escaped(tmp_path):
 
 
 def test_unfinished_seeds_have_no_page(tmp_path):
-    with pytest.raises(fm.DamagedFileError, match=r"seeds\.json is missing"):
+    with pytest.raises(fm.errors.DamagedFileError, match=r"seeds\.json is missing"):
         write_seeds_report(tmp_path)
 
 
@@ -105,7 +105,7 @@ def test_damaged_file_is_named(name, content, tmp_path):
         (tmp_path / name).unlink()
     else:
         (tmp_path / name).write_text(content)
-    with pytest.raises(fm.DamagedFileError, match=name):
+    with pytest.raises(fm.errors.DamagedFileError, match=name):
         write_seeds_report(tmp_path)
 
 
@@ -114,5 +114,5 @@ def test_missing_value_is_named(name, tmp_path):
     summary = write_seeds(tmp_path)
     del summary[name]
     (tmp_path / files.SEEDS).write_text(json.dumps(summary))
-    with pytest.raises(fm.DamagedFileError, match=name):
+    with pytest.raises(fm.errors.DamagedFileError, match=name):
         write_seeds_report(tmp_path)

@@ -94,14 +94,14 @@ def test_more_seeds_keep_those_that_are_there(workdir, tiny, tmp_path):
 
 
 def test_an_unfinished_seed_is_named(workdir, tmp_path):
-    with pytest.raises(fm.DamagedFileError, match="the run is not complete"):
+    with pytest.raises(fm.errors.DamagedFileError, match="the run is not complete"):
         seeds.summarize([workdir / "seed-5", tmp_path])
 
 
 @pytest.mark.parametrize("count", [0, -1, 1.5, True])
 def test_a_count_that_is_none_is_refused(count, tiny, tmp_path):
     run = fm.Run(recipe=RECIPE, workdir=tmp_path)
-    with pytest.raises(fm.ConfigError, match="count is"):
+    with pytest.raises(fm.errors.ConfigError, match="count is"):
         fm.fit_seeds(run, tiny, count)
 
 

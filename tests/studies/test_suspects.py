@@ -118,7 +118,7 @@ def test_a_seed_is_reproduced_and_matters(tiny):
 @pytest.mark.parametrize(("folds", "epochs"), [(1, 1), (31, 1), (2, 0)])
 def test_settings_that_cannot_be(folds, epochs, tiny):
     labels = np.repeat([0, 1], 30).astype(np.int32)
-    with pytest.raises(fm.ConfigError, match=r"folds is|epochs is 0"):
+    with pytest.raises(fm.errors.ConfigError, match=r"folds is|epochs is 0"):
         suspects.cross_validate(
             0, tiny.train_images, labels, tiny.test_images, model=None, folds=folds, epochs=epochs
         )
