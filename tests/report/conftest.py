@@ -85,14 +85,20 @@ class Page(NamedTuple):
 
     Attributes:
       text: the HTML, its pictures left out.
+      words: the text of the page, tags left out.
+      title: as the browser shows it.
       pictures: the data URL of each.
+      captions: alternative text of each.
       headings: of its sections.
       numbers: the large numbers by name.
       rows: the cells of each row of its tables.
     """
 
     text: str
+    words: str
+    title: str
     pictures: list[str]
+    captions: list[str]
     headings: list[str]
     numbers: dict[str, str]
     rows: list[list[str]]
@@ -109,8 +115,11 @@ def read_page(path: Path) -> Page:
     rows = re.findall(r"<tr>(.*?)</tr>", text, re.DOTALL)
     return Page(
         text,
+        _plain(re.sub(r"<[^>]*>", " ", text)),
+        _plain(re.findall(r"<title>(.*?)</title>", text)[0]),
         pictures,
-        [_plain(heading) for heading in re.findall(r"<h2>(.*?)</h2>", text)],
+        [_plain(alt) for alt in re.findall(r'alt="([^"]*)"', text)],
+        [_plain(heading) for heading in re.findall(r"<h[12]>(.*?)</h[12]>", text)],
         {
             _plain(name): _plain(n)
             for n, name in re.findall(r"<b>(.*?)</b><span>(.*?)</span>", text)

@@ -104,17 +104,20 @@ def test_numbers_are_those_of_the_file(data, tmp_path):
         ["4294967295", "80.00%", "82.00%", "+2.00"],
         ["0", "90.00%", "89.00%", "-1.00"],
         ["Mean", "85.00%", "85.50%", "+0.50"],
+        ["Data", "arrays"],
         ["SHA-256", data.sha256],
     ):
         assert row in page.rows
     text = " ".join(page.text.split())
     for expected in (
+        "Data: arrays.",
         "train 7: Bag<br>test 3: Coat<br>test 4: Dress",
         "closer than 0.125 times their own norm: 2; 22 of these pairs",
         "first 3,333 training images", "images: 44.",
         "test 1: Bag<br>train 8: Coat<br>distance 0.062<",
         "test 2: Bag<br>train 8: Coat<br>distance 0.062, mirrored<",
-        "4-fold cross-validation: small_dropout, 5 epochs",
+        "4-fold cross-validation: small_dropout, 5 epochs per fold. 2 images have a label",
+        "After 5 epochs on all training images",
         "555 images were not classified correctly at the end of any epoch, 66 of them",
         "1.23 for label issues, none for the other images",
         "train 5<br>Bag 1.2%<br>predicted Coat 98.8%<",

@@ -40,9 +40,12 @@ def test_headline_numbers_are_those_of_the_file(page):
         "Test loss (nats)": "0.457",
         "Training images/s": "8,765",
     }
-    for sentence in ("3 classes", "56,789 parameters", "2 epochs", "11,111 training images",
-                     "2,222 validation images", "4,444 test images", "Seed 17"):  # fmt: skip
-        assert sentence in " ".join(page.text.split())
+    assert page.title == "small_dropout: test accuracy 93.46%"
+    assert page.headings[0] == "small_dropout"
+    assert (
+        "Fashion-MNIST, 3 classes; 56,789 parameters. 2 epochs on 11,111 training images; 2,222 "
+        "validation images. The 4,444 test images were evaluated once, after training. Seed 17."
+    ) in page.words
 
 
 def test_tables_are_those_of_the_file(page, report):
@@ -91,7 +94,14 @@ def test_page_is_self_contained_and_plots_are_its_pictures(workdir, page):
     assert names == {
         "loss", "accuracy", "confusion", "samples", "augmented", "worst", "reliability", "risk",
     }  # fmt: skip
-    assert len(page.pictures) == len(names)
+    assert len(page.pictures) == len(set(page.pictures)) == len(names)
+    assert page.captions == [
+        "Loss", "Accuracy", "Reliability diagram, test set", "Risk-coverage curve, test set",
+        "Confusion matrix of the test images", "Test images with the highest loss",
+        "Training images by class", "Originals and augmented images of the first epochs",
+    ]  # fmt: skip
+    for caption in page.captions[:4]:
+        assert f"<figcaption>{caption}</figcaption>" in page.text
     assert 'class="warning"' not in page.text
 
 

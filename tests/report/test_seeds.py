@@ -50,6 +50,9 @@ def test_numbers_are_those_of_the_file(tmp_path):
     page = read_page(write_seeds_report(tmp_path))
     check_self_contained(page)
     assert 'class="warning"' not in page.text
+    assert page.title == "small_dropout: 3 seeds"
+    assert page.headings[0] == "small_dropout, 3 seeds"
+    assert "2 epochs, batch size 128, adam. Each run" in page.words
     assert list(page.numbers.values()) == ["81.00%", "83.46% to 84.69%", "82.23", "91.23%"]
     for key, name in (
         ("test_accuracy", "Test accuracy"),
@@ -69,6 +72,7 @@ def test_numbers_are_those_of_the_file(tmp_path):
     assert loss in page.rows
     for i, run in enumerate(summary["runs"]):
         assert [run, f"{0.81 + 0.001 * i:.2%}", summary["params_sha256"][i][:16]] in page.rows
+    assert ["Test accuracy", "91.23%"] in page.rows  # of the ensemble
     assert page.fact("Test loss") == "0.568 nats"
     assert page.fact("Expected calibration error") == (
         "1.23% (95% confidence interval 0.46% to 2.35%)"
@@ -78,6 +82,7 @@ def test_numbers_are_those_of_the_file(tmp_path):
 def test_one_seed_has_no_intervals_and_no_ensemble(tmp_path):
     write_seeds(tmp_path, n=1, val_accuracy=None, tta_accuracy=None, sample=True)
     page = read_page(write_seeds_report(tmp_path))
+    assert page.headings[0] == "small_dropout, 1 seed"
     assert page.numbers == {"Mean test accuracy": "81.00%"}
     assert ["Test accuracy", "81.00%", "", "", ""] in page.rows
     assert not any("None" in cell or "none" in cell for row in page.rows for cell in row)
