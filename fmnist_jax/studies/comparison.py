@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmnist_jax.config import differences
+from fmnist_jax.config import differences, differences_message
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.runs import files
 from fmnist_jax.studies.seeds import read_report
@@ -102,12 +102,15 @@ def _by_seed(workdirs: Sequence[Path]) -> dict[int, _Run]:
                 f"{found[seed].workdir} and {workdir} both have seed {seed}; pass one run per seed"
             )
         for first in found.values():
-            changed = differences(first.settings, run.settings, ("in the first", "in the second"))
-            if changed:
-                raise ConfigError(
-                    f"{first.workdir} and {workdir} have different settings; the runs of a side "
-                    "differ in their seed only:\n" + "\n".join(f"  {line}" for line in changed)
-                )
+            message = differences_message(
+                f"{first.workdir} and {workdir} have different settings; the runs of a side must "
+                "differ in their seed only:",
+                first.settings,
+                run.settings,
+                ("in the first", "in the second"),
+            )
+            if message is not None:
+                raise ConfigError(message)
         found[seed] = run
     return found
 

@@ -1,4 +1,4 @@
-"""Many seeds: the runs are those of `fit`, the figures those of their files."""
+"""Several seeds: their runs equal those of `fit`, the summary equals their files."""
 
 import dataclasses
 import json
@@ -10,30 +10,41 @@ import pytest
 import scipy.stats
 
 import fmnist_jax as fm
+from fmnist_jax.errors import ConfigError, DamagedFileError
+from fmnist_jax.nn import models
 from fmnist_jax.runs import files
 from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.studies import seeds
 from fmnist_jax.train.loop import train_steps
+from tests.small import Small
 
 RECIPE = dataclasses.replace(
-    fm.RECIPES["small_dropout"], epochs=2, batch_size=16, augmentation="keras"
+    fm.RECIPES["small_dropout"], epochs=2, batch_size=16, augmentation="none"
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_network():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "ARCHS", {**models.ARCHS, "small_dropout": Small})
+        yield
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, tiny):
-    """Three seeds, 5 to 7, and the folder that they are in."""
-    place = tmp_path_factory.mktemp("seeds") / "many"
-    run = fm.Run(recipe=RECIPE, workdir=place, seed=5)
+    """Finished runs of the seeds 5 to 7."""
+    place = tmp_path_factory.mktemp("seeds") / "several"
+    run = fm.Run(recipe=RECIPE, workdir=place, seed=5, tta=True)
     fm.fit_seeds(run, tiny, 3, progress=fm.NullProgress())
     return place
 
 
-def test_a_seed_alone_has_the_bits_of_that_seed_among_many(workdir, tiny, tmp_path):
-    alone = fm.fit(fm.Run(recipe=RECIPE, workdir=tmp_path, seed=6), tiny, progress=fm.NullProgress())
-    among = fm.load_checkpoint(workdir / "seed-6")
-    own = fm.load_checkpoint(tmp_path)
-    chex.assert_trees_all_equal(among.arrays, own.arrays)
+def test_a_seed_is_bitwise_identical_to_its_own_run(workdir, tiny, tmp_path):
+    run = fm.Run(recipe=RECIPE, workdir=tmp_path, seed=6, tta=True)
+    alone = fm.fit(run, tiny, progress=fm.NullProgress())
+    chex.assert_trees_all_equal(
+        fm.load_checkpoint(workdir / "seed-6").arrays, fm.load_checkpoint(tmp_path).arrays
+    )
     report = files.read_json(workdir / "seed-6" / files.REPORT)
     assert report["params_sha256"] == alone.report["params_sha256"]
     ours, theirs = (
@@ -42,18 +53,18 @@ def test_a_seed_alone_has_the_bits_of_that_seed_among_many(workdir, tiny, tmp_pa
     chex.assert_trees_all_equal(ours, theirs)
 
 
-def test_all_seeds_are_one_program(tiny, tmp_path):
-    # A shape of its own, so that no other test has compiled it.
-    recipe = dataclasses.replace(RECIPE, batch_size=13)
-    run = fm.Run(recipe=recipe, workdir=tmp_path)
+def test_all_seeds_share_one_program(tiny, tmp_path):
+    # A batch size of its own, so that no other test has compiled it.
+    run = fm.Run(recipe=dataclasses.replace(RECIPE, batch_size=13, epochs=1), workdir=tmp_path)
     before = train_steps._outer._cache_size()
     fm.fit_seeds(run, tiny, 3, progress=fm.NullProgress())
     assert train_steps._outer._cache_size() == before + 1
 
 
-def test_the_summary_is_that_of_the_files(workdir):
-    summary = json.loads((workdir / "seeds.json").read_text())
+def test_the_summary_equals_the_files(workdir):
+    summary = json.loads((workdir / files.SEEDS).read_text())
     assert summary["seeds"] == [5, 6, 7]
+    assert summary["runs"] == ["seed-5", "seed-6", "seed-7"]
     reports = [files.read_json(workdir / f"seed-{seed}" / files.REPORT) for seed in (5, 6, 7)]
     for name in seeds.FIGURES:
         values = [report[name] for report in reports]
@@ -67,12 +78,12 @@ def test_the_summary_is_that_of_the_files(workdir):
     assert len(set(summary["params_sha256"])) == 3
 
 
-def test_the_ensemble_is_the_mean_probability(workdir):
+def test_the_ensemble_averages_probabilities(workdir):
     predictions = [
         files.read_arrays(workdir / f"seed-{seed}" / files.PREDICTIONS) for seed in (5, 6, 7)
     ]
-    shares = [np.exp(one["logits"].astype(np.float64)) for one in predictions]
-    mean = np.mean([share / share.sum(axis=1, keepdims=True) for share in shares], axis=0)
+    exponentials = [np.exp(one["logits"].astype(np.float64)) for one in predictions]
+    mean = np.mean([row / row.sum(axis=1, keepdims=True) for row in exponentials], axis=0)
     labels = predictions[0]["labels"]
     ensemble = files.read_json(workdir / files.SEEDS)["ensemble"]
     assert ensemble["accuracy"] == np.mean(mean.argmax(axis=1) == labels)
@@ -81,12 +92,11 @@ def test_the_ensemble_is_the_mean_probability(workdir):
     )
 
 
-def test_more_seeds_keep_those_that_are_there(workdir, tiny, tmp_path):
+def test_added_seeds_keep_the_finished_ones(workdir, tiny, tmp_path):
     more = shutil.copytree(workdir, tmp_path / "more")
     times = {path: path.stat().st_mtime_ns for path in more.glob("seed-*/report.json")}
-    result = fm.fit_seeds(
-        fm.Run(recipe=RECIPE, workdir=more, seed=5), tiny, 4, progress=fm.NullProgress()
-    )
+    run = fm.Run(recipe=RECIPE, workdir=more, seed=5, tta=True)
+    result = fm.fit_seeds(run, tiny, 4, progress=fm.NullProgress())
     assert result.report["seeds"] == [5, 6, 7, 8]
     before = files.read_json(workdir / files.SEEDS)["params_sha256"]
     assert result.report["params_sha256"][:3] == before
@@ -94,19 +104,19 @@ def test_more_seeds_keep_those_that_are_there(workdir, tiny, tmp_path):
 
 
 def test_an_unfinished_seed_is_named(workdir, tmp_path):
-    with pytest.raises(fm.errors.DamagedFileError, match="the run is not complete"):
+    with pytest.raises(DamagedFileError, match=rf"{tmp_path} .* the run is not finished"):
         seeds.summarize([workdir / "seed-5", tmp_path])
 
 
-@pytest.mark.parametrize("count", [0, -1, 1.5, True])
-def test_a_count_that_is_none_is_refused(count, tiny, tmp_path):
+@pytest.mark.parametrize("num_seeds", [0, -1, 1.5, True])
+def test_invalid_number_of_seeds_is_named(num_seeds, tiny, tmp_path):
     run = fm.Run(recipe=RECIPE, workdir=tmp_path)
-    with pytest.raises(fm.errors.ConfigError, match="count is"):
-        fm.fit_seeds(run, tiny, count)
+    with pytest.raises(ConfigError, match=f"num_seeds is {num_seeds}"):
+        fm.fit_seeds(run, tiny, num_seeds)
 
 
-def test_progress_is_over_all_seeds(tiny, tmp_path):
-    starts, steps = [], []
+def test_progress_counts_the_steps_of_all_seeds(tiny, tmp_path):
+    starts, steps, splits = [], [], set()
 
     class Recorder(fm.NullProgress):
         def start(self, *, step, total_steps):
@@ -115,15 +125,20 @@ def test_progress_is_over_all_seeds(tiny, tmp_path):
         def update(self, *, step, epoch, images_per_second, loss):
             steps.append(step)
 
+        def evaluate(self, *, split, num_done, num_images):
+            splits.add(split)
+
     run = fm.Run(recipe=dataclasses.replace(RECIPE, epochs=1), workdir=tmp_path)
-    fm.fit_seeds(run, tiny, 2, progress=Recorder())
-    # 54 images in batches of 16 are four updates.
+    result = fm.fit_seeds(run, tiny, 2, progress=Recorder())
+    # 54 images in batches of 16 are four steps.
     assert starts == [(0, 8), (4, 8)]
     assert steps == sorted(steps)
     assert steps[-1] == 8
+    assert splits == {"val", "test"}
+    assert result.report["tta_accuracy"] is None
 
 
-def test_a_run_that_is_stopped_between_seeds_goes_on(workdir, tiny, tmp_path):
+def test_seeds_stopped_in_between_resume(workdir, tiny, tmp_path):
     class StoppedError(Exception):
         pass
 
@@ -132,7 +147,7 @@ def test_a_run_that_is_stopped_between_seeds_goes_on(workdir, tiny, tmp_path):
             if text.startswith("Seed 7"):
                 raise StoppedError
 
-    run = fm.Run(recipe=RECIPE, workdir=tmp_path, seed=5)
+    run = fm.Run(recipe=RECIPE, workdir=tmp_path, seed=5, tta=True)
     with pytest.raises(StoppedError):
         fm.fit_seeds(run, tiny, 3, progress=Stopper())
     assert Checkpoints(tmp_path / "seed-6" / files.CHECKPOINTS).steps()
