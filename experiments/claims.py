@@ -27,7 +27,7 @@ from rich.table import Table
 import fmnist_jax as fm
 from fmnist_jax.analysis import stats
 from fmnist_jax.runs import files
-from fmnist_jax.xla.compile import keep_compiled
+from fmnist_jax.xla.cache import enable_compilation_cache
 
 _HEADINGS = ("network", "claimed", "n", "mean, % (95% interval)", "one run, %", "verdict")
 
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _claims(arguments: argparse.Namespace, console: Console) -> int:
-    keep_compiled()
+    enable_compilation_cache()
     dataset = cli.load_data(arguments)
     archs = arguments.arch or list(fm.RECIPES)
     if arguments.arch is None and jax.default_backend() == "cpu":

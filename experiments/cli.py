@@ -8,11 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 import fmnist_jax as fm
-from fmnist_jax.xla.compile import forget_damaged
-
-
-class VerificationError(Exception):
-    """Something was not as it should be; the exit status is 1."""
+from fmnist_jax.xla.cache import remove_unreadable_entry
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -43,18 +39,18 @@ def run(
     console, errors = Console(quiet=quiet), Console(stderr=True)
 
     def show_warning(message, *_args, **_kwargs) -> None:
-        forget_damaged(str(message))
+        remove_unreadable_entry(str(message))
         errors.print(f"warning: {message}", style="bold yellow", highlight=False, markup=False)
 
     with warnings.catch_warnings():
-        for category in (fm.DataWarning, fm.CheckpointWarning, fm.ConditionsWarning):
+        for category in (fm.DataWarning, fm.CheckpointWarning, fm.EnvironmentWarning):
             warnings.simplefilter("always", category)
         warnings.showwarning = show_warning
         try:
             return command(arguments, console)
         except (fm.ConfigError, fm.DataError, fm.DamagedFileError, OSError) as error:
             message, status = f"error: {error}", 2
-        except VerificationError as error:
+        except fm.VerificationError as error:
             message, status = f"not verified: {error}", 1
         except fm.DivergedError as error:
             message, status = f"diverged: {error}", 3

@@ -30,7 +30,7 @@ import fmnist_jax as fm
 from fmnist_jax import config
 from fmnist_jax.runs import files
 from fmnist_jax.runs.plan import Plan, create_plan
-from fmnist_jax.xla.compile import keep_compiled
+from fmnist_jax.xla.cache import enable_compilation_cache
 
 _COMPARISON = "comparison.json"
 
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compare(arguments: argparse.Namespace, console: Console) -> int:
-    keep_compiled()
+    enable_compilation_cache()
     # Everything is looked at before anything is trained.
     folders = {side: _find_runs(side) for side in (arguments.a, arguments.b)}
     recipes = {side: parse_recipe(side) for side, found in folders.items() if not found}

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cli
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -68,7 +67,7 @@ def verify(recipe: fm.Recipe, console: Console, flags: Sequence[str] = ()) -> bo
       flags: further flags of both runs.
 
     Raises:
-      cli.VerificationError: if a run fails.
+      fm.VerificationError: if a run fails.
     """
     begun = time.monotonic()
     name = recipe.arch
@@ -119,7 +118,7 @@ def _kill(process: subprocess.Popen[str], number: signal.Signals, reached: Seque
     _, errors = process.communicate()
     expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 128 + signal.SIGTERM}[number]
     if process.returncode != expected:
-        raise cli.VerificationError(
+        raise fm.VerificationError(
             f"a run ended with status {process.returncode} on {number.name}: {errors.strip()}"
         )
 
@@ -129,7 +128,7 @@ def _wait_for(paths: Sequence[Path], process: subprocess.Popen[str]) -> None:
     while not any(path.exists() for path in paths):
         # It may have been made, and the process ended, since the look above.
         if process.poll() is not None and not any(path.exists() for path in paths):
-            raise cli.VerificationError(
+            raise fm.VerificationError(
                 f"a run ended with status {process.returncode} too early: "
                 f"{process.communicate()[1].strip()}"
             )

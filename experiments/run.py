@@ -37,7 +37,7 @@ from fmnist_jax.runs import files
 from fmnist_jax.runs.fit import fit_plan
 from fmnist_jax.runs.plan import Plan, create_plan
 from fmnist_jax.runs.program import measure_cost
-from fmnist_jax.xla.compile import keep_compiled
+from fmnist_jax.xla.cache import enable_compilation_cache
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,7 +120,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         flags = ["--no-cache"] if arguments.no_cache else []
         return 0 if resume.verify(run.recipe, console, flags) else 1
     if not arguments.no_cache:
-        keep_compiled()
+        enable_compilation_cache()
     dataset = cli.load_data(arguments)
     if arguments.exclude is not None:
         _check_origin(arguments.exclude, dataset)

@@ -1,6 +1,7 @@
-"""What a run is made of: `Recipe` says how a network is trained, `Run` says which training it is.
+"""Settings: `Recipe` says how a network is trained, `Run` says which training it is.
 
-Both are frozen and check themselves when they are made. Standard library only.
+Both are frozen and validated on construction. `help` in a field's metadata is the text of its
+command-line flag. Standard library only.
 """
 
 import dataclasses
@@ -11,21 +12,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
+from fmnist_jax.errors import ConfigError
+
 OptimizerName = Literal["adam", "rmsprop", "sgd"]
 ScheduleName = Literal["constant", "cosine", "one_cycle"]
 DtypeName = Literal["float32", "bfloat16"]
 AugmentationName = Literal["none", "keras", "geometric"]
 StreamName = Literal["init", "split", "shuffle", "augment", "dropout"]
 
+_ABSENT = "absent"
 
-_NOTHING = "nothing"
-
-# What a recipe says and does not do.
-_TEXTS = ("source", "claim", "claimed_test_accuracy", "not_comparable", "open_choices")
+# Fields of a run that have no effect on its training.
+_NO_EFFECT = ("workdir", "checkpoint_every", "keep_every", "tta")
 
 
-class ConfigError(ValueError):
-    """A setting has a value that cannot work. The message names value, expectation and remedy."""
+def _flag(text: str, default: Any = dataclasses.MISSING) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,24 +37,19 @@ class Recipe:
     Attributes:
       arch: name of the network, a key of `fmnist_jax.ARCHS`.
       epochs: passes over the training split, at least 1.
-      batch_size: images an update, at least 1.
+      batch_size: examples per step, at least 1.
       optimizer: "adam", "rmsprop" or "sgd" (momentum 0.9), in Keras' formulas.
-      learning_rate: the peak of the schedule, greater than 0.
-      schedule: "constant", "cosine" or "one_cycle" over the whole run.
-      weight_decay: decoupled, of the kernels, at least 0; None is none.
-      dropout: one rate in [0, 1) for every dropout of the network; None leaves each its own.
-      label_smoothing: share of the target spread over all classes, in [0, 1); None is none.
-      augmentation: "none", "keras" (what `ImageDataGenerator` does) or "geometric".
-      augmentation_strength: share of every range of the augmentation, at least 0; None is 1.
-      dtype: "float32", or "bfloat16" for accelerators; in what the network computes while it is
-        trained. Parameters and evaluation are float32.
+      learning_rate: peak of the schedule, above 0.
+      schedule: "constant", "cosine" or "one_cycle", over the whole run.
+      weight_decay: decoupled, on kernels only, at least 0; None is none.
+      dropout: one rate in [0, 1) for all dropout layers; None leaves each layer its own.
+      label_smoothing: fraction of the target spread over all classes, in [0, 1); None is none.
+      augmentation: "none", "keras" (as in `ImageDataGenerator`) or "geometric".
+      augmentation_strength: scales every range of the augmentation, at least 0; None is 1.
+      dtype: "float32", or "bfloat16" for accelerators; the network computes in it during training.
+        Parameters and evaluation are float32.
       image_size: side to which images are resized, in pixels; None keeps their own.
-      val_fraction: share of the training images held out for validation, in [0, 1).
-      source: the Keras project that the recipe stands for.
-      claim: what that project says it reached.
-      claimed_test_accuracy: the accuracy on test images in it, a fraction; None if there is none.
-      not_comparable: why its numbers cannot be compared with this recipe's; empty if they can.
-      open_choices: what the project left open and this recipe decided.
+      val_fraction: fraction of the training images held out for validation, in [0, 1).
 
     Raises:
       ConfigError: if a value is outside its range.
@@ -62,28 +59,23 @@ class Recipe:
       >>> dataclasses.replace(recipe, epochs=0)
       Traceback (most recent call last):
       ...
-      fmnist_jax.config.ConfigError: epochs is 0; it must be a whole number of at least 1
+      fmnist_jax.errors.ConfigError: epochs is 0; expected an integer of at least 1
     """
 
     arch: str
-    epochs: int
-    batch_size: int = 128
-    optimizer: OptimizerName = "adam"
-    learning_rate: float = 1e-3
-    schedule: ScheduleName = "constant"
-    weight_decay: float | None = None
-    dropout: float | None = None
-    label_smoothing: float | None = None
-    augmentation: AugmentationName = "none"
-    augmentation_strength: float | None = None
-    dtype: DtypeName = "float32"
-    image_size: int | None = None
-    val_fraction: float = 0.1
-    source: str = ""
-    claim: str = ""
-    claimed_test_accuracy: float | None = None
-    not_comparable: str = ""
-    open_choices: str = ""
+    epochs: int = _flag("passes over the training images")
+    batch_size: int = _flag("examples per step", 128)
+    optimizer: OptimizerName = _flag("optimizer, in Keras' formulas", "adam")
+    learning_rate: float = _flag("peak of the schedule", 1e-3)
+    schedule: ScheduleName = _flag("learning rate schedule over the whole run", "constant")
+    weight_decay: float | None = _flag("decoupled weight decay of the kernels", None)
+    dropout: float | None = _flag("one rate for all dropout layers, in [0, 1)", None)
+    label_smoothing: float | None = _flag("fraction of the target spread over all classes", None)
+    augmentation: AugmentationName = _flag("augmentation of the training images", "none")
+    augmentation_strength: float | None = _flag("scales the ranges of the augmentation", None)
+    dtype: DtypeName = _flag("dtype of the network in training", "float32")
+    image_size: int | None = _flag("side to which images are resized, in pixels", None)
+    val_fraction: float = _flag("fraction held out for validation, in [0, 1)", 0.1)
 
     def __post_init__(self) -> None:
         _check_count("epochs", self.epochs)
@@ -97,27 +89,27 @@ class Recipe:
         _check_number("learning_rate", self.learning_rate)
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ConfigError(
-                f"learning_rate is {self.learning_rate}; it must be a finite number above 0"
+                f"learning_rate is {self.learning_rate}; expected a finite number above 0"
             )
-        _check_share("val_fraction", self.val_fraction)
+        _check_fraction("val_fraction", self.val_fraction)
         for name in ("dropout", "label_smoothing"):
             if getattr(self, name) is not None:
-                _check_share(name, getattr(self, name))
+                _check_fraction(name, getattr(self, name))
         for name in ("weight_decay", "augmentation_strength"):
             value = getattr(self, name)
             if value is not None:
                 _check_number(name, value)
                 if not (math.isfinite(value) and value >= 0):
-                    raise ConfigError(f"{name} is {value}; it must be a finite number from 0 on")
+                    raise ConfigError(f"{name} is {value}; expected a finite number of at least 0")
         if self.augmentation_strength is not None and self.augmentation == "none":
             raise ConfigError(
-                f"augmentation_strength is {self.augmentation_strength}, but there is no "
-                "augmentation; choose one, or leave the strength out"
+                f"augmentation_strength is {self.augmentation_strength}, but augmentation is "
+                "'none'; choose an augmentation or leave the strength out"
             )
 
 
 class Interval(NamedTuple):
-    """A number of updates ("st"), epochs ("ep") or seconds ("s").
+    """A number of steps ("st"), epochs ("ep") or seconds ("s").
 
     Example:
       >>> Interval.parse("checkpoint_every", "500st")
@@ -129,40 +121,47 @@ class Interval(NamedTuple):
 
     @classmethod
     def parse(cls, name: str, text: str, units: Sequence[str] = ("st", "ep", "s")) -> Self:
-        """Reads a number and its unit.
+        """Parses a number and its unit.
+
+        Args:
+          name: the setting, for the error message.
+          text: such as "500st".
+          units: units that are allowed.
 
         Raises:
-          ConfigError: if it is another text; `name` is the setting that it calls wrong.
+          ConfigError: if the text has another form.
         """
         match = re.fullmatch(rf"([1-9][0-9]*)({'|'.join(units)})", text)
         if match is None:
             counts = {"st": 500, "ep": 1, "s": 60}
             examples = " or ".join(f"{counts[unit]}{unit}" for unit in units)
             raise ConfigError(
-                f"{name} is {text!r}; it must be a number of at least 1 and a unit, such as "
-                f"{examples} (st updates, ep epochs, s seconds)"
+                f"{name} is {text!r}; expected a number of at least 1 with a unit, such as "
+                f"{examples} (st: steps, ep: epochs, s: seconds)"
             )
         return cls(int(match[1]), match[2])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training: a recipe, a seed and a place for its files.
+    """One training run: a recipe, a seed and a folder.
 
     Attributes:
       recipe: how to train.
-      workdir: folder of the run's files; it is made where it does not exist.
+      workdir: folder of the run's files; created if missing.
       seed: root of every random stream, in [0, 2**32).
-      stream_seeds: other seeds for some of the streams, as in {"init": 3}.
-      exclude: training images that are left out of training and validation, by their positions in
-        the published file. A validation accuracy without them is not that of other runs.
-      train_examples: train on so many examples of the training split, its classes in proportion;
-        None takes all.
-      checkpoint_every: "1ep", at the end of each epoch; "5ep", of each fifth one; "500st" and
-        "60s", at the end of each epoch, every 500 updates or 60 seconds as well. The last state is
+      stream_seeds: other seeds for single streams, such as {"init": 3}.
+      exclude: training images left out of training and validation, by their positions in the
+        published file. Validation accuracies of runs with other exclusions are not comparable.
+      train_examples: number of examples of the training split to train on, stratified by class;
+        None is all.
+      checkpoint_every: "1ep" saves at the end of every epoch, "5ep" of every fifth; "500st" and
+        "60s" save at the end of every epoch and every 500 steps or 60 seconds. The last state is
         always saved.
-      keep_every: "5000st" or "10ep": checkpoints at multiples of it are kept, besides the latest
-        two and the one with the best validation accuracy, which are always kept.
+      keep_every: "5000st" or "10ep" also retains the checkpoints at multiples of it. The latest two
+        and the one with the best validation accuracy are always retained.
+      tta: whether test-time augmentation is evaluated as well; None does so where the augmentation
+        of the recipe mirrors images.
 
     Raises:
       ConfigError: if a value is outside its range.
@@ -170,12 +169,15 @@ class Run:
 
     recipe: Recipe
     workdir: Path
-    seed: int = 0
+    seed: int = _flag("root of all randomness", 0)
     stream_seeds: Mapping[str, int] = dataclasses.field(default_factory=dict)
     exclude: Sequence[int] = ()
-    train_examples: int | None = None
-    checkpoint_every: str = "1ep"
-    keep_every: str | None = None
+    train_examples: int | None = _flag("number of training examples; default: all", None)
+    checkpoint_every: str = _flag("interval of checkpoints, such as 500st, 1ep or 60s", "1ep")
+    keep_every: str | None = _flag("retain checkpoints at multiples of it, such as 10ep", None)
+    tta: bool | None = _flag(
+        "evaluate test-time augmentation; default: where the augmentation mirrors", None
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "workdir", Path(self.workdir))
@@ -193,22 +195,20 @@ class Run:
 
 
 def to_dict(run: Run) -> dict[str, Any]:
-    """The settings that decide a run's numbers, ready for JSON; neither its folder nor its texts.
+    """Returns the settings that determine a run's training, ready for JSON.
 
     Example:
       >>> to_dict(Run(recipe=Recipe(arch="same_3x3", epochs=10), workdir=Path("w")))["seed"]
       0
     """
     settings = dataclasses.asdict(run)
-    for name in ("workdir", "checkpoint_every", "keep_every"):
+    for name in _NO_EFFECT:
         del settings[name]
-    for text in _TEXTS:
-        del settings["recipe"][text]
     return settings
 
 
 def from_dict(settings: Mapping[str, Any], workdir: Path) -> Run:
-    """The run with these settings, as `to_dict` wrote them; others are passed over.
+    """Returns the run with the settings that `to_dict` returned; other keys are ignored.
 
     Raises:
       ConfigError: if a value is outside its range, or these are not the settings of a run.
@@ -223,25 +223,31 @@ def from_dict(settings: Mapping[str, Any], workdir: Path) -> Run:
     try:
         return Run(**given | {"recipe": Recipe(**settings["recipe"])}, workdir=workdir)
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"{workdir} has no settings that this version knows: {error}") from error
+        raise ConfigError(f"{workdir} has settings of another version: {error}") from error
 
 
 def differences(
-    found: Any, wanted: Any, places: tuple[str, str] = ("there", "asked for"), name: str = ""
+    found: Any, wanted: Any, places: tuple[str, str] = ("found", "requested"), name: str = ""
 ) -> list[str]:
-    """What differs between two sets of settings, a line each; `places` says where each is.
+    """Lists the differences between two sets of settings, one line each.
+
+    Args:
+      found: the first settings, nested dictionaries ready for JSON.
+      wanted: the second settings.
+      places: a word for each of the two, to be put behind its value.
+      name: prefix of the names.
 
     Example:
       >>> differences({"seed": 0, "recipe": {"epochs": 3}}, {"seed": 0, "recipe": {"epochs": 5}})
-      ['recipe.epochs: 3 there, 5 asked for']
+      ['recipe.epochs: 3 found, 5 requested']
     """
     if isinstance(found, dict) and isinstance(wanted, dict):
         return [
             line
             for key in {**found, **wanted}
             for line in differences(
-                found.get(key, _NOTHING),
-                wanted.get(key, _NOTHING),
+                found.get(key, _ABSENT),
+                wanted.get(key, _ABSENT),
                 places,
                 f"{name}.{key}".lstrip("."),
             )
@@ -251,6 +257,20 @@ def differences(
     return [f"{name}: {_short(found)} {places[0]}, {_short(wanted)} {places[1]}"]
 
 
+def differences_message(
+    text: str, found: Any, wanted: Any, places: tuple[str, str] = ("found", "requested")
+) -> str | None:
+    """Returns the text followed by the differences, or None if there are none.
+
+    Example:
+      >>> print(differences_message("Other settings:", {"seed": 0}, {"seed": 1}))
+      Other settings:
+        seed: 0 found, 1 requested
+    """
+    lines = differences(found, wanted, places)
+    return "\n  ".join([text, *lines]) if lines else None
+
+
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -258,11 +278,11 @@ def _short(value: Any) -> str:
 
 def _check_count(name: str, value: int) -> None:
     if isinstance(value, bool) or not (isinstance(value, int) and value >= 1):
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        raise ConfigError(f"{name} is {value!r}; expected an integer of at least 1")
 
 
 def _positions(values: Iterable[Any]) -> list[int]:
-    """Rising whole numbers, each once, of any integer type."""
+    """Sorts and deduplicates integers of any type."""
     positions = set()
     for value in values:
         try:
@@ -270,26 +290,26 @@ def _positions(values: Iterable[Any]) -> list[int]:
         except TypeError:
             position = -1
         if position < 0:
-            raise ConfigError(f"exclude has {value!r}; it must have whole numbers from 0 on")
+            raise ConfigError(f"exclude has {value!r}; expected integers of at least 0")
         positions.add(position)
     return sorted(positions)
 
 
 def _check_seed(name: str, value: int) -> None:
-    # jax.random.key drops the bits above 32 without a word, so two seeds would be one.
+    # jax.random.key silently drops the bits above 32, so two seeds would be one.
     if isinstance(value, bool) or not (isinstance(value, int) and 0 <= value < 2**32):
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number from 0 to 2**32 - 1")
+        raise ConfigError(f"{name} is {value!r}; expected an integer in [0, 2**32)")
 
 
-def _check_share(name: str, value: float) -> None:
+def _check_fraction(name: str, value: float) -> None:
     _check_number(name, value)
     if not 0 <= value < 1:
-        raise ConfigError(f"{name} is {value}; it must be at least 0 and below 1")
+        raise ConfigError(f"{name} is {value}; expected a number in [0, 1)")
 
 
 def _check_number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name} is {value!r}; it must be a number")
+        raise ConfigError(f"{name} is {value!r}; expected a number")
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:

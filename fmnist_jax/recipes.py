@@ -1,67 +1,85 @@
-"""One recipe for each Keras project that this library brings to JAX, in the project's numbers.
+"""One recipe per Keras project, with the project's numbers, and what the project claims.
 
-Where a project validated on the test images, its recipe takes a stratified validation split from
-the training images instead. What a project left open is decided here, and `open_choices` says so.
+Where a project validated on the test images, its recipe holds out a stratified validation split of
+the training images instead. `Claim.open_choices` lists what a project left open and its recipe
+decided.
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 from fmnist_jax.config import Recipe
 
+
+class Claim(NamedTuple):
+    """What a Keras project reports about its network.
+
+    Attributes:
+      source: the project.
+      text: the accuracies that it reports.
+      test_accuracy: the reported accuracy on test images, a fraction; None if there is none.
+      not_comparable: why its numbers cannot be compared with the recipe's; empty if they can.
+      open_choices: what the project left open and the recipe decided.
+    """
+
+    source: str
+    text: str = "none"
+    test_accuracy: float | None = None
+    not_comparable: str = ""
+    open_choices: str = ""
+
+
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        "small_dropout": Recipe(
-            arch="small_dropout",
-            epochs=30,
-            schedule="cosine",
+        recipe.arch: recipe
+        for recipe in (
+            Recipe(arch="small_dropout", epochs=30, schedule="cosine"),
+            Recipe(arch="valid_2x2", epochs=10, batch_size=32, schedule="cosine"),
+            Recipe(arch="same_3x3", epochs=10, batch_size=32, schedule="cosine"),
+            Recipe(arch="he_stack", epochs=20, optimizer="sgd", learning_rate=0.01),
+            Recipe(
+                arch="deep_augmented",
+                epochs=25,
+                batch_size=126,
+                optimizer="rmsprop",
+                augmentation="keras",
+                image_size=150,
+            ),
+        )
+    }
+)
+
+CLAIMS: Mapping[str, Claim] = MappingProxyType(
+    {
+        "small_dropout": Claim(
             source="FashionMNIST-ImageclassificationwithCNN",
-            claim="test 91.33%, validation 90.62%",
-            claimed_test_accuracy=0.9133,
+            text="test 91.33%, validation 90.62%",
+            test_accuracy=0.9133,
             open_choices="width of the dense layer (128), optimizer, schedule, batch size, epochs",
         ),
-        "valid_2x2": Recipe(
-            arch="valid_2x2",
-            epochs=10,
-            batch_size=32,
-            schedule="cosine",
+        "valid_2x2": Claim(
             source="fashion_mnist_cnn, first model",
-            claim="none",
             open_choices="learning rate, schedule, epochs; batch size (here Keras' default)",
         ),
-        "same_3x3": Recipe(
-            arch="same_3x3",
-            epochs=10,
-            batch_size=32,
-            schedule="cosine",
+        "same_3x3": Claim(
             source=(
                 "Fashion-MNIST Classification with Convolutional Neural Networks; "
                 "fashion_mnist_cnn, second model"
             ),
-            claim="test about 91%",
-            claimed_test_accuracy=0.91,
+            text="test about 91%",
+            test_accuracy=0.91,
             open_choices="learning rate, schedule; batch size (here Keras' default)",
         ),
-        "he_stack": Recipe(
-            arch="he_stack",
-            epochs=20,
-            optimizer="sgd",
-            learning_rate=0.01,
+        "he_stack": Claim(
             source="Fashion-MNIST-Image-Classification-using-Deep-Learning",
-            claim="none",
             open_choices="He uniform or normal, padding, optimizer, learning rate, batch size",
         ),
-        "deep_augmented": Recipe(
-            arch="deep_augmented",
-            epochs=25,
-            batch_size=126,
-            optimizer="rmsprop",
-            augmentation="keras",
-            image_size=150,
+        "deep_augmented": Claim(
             source="Image-Classification-with-CNNs-in-the-Fashion-Mnist-dataset",
-            claim="training 98.10%, validation 95.43% (with three output units)",
+            text="training 98.10%, validation 95.43% (with three output units)",
             not_comparable=(
-                "three output units, without a word which classes; the validation images may be "
+                "three output units, without saying which classes; the validation images may be "
                 "the test images; no test accuracy"
             ),
             open_choices="learning rate; ten outputs where the project's text has three",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 
-from fmnist_jax.config import ConfigError
+from fmnist_jax.errors import ConfigError
 
 
 class Streams(NamedTuple):

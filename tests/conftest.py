@@ -19,7 +19,7 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import fmnist_jax as fm
-from fmnist_jax.xla.compile import compiled
+from fmnist_jax.xla.jit import platform_jit
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,7 +64,7 @@ def run_py() -> ModuleType:
 
 # By itself each of its hundreds of operations is a program of its own: 57 instead of 23 s for two
 # updates of he_stack.
-train_step = compiled(static_argnames=("model", "tx", "slice_size"))(fm.train_step)
+train_step = platform_jit(static_argnames=("model", "tx", "slice_size"))(fm.train_step)
 
 
 @dataclasses.dataclass(frozen=True)

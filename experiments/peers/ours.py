@@ -16,7 +16,7 @@ from worker import AUGMENTED, NETWORKS, OPTIMIZERS, Trained
 import fmnist_jax as fm
 from fmnist_jax.nn import ops
 from fmnist_jax.train.loop import example_keys, scale
-from fmnist_jax.xla.compile import compiled
+from fmnist_jax.xla.jit import platform_jit
 
 
 class Competitor:
@@ -102,7 +102,7 @@ def flops(
     pixels = jax.ShapeDtypeStruct(shape, jnp.float32)
     key = jax.eval_shape(jax.random.key, 0)
     params = jax.eval_shape(lambda k, x: model.init(k, x, train=False)["params"], key, pixels)
-    gradients = compiled()(jax.grad(functools.partial(mean_loss, model)))
+    gradients = platform_jit()(jax.grad(functools.partial(mean_loss, model)))
     classes = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     return gradients.lower(params, pixels, classes, key).compile().cost_analysis()["flops"]
 
@@ -153,7 +153,7 @@ def follow_reference(
     model = Network(NETWORKS[arch], dropout=Dropout)
     order = ours.epoch(0)[2]
 
-    @compiled()
+    @platform_jit()
     def step(state: fm.TrainState, examples: jax.Array) -> Any:
         if augment is None:
             pixels = scale(ours.images[examples])

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fmnist_jax.errors import DataError
+
 IMAGES_MAGIC = 0x803  # unsigned bytes in three dimensions
 LABELS_MAGIC = 0x801  # unsigned bytes in one
-
-
-class DataError(ValueError):
-    """The data is missing or not what it should be. The message names the file and the remedy."""
 
 
 def read_images(path: Path) -> np.ndarray:

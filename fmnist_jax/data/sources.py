@@ -18,7 +18,7 @@ import numpy as np
 
 from fmnist_jax.data import idx
 from fmnist_jax.data import tfds as tfds_source
-from fmnist_jax.data.idx import DataError
+from fmnist_jax.errors import DataError, DataWarning
 
 CLASS_NAMES = (
     "T-shirt/top",
@@ -52,10 +52,6 @@ _FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-la
 _SAMPLE_DIR = Path(__file__).parent / "sample"
 # MNIST has the same file names and sizes, but not the same number of examples in each class.
 _MNIST_TRAIN_COUNTS = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
-
-
-class DataWarning(UserWarning):
-    """The data is usable, but not what one would expect."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fmnist_jax.data.idx import DataError, read_images, read_labels
+from fmnist_jax.data.idx import read_images, read_labels
+from fmnist_jax.errors import DataError
 
 _TIMEOUT_SECONDS = 5.0
 _IDX_FILES = {

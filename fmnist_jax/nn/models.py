@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fmnist_jax.config import ConfigError
+from fmnist_jax.errors import ConfigError
 from fmnist_jax.nn import ops
 
 Initializer = jax.nn.initializers.Initializer

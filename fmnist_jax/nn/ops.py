@@ -21,7 +21,7 @@ from jax import lax
 
 from fmnist_jax.nn import winograd
 from fmnist_jax.nn.winograd import Grid
-from fmnist_jax.xla.fence import fence
+from fmnist_jax.xla.noinline import fence
 
 Padding = Literal["SAME", "VALID"]
 Pads = list[tuple[int, int]]

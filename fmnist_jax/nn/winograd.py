@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fmnist_jax.xla.fence import fence
+from fmnist_jax.xla.noinline import fence
 
 # The polynomials of data and kernel are multiplied by their values at these points and at infinity.
 # The points of a tile and a kernel of these sides decide about rounding: on standard normal values

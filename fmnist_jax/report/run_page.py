@@ -14,6 +14,7 @@ from scipy.special import softmax
 
 from fmnist_jax.analysis import calibration
 from fmnist_jax.config import differences
+from fmnist_jax.errors import DamagedFileError
 from fmnist_jax.recipes import RECIPES
 from fmnist_jax.report import page
 from fmnist_jax.runs import files
@@ -38,7 +39,7 @@ def write_report(workdir: Path) -> Path:
     """
     report = files.read_json(workdir / files.REPORT)
     if report is None:
-        raise files.DamagedFileError(f"{workdir / files.REPORT} is not there: no finished run")
+        raise DamagedFileError(f"{workdir / files.REPORT} is not there: no finished run")
     history = files.read_lines(workdir / files.METRICS)
     predictions = files.read_arrays(workdir / files.PREDICTIONS)
     examples = files.read_arrays(workdir / files.EXAMPLES)

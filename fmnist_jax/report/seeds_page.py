@@ -7,6 +7,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from fmnist_jax.errors import DamagedFileError
 from fmnist_jax.report import page
 from fmnist_jax.report.run_page import save_figure
 from fmnist_jax.runs import files
@@ -28,7 +29,7 @@ def write_seeds_report(workdir: Path) -> Path:
     """
     summary = files.read_json(workdir / files.SEEDS)
     if summary is None:
-        raise files.DamagedFileError(f"{workdir / files.SEEDS} is not there: no finished seeds")
+        raise DamagedFileError(f"{workdir / files.SEEDS} is not there: no finished seeds")
     histories = [files.read_lines(workdir / run / files.METRICS) for run in summary["runs"]]
     split = "train" if summary["val_accuracy"] is None else "val"
     with mpl.rc_context(page.STYLE):

@@ -1,22 +1,24 @@
-"""Saves and restores what a run needs to go on. This is the only file that imports orbax.
+"""Checkpoints of a run. This is the only file that imports orbax.
 
 A checkpoint is a folder named by its step:
 
     arrays/        the arrays by name, written by Orbax
-    manifest.json  what they are: step, settings, values of JSON, dtype, shape and SHA-256 of each
-                   array, SHA-256 of each file, and of itself
+    manifest.json  step, settings, score and other JSON values, dtype and shape of each array,
+                   SHA-256 of each file and of the manifest itself
 
-It is written under another name, forced to the disk, and renamed; it is renamed before it is
-removed. So a folder with the name of a step was whole once, and if it is not now, it was damaged.
-The empty file `.saved` tells that there was one: should none be left, that is damage too.
+It is written under a temporary name, forced to the disk, and renamed; it is renamed again before it
+is removed. A folder named by a step was therefore complete once; if it no longer is, it was
+damaged. The empty file `.saved` records that there was a checkpoint: if none is left, that is
+damage too.
 """
 
 import contextlib
+import errno
 import functools
-import hashlib
 import itertools
 import json
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -27,13 +29,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmnist_jax.config import differences
+from fmnist_jax.config import differences_message
+from fmnist_jax.digest import sha256_file, sha256_json
+from fmnist_jax.errors import CheckpointError, CheckpointWarning
 from fmnist_jax.runs import files
 
-# Raised when what is written here could not be read by the version before.
-FORMAT = 1
+# Increased when an earlier version could not read what is written here.
+FORMAT = 2
 
-# Enough to survive damage to one, and no more disk than that.
+# Enough to survive damage to one.
 NUM_LATEST = 2
 
 _ARRAYS, _MANIFEST = "arrays", "manifest.json"
@@ -41,27 +45,19 @@ _SAVING, _REMOVING, _DAMAGED = ".saving-", ".removing-", "damaged-"
 _SAVED = ".saved"
 
 
-class CheckpointError(OSError):
-    """A checkpoint could not be written or read."""
-
-
-class CheckpointWarning(UserWarning):
-    """A checkpoint was passed over, or could not be written for now."""
-
-
 class _DamagedError(Exception):
-    """A checkpoint is not what was written."""
+    """A checkpoint differs from what was written."""
 
 
 class Checkpoint(NamedTuple):
-    """What was saved, as plain NumPy.
+    """A checkpoint as plain NumPy.
 
     Attributes:
-      step: updates made.
-      arrays: each array by its name, such as "state.params.Conv_0.kernel".
-      meta: the values of JSON that were saved with them.
+      step: number of steps taken.
+      arrays: the arrays by name, such as "state.params.Conv_0.kernel".
+      meta: the JSON values that were saved with them.
       settings: the settings of the run.
-      score: what it was saved with, or None.
+      score: the validation accuracy, or None.
     """
 
     step: int
@@ -72,15 +68,15 @@ class Checkpoint(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints in a folder, one a step.
+    """The checkpoints in a folder, one per step.
 
-    A save is on the disk on return. Kept are the two newest, the one of the highest score, and
-    every `keep_every`-th step. One process at a time may save.
+    A checkpoint is on the disk when `save` returns. The two newest, the one with the highest score
+    and those at multiples of `keep_every` are retained. Only one process may save at a time.
 
     Args:
-      directory: made at the first save.
-      settings: the settings of the run, ready for JSON; a checkpoint of others is refused.
-      keep_every: steps that are multiples of it are kept.
+      directory: created by the first save.
+      settings: the settings of the run, ready for JSON; a checkpoint with others is refused.
+      keep_every: checkpoints at multiples of this number of steps are retained.
 
     Example:
       >>> import tempfile
@@ -98,34 +94,34 @@ class Checkpoints:
         keep_every: int | None = None,
     ) -> None:
         self._directory = directory.absolute()
-        # As it will be read: JSON has no tuples.
+        # As JSON returns them: it has no tuples.
         self._settings = json.loads(json.dumps(settings or {}))
         self._keep_every = keep_every
 
     def steps(self) -> list[int]:
-        """The steps that were saved, in rising order; damage is not looked for."""
+        """Returns the saved steps in ascending order, without checking for damage."""
         return sorted(int(path.name) for path in self._paths() if path.name.isdigit())
 
     def save(
         self, step: int, tree: Any, meta: Mapping[str, Any], score: float | None = None
     ) -> None:
-        """Writes arrays and a few values of JSON; a step that is there already stays as it is.
+        """Writes arrays and JSON values; a step that exists already is left unchanged.
 
         Raises:
-          CheckpointError: if the checkpoint was not written and forced to the disk; what was saved
-            before is as it was.
+          CheckpointError: if the checkpoint was not written and forced to the disk; earlier ones
+            are unchanged.
         """
         temporary = self._directory / f"{_SAVING}{step}"
         try:
             if step in self.steps():
-                files.sync(self._directory)  # which may be what failed the last time
+                files.sync(self._directory)  # this may have failed the last time
                 return
-            # Whatever is left of others would keep their place on the disk.
+            # Remains of others would take up space on the disk.
             self._clean()
             files.make_folder(self._directory)
             temporary.mkdir()
             arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(tree).items()}
-            _check_room(temporary, sum(array.nbytes for array in arrays.values()))
+            _check_free_space(temporary, sum(array.nbytes for array in arrays.values()))
             _write_arrays(temporary / _ARRAYS, arrays)
             body = {
                 "format": FORMAT,
@@ -133,14 +129,17 @@ class Checkpoints:
                 "score": score,
                 "settings": self._settings,
                 "meta": dict(meta),
-                "arrays": {name: _describe(array) for name, array in arrays.items()},
+                "arrays": {
+                    name: {"dtype": str(array.dtype), "shape": list(array.shape)}
+                    for name, array in arrays.items()
+                },
                 "files": {
-                    path.relative_to(temporary).as_posix(): _file_sha256(path)
+                    path.relative_to(temporary).as_posix(): sha256_file(path)
                     for path in sorted((temporary / _ARRAYS).rglob("*"))
                     if path.is_file()
                 },
             }
-            manifest = json.dumps({"sha256": _json_sha256(body), "content": body}, indent=1)
+            manifest = json.dumps({"sha256": sha256_json(body), "content": body}, indent=1)
             (temporary / _MANIFEST).write_text(manifest)
             for path in [*temporary.rglob("*"), temporary]:
                 files.sync(path)
@@ -157,20 +156,19 @@ class Checkpoints:
         self._remove_old()
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
-        """Reads the newest checkpoint that is undamaged.
+        """Reads the newest undamaged checkpoint.
 
-        A damaged one is reported by a `CheckpointWarning`, kept aside under another name, and
-        passed over. What a process that was killed left unfinished is removed.
+        A damaged one is reported by a `CheckpointWarning`, renamed and skipped. Unfinished
+        checkpoints of a killed process are removed.
 
         Args:
-          like: a tree of arrays, or their shapes and dtypes, of the structure that was saved.
+          like: a tree of arrays, or of their shapes and dtypes, with the structure that was saved.
 
         Returns:
-          The arrays on the default device, and the values of JSON; None where nothing was ever
-          saved.
+          The arrays on the default device, and the JSON values; None if nothing was ever saved.
 
         Raises:
-          CheckpointError: if all are damaged or gone, if one cannot be read, or if it is of other
+          CheckpointError: if all are damaged or missing, if one cannot be read, or if it has other
             settings, shapes or dtypes; the message lists the differences.
         """
         self._clean()
@@ -182,25 +180,25 @@ class Checkpoints:
                 aside = _free(self._directory / f"{_DAMAGED}{step}")
                 path.rename(aside)
                 warnings.warn(
-                    f"the checkpoint of step {step} is damaged ({error}); it is kept as {aside}",
+                    f"the checkpoint of step {step} is damaged ({error}); it was renamed to {aside}",
                     CheckpointWarning,
                     stacklevel=2,
                 )
             else:
-                self._remove_old()  # which a process may not have come to
+                self._remove_old()  # a process may have been killed before
                 return tree, checkpoint.meta
         if any(path.name.startswith((_DAMAGED, _SAVED)) for path in self._paths()):
             raise CheckpointError(
-                f"every checkpoint in {self._directory} is damaged or gone; what is there stays. "
+                f"every checkpoint in {self._directory} is damaged or missing; nothing was changed. "
                 "Move the folder away to start from the first step"
             )
         return None
 
     def restore_step(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Reads one step, as `restore` does.
+        """Reads the checkpoint of one step, as `restore` does.
 
         Raises:
-          CheckpointError: also if this step is damaged or not there.
+          CheckpointError: also if this step is damaged or missing.
         """
         try:
             tree, checkpoint = self._restore(self._directory / str(step), like)
@@ -219,15 +217,13 @@ class Checkpoints:
         found = {
             name: f"{array['dtype']}{array['shape']}" for name, array in content["arrays"].items()
         }
-        lines = [
-            *differences(content["settings"], self._settings),
-            *differences(found, wanted),
-        ]
-        if lines:
-            raise CheckpointError(
-                f"the checkpoint {path} is of another run or program. It differs in\n"
-                + "\n".join(f"  {line}" for line in lines)
-            )
+        message = differences_message(
+            f"the checkpoint {path} is of another run or version. It differs:",
+            content["settings"] | {"arrays": found},
+            self._settings | {"arrays": wanted},
+        )
+        if message:
+            raise CheckpointError(message)
         checkpoint = _read(path, content)
         arrays = [jnp.asarray(checkpoint.arrays[name]) for name in leaves]
         return jax.tree.unflatten(jax.tree.structure(like), arrays), checkpoint
@@ -235,7 +231,7 @@ class Checkpoints:
     def _paths(self) -> list[Path]:
         return list(self._directory.iterdir()) if self._directory.is_dir() else []
 
-    # What cannot be removed is in nobody's way, and the next save tries again.
+    # Files that cannot be removed do no harm, and the next save tries again.
 
     def _clean(self) -> None:
         with contextlib.suppress(OSError):
@@ -248,7 +244,7 @@ class Checkpoints:
             steps = self.steps()
             scores = _scores(self._directory, steps)
             kept = {*steps[-NUM_LATEST:], _best(scores)}
-            # One whose score cannot be read may be the best.
+            # One with an unreadable score may be the best; it is not among `scores`.
             for step in scores:
                 if step in kept or (self._keep_every and step % self._keep_every == 0):
                     continue
@@ -261,14 +257,14 @@ class Checkpoints:
 def load_checkpoint(
     workdir: Path | str, which: int | Literal["latest", "best"] = "latest"
 ) -> Checkpoint:
-    """Reads a checkpoint of a run as plain NumPy; neither its model nor its settings are needed.
+    """Reads a checkpoint of a run as plain NumPy, without its model or settings.
 
     Args:
       workdir: folder of the run.
       which: a step, the latest, or the one with the best validation accuracy.
 
     Raises:
-      CheckpointError: if it is not there, damaged or cannot be read.
+      CheckpointError: if it is missing, damaged or cannot be read.
     """
     directory = Path(workdir).absolute() / files.CHECKPOINTS
     steps = Checkpoints(directory).steps()
@@ -288,7 +284,7 @@ def load_checkpoint(
 
 
 def _scores(directory: Path, steps: list[int]) -> dict[int, float | None]:
-    """The score of each step whose manifest can be read."""
+    """Returns the score of each step whose manifest can be read."""
     scores = {}
     for step in steps:
         with contextlib.suppress(_DamagedError, CheckpointError):
@@ -297,7 +293,7 @@ def _scores(directory: Path, steps: list[int]) -> dict[int, float | None]:
 
 
 def _best(scores: Mapping[int, float | None]) -> int | None:
-    """The step of the highest score, the first of equal ones."""
+    """Returns the step with the highest score, the first of equal ones."""
     finite = {
         step: score for step, score in scores.items() if score is not None and math.isfinite(score)
     }
@@ -305,19 +301,19 @@ def _best(scores: Mapping[int, float | None]) -> int | None:
 
 
 def _verified_content(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are, byte by byte, what was written."""
+    """Returns the manifest of a checkpoint after verifying all its files."""
     content = _manifest(path)
     if str(content["step"]) != path.name:
-        raise _DamagedError(f"it is that of step {content['step']}")
+        raise _DamagedError(f"its manifest is of step {content['step']}")
     for name, sha256 in content["files"].items():
         try:
-            intact = _file_sha256(path / name) == sha256
+            intact = sha256_file(path / name) == sha256
         except FileNotFoundError:
             raise _DamagedError(f"{name} is missing") from None
         except OSError as error:
             raise _DamagedError(f"{name} cannot be read: {error.strerror}") from error
         if not intact:
-            raise _DamagedError(f"{name} is not what was written")
+            raise _DamagedError(f"{name} has another SHA-256")
     return content
 
 
@@ -325,13 +321,13 @@ def _manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
         content = manifest["content"]
-        intact = manifest["sha256"] == _json_sha256(content)
+        intact = manifest["sha256"] == sha256_json(content)
     except FileNotFoundError:
         raise _DamagedError(f"{_MANIFEST} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         intact = False
     if not intact:
-        raise _DamagedError(f"{_MANIFEST} is not what was written")
+        raise _DamagedError(f"{_MANIFEST} has another SHA-256")
     if content["format"] != FORMAT:
         raise CheckpointError(
             f"the checkpoint {path} has format {content['format']}; this version reads {FORMAT}"
@@ -347,27 +343,20 @@ def _read(path: Path, content: dict[str, Any]) -> Checkpoint:
         raise CheckpointError(
             f"the checkpoint {path} is undamaged, but Orbax cannot read it: {_first_line(error)}"
         ) from error
-    for name, array in arrays.items():
-        if _describe(array) != described[name]:
-            raise _DamagedError(f"{name} is not what was written")
     return Checkpoint(
         content["step"], arrays, content["meta"], content["settings"], content["score"]
     )
 
 
-def _check_room(folder: Path, size: int) -> None:
-    """Raises OSError where so many bytes cannot be written.
-
-    Orbax would find out as well, but with a traceback on stderr from a thread of its own.
-    """
-    trial = folder / "trial"
-    trial.write_bytes(bytes(size))
-    trial.unlink()
+def _check_free_space(folder: Path, size: int) -> None:
+    # On a full disk Orbax would print a traceback from a thread of its own.
+    if shutil.disk_usage(folder).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     ocp = _orbax()
-    # Orbax saves no array without elements; the manifest says all about them.
+    # Orbax cannot save arrays without elements; the manifest describes them in full.
     filled = {name: array for name, array in arrays.items() if array.size}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(filled))
@@ -388,7 +377,7 @@ def _read_arrays(path: Path, described: dict[str, Any]) -> dict[str, np.ndarray]
 
 @functools.cache
 def _orbax() -> Any:
-    import orbax.checkpoint as ocp  # imported here: it takes longer than a new run's first step
+    import orbax.checkpoint as ocp  # it takes longer to import than a first step
 
     return ocp
 
@@ -401,22 +390,8 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
     return named
 
 
-def _describe(array: np.ndarray) -> dict[str, Any]:
-    sha256 = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-    return {"dtype": str(array.dtype), "shape": list(array.shape), "sha256": sha256}
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _json_sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def _free(path: Path) -> Path:
-    """The path, or the first with a number behind it that is not taken."""
+    """Returns the path, or the first free one with a number appended."""
     numbered = (path.with_name(f"{path.name}.{count}") for count in itertools.count(1))
     return next(free for free in itertools.chain([path], numbered) if not free.exists())
 

@@ -1,4 +1,4 @@
-"""What a run ran on: machine, device and versions."""
+"""The environment of a run: machine, device and versions."""
 
 import contextlib
 import os
@@ -11,17 +11,20 @@ from typing import Any
 
 import jax
 
-# What decides the bits of a run, besides its settings.
-DECISIVE = ("program", "versions", "device", "num_devices", "processor", "num_cpus", "settings")
+from fmnist_jax.digest import sha256_bytes
+from fmnist_jax.version import __version__
 
-# What XLA takes from the environment: its flags, and the number of its threads.
+# What determines the bits of a run, besides its settings.
+DECISIVE = ("source", "versions", "device", "num_devices", "processor", "num_cpus", "settings")
+
+# Variables that XLA reads: its flags, and the number of its threads.
 _SETTINGS = ("XLA_FLAGS", "PJRT_NPROC", "NPROC")
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def describe() -> dict[str, Any]:
-    """This process, its machine and the default device, ready for JSON.
+    """Describes this process, its machine and the default device, ready for JSON.
 
     Example:
       >>> describe()["num_devices"] >= 1
@@ -31,6 +34,7 @@ def describe() -> dict[str, Any]:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
+        "source": _source_sha256(),
         "versions": {"python": platform.python_version()} | versions(),
         "device": device.device_kind,
         "platform": device.platform,
@@ -43,10 +47,14 @@ def describe() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of those that decide what a run computes."""
-    from fmnist_jax.version import __version__
-
+    """Versions of this package and of those that determine what a run computes."""
     return {"fmnist_jax": __version__} | {name: metadata.version(name) for name in _PACKAGES}
+
+
+def _source_sha256() -> str:
+    """SHA-256 of this package's source."""
+    package = Path(__file__).parents[1]
+    return sha256_bytes(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py"))))
 
 
 def _processor() -> str:
@@ -58,5 +66,5 @@ def _processor() -> str:
 
 
 def _num_cpus() -> int:
-    # What this process may use, which is what decides the speed.
+    # Those that this process may use.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

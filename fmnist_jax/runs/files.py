@@ -1,15 +1,19 @@
-"""The files of a run, and writing them so that a reader never sees half of one."""
+"""The files of a run, written such that a reader never sees a part of one."""
 
+import contextlib
 import io
 import json
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
+
+from fmnist_jax.errors import ConfigError, DamagedFileError
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
@@ -21,16 +25,12 @@ SEEDS = "seeds.json"
 CHECKPOINTS = "checkpoints"
 
 
-class DamagedFileError(ValueError):
-    """A file of a run is missing or cannot be read. The message names it."""
-
-
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replaces a file in one step: whenever a reader looks, it is the old one or the new one.
+    """Replaces a file atomically and forces it to the disk.
 
-    On return it is on the disk, and would be there after a loss of power.
+    On return it would survive a loss of power.
     """
-    # One name for all processes, so that what a killed one leaves is replaced by the next.
+    # One name for all processes, so that the next one replaces what a killed one left.
     temporary = path.with_name(f".{path.name}.new")
     try:
         temporary.write_bytes(content)
@@ -42,7 +42,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder, and those that it is in, and forces their names to the disk."""
+    """Creates a folder and its parents, and forces their names to the disk."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -51,6 +51,8 @@ def make_folder(path: Path) -> None:
 
 def sync(path: Path) -> None:
     """Forces a file, or the names in a folder, to the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open a folder
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -59,29 +61,29 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON that people can read."""
+    """Writes indented JSON."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
-    """Reads JSON, or returns None where there is no such file.
+    """Reads JSON; returns None if there is no such file.
 
     Raises:
-      DamagedFileError: if it is no JSON.
+      DamagedFileError: if it is not JSON.
     """
     return _parsed(path, path.read_bytes()) if path.exists() else None
 
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Writes one JSON object a line."""
+    """Writes one JSON object per line."""
     write_bytes(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads one JSON object a line; no file is no lines.
+    """Reads one JSON object per line; a missing file has no lines.
 
     Raises:
-      DamagedFileError: if a line is no JSON.
+      DamagedFileError: if a line is not JSON.
     """
     if not path.exists():
         return []
@@ -92,20 +94,43 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Reads named NumPy arrays.
 
     Raises:
-      DamagedFileError: if they are not there or cannot be read.
+      DamagedFileError: if the file is missing or cannot be read.
     """
     try:
-        # From memory: NumPy leaves the file open where it cannot be read.
+        # From memory: NumPy leaves a file open that it cannot read.
         with np.load(io.BytesIO(path.read_bytes())) as arrays:
             return dict(arrays)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DamagedFileError(f"{path} cannot be read: {error}") from error
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Locks a folder for this process; the lock ends with the process, however that ends.
+
+    Raises:
+      ConfigError: if another process has locked it.
+      OSError: if the folder cannot be written.
+
+    Example:
+      >>> import tempfile
+      >>> with locked(Path(tempfile.mkdtemp())):
+      ...     print("locked")
+      locked
+    """
+    try:
+        with filelock.FileLock(folder / ".lock", timeout=0):
+            yield
+    except filelock.Timeout:
+        raise ConfigError(
+            f"workdir {folder} is in use by another process; wait for it, or use another folder"
+        ) from None
+
+
 def _parsed(path: Path, content: bytes) -> Any:
     try:
         return json.loads(content)
-    except (ValueError, RecursionError) as error:  # what is no UTF-8 is a ValueError too
+    except (ValueError, RecursionError) as error:  # invalid UTF-8 is a ValueError too
         raise DamagedFileError(f"{path} is damaged: {error}") from error
 
 

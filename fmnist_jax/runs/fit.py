@@ -1,72 +1,49 @@
-"""`fit`: the host side of a run. Epochs, progress, checkpoints, interrupts and files."""
+"""`fit`: trains one run. Epochs, progress, checkpoints, signals and files."""
 
 import contextlib
 import math
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from fmnist_jax.config import ConfigError, Interval, Run, differences
-from fmnist_jax.data.sources import Dataset
-from fmnist_jax.runs import environment, files
-from fmnist_jax.runs.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
-from fmnist_jax.runs.lock import locked
-from fmnist_jax.runs.plan import Plan, create_plan
-from fmnist_jax.runs.program import (
-    Program,
-    forget_program,
-    keep_program,
-    load_program,
-    program_sha256,
+from fmnist_jax.config import Interval, Run, differences_message
+from fmnist_jax.data.dataset import Dataset
+from fmnist_jax.errors import (
+    CheckpointError,
+    CheckpointWarning,
+    ConfigError,
+    DivergedError,
+    EnvironmentWarning,
+    Interrupted,
 )
-from fmnist_jax.runs.progress import ConsoleProgress, Silence
+from fmnist_jax.runs import environment, files
+from fmnist_jax.runs.checkpoint import Checkpoints
+from fmnist_jax.runs.plan import Plan, create_plan
 from fmnist_jax.runs.results import write_results
-from fmnist_jax.runs.signals import Signals, waiting_signals
+from fmnist_jax.runs.signals import deferred_signals
+from fmnist_jax.runs.writers import ConsoleProgress, NullProgress
 from fmnist_jax.train import metrics as metrics_lib
-from fmnist_jax.train.loop import TrainState, epoch_order, train_steps
+from fmnist_jax.train.loop import train_epoch, train_steps
 from fmnist_jax.train.metrics import Metrics
 from fmnist_jax.train.predict import evaluate
+from fmnist_jax.train.step import TrainState
 
-# Training returns to Python about so often, to show progress and to see an interrupt. The length
-# of a call changes no bit of the result.
+# Target duration of one compiled call. Progress is shown and signals are handled between calls.
+# The length of a call changes no bit of the result.
 _CALL_SECONDS = 0.5
 
 
-class DivergedError(ArithmeticError):
-    """The loss is not finite. The message names epoch and step."""
-
-
-class ConditionsWarning(UserWarning):
-    """A run goes on under conditions that may change its bits."""
-
-
-class _WrongProgramError(Exception):
-    """The kept training loop is another than this run's."""
-
-
-class Interrupted(Exception):  # noqa: N818 (it reports what was asked for, no error)
-    """A signal stopped the run after its state was saved.
-
-    Attributes:
-      signal_number: the signal.
-    """
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
-
-
 class Result(NamedTuple):
-    """What a run comes to.
+    """A finished run.
 
     Attributes:
       state: the last state.
-      model: the network, to use with `state.params`.
+      model: the network, to be used with `state.variables`.
       report: the content of report.json.
       history: the lines of metrics.jsonl.
     """
@@ -77,30 +54,60 @@ class Result(NamedTuple):
     history: list[dict[str, Any]]
 
 
-def fit(run: Run, dataset: Dataset, *, progress: Silence | None = None) -> Result:
-    """Trains, evaluates and writes the files of a run; goes on where an earlier call stopped.
+class LoopState(NamedTuple):
+    """The content of a checkpoint: all that a run needs to resume.
 
-    After each epoch it evaluates on the validation split and saves a checkpoint. The test images
-    are looked at once, at the end. SIGINT and SIGTERM save and stop; a second one stops at once.
+    Attributes:
+      state: parameters, optimizer state and step.
+      metrics: sums over the current epoch.
+      epoch_seconds: training time of the current epoch.
+      history: the lines of metrics.jsonl.
+    """
 
-    A run that goes on gives the bits of one that was never stopped, wherever that was. A damaged
-    checkpoint is passed over for the one before it. Where one cannot be written, the disk being
-    full for instance, training goes on and the next interval tries again; both are reported by a
+    state: TrainState
+    metrics: Metrics
+    epoch_seconds: float
+    history: list[dict[str, Any]]
+
+    @property
+    def step(self) -> int:
+        """Number of steps taken."""
+        return int(self.state.step)
+
+    @property
+    def val_accuracy(self) -> float | None:
+        """Validation accuracy of this very state, if it was evaluated."""
+        last = self.history[-1] if self.history else {}
+        is_current = last.get("split") == "val" and last["step"] == self.step
+        return last["accuracy"] if is_current else None
+
+
+def fit(run: Run, dataset: Dataset, *, progress: NullProgress | None = None) -> Result:
+    """Trains and evaluates a run and writes its files; resumes where an earlier call stopped.
+
+    After each epoch it evaluates the validation split and saves a checkpoint. The test images are
+    evaluated once, at the end. The first SIGINT or SIGTERM saves the state and stops, after the
+    current compiled call or evaluation; a second one stops at once.
+
+    A resumed run is bitwise identical to one that was never stopped. A damaged checkpoint is
+    skipped in favour of the one before it. If a checkpoint cannot be written, for instance because
+    the disk is full, training continues and the next interval tries again. Both are reported by a
     `CheckpointWarning`.
 
     Args:
-      run: the settings. The same settings and folder go on, or return a finished run's result.
+      run: the settings. The same settings and folder resume a run, or return a finished run's
+        result.
       dataset: the data.
-      progress: who is told; None prints, `Silence()` does not.
+      progress: receives progress; None prints it.
 
     Returns:
       The last state and the report.
 
     Raises:
-      ConfigError: if settings and data do not fit, or the folder holds another run, is used by
-        one that is under way, or cannot be written.
+      ConfigError: if settings and data do not fit, or the folder holds another run, is in use by
+        another process, or cannot be written.
       DivergedError: if the loss is not finite.
-      Interrupted: if a signal came.
+      Interrupted: if a signal arrived.
       CheckpointError: if the last state cannot be written, or no checkpoint can be read.
       DamagedFileError: if another file of the run cannot be read.
 
@@ -108,357 +115,316 @@ def fit(run: Run, dataset: Dataset, *, progress: Silence | None = None) -> Resul
       >>> import dataclasses, tempfile, fmnist_jax as fm
       >>> recipe = dataclasses.replace(fm.RECIPES["small_dropout"], epochs=1)
       >>> run = Run(recipe=recipe, workdir=Path(tempfile.mkdtemp()), train_examples=500)
-      >>> result = fit(run, fm.load_fashion_mnist(sample=True), progress=Silence())
-      >>> result.report["steps"]
+      >>> data = fm.load_fashion_mnist(sample=True)
+      >>> fit(run, data, progress=NullProgress()).report["steps"]
       4
     """
     return fit_plan(create_plan(run, dataset), progress=progress)
 
 
-def fit_plan(plan: Plan, *, progress: Silence | None = None) -> Result:
-    """`fit`, for a plan that is made already."""
+def fit_plan(plan: Plan, *, progress: NullProgress | None = None) -> Result:
+    """Does what `fit` does, for a plan that exists already."""
     progress = progress or ConsoleProgress()
-    settings = plan.settings
-    workdir = plan.run.workdir
-    with contextlib.ExitStack() as stack:
-        signals = stack.enter_context(waiting_signals())
-        signals.nothing_to_lose = True
-        report = _read_report(workdir, settings)
-        if report is None:
-            try:
-                files.make_folder(workdir)
-                stack.enter_context(locked(workdir))
-                _claim(workdir, settings)
-            except OSError as error:
-                raise ConfigError(f"workdir {workdir} cannot be used: {error}") from error
-        loop = _Loop(plan, settings, progress)
-        if report is None:
-            loop.train(signals)
-            signals.nothing_to_lose = True
-            report = loop.finish()
-            if signals.received:
-                raise Interrupted("Stopped; the run is complete.", signals.received[0])
-        else:
-            loop.restore_complete(report)
-            progress.say(f"This run is complete; its results are in {workdir}.")
+    workdir, settings = plan.run.workdir, plan.settings
+    checkpoints = Checkpoints(workdir / files.CHECKPOINTS, settings, keep_every=plan.keep_every)
+    report = _read_report(workdir, settings)
+    if report is not None and (not plan.tta or report["tta_accuracy"] is not None):
+        loop = _restore_finished(plan, checkpoints, report["steps"])
+        progress.say(f"This run is finished; its results are in {workdir}.")
+        return Result(loop.state, plan.model, report, loop.history)
+    with _exclusive(workdir, settings):
+        loop, compile_seconds = _train(plan, checkpoints, progress)
+        if report is not None:
+            compile_seconds = report["compile_seconds"]
+        report = write_results(
+            plan,
+            loop.state,
+            loop.history,
+            compile_seconds=compile_seconds,
+            on_progress=progress.evaluate,
+        )
     return Result(loop.state, plan.model, report, loop.history)
 
 
-class _Loop:
-    """A run under way: its state on the device and its log on the disk."""
-
-    def __init__(self, plan: Plan, settings: dict[str, Any], progress: Silence) -> None:
-        self.plan = plan
-        self.progress = progress
-        self.every = Interval.parse("checkpoint_every", plan.run.checkpoint_every)
-        self.checkpoints = Checkpoints(
-            plan.run.workdir / files.CHECKPOINTS, settings, keep_every=plan.keep_every
+def _train(
+    plan: Plan, checkpoints: Checkpoints, progress: NullProgress
+) -> tuple[LoopState, float]:
+    """Trains the remaining epochs; returns the last state and the seconds of compilation."""
+    loop = _restore(plan, checkpoints)
+    metrics_path = plan.run.workdir / files.METRICS
+    if loop.step:
+        progress.say(f"Resuming after step {loop.step:,} of {plan.total_steps:,}.")
+    elif metrics_path.exists() and metrics_path.stat().st_size:
+        progress.say("Starting from the first step: the earlier run has no checkpoint.")
+    # Lines after the checkpoint are written again.
+    files.write_lines(metrics_path, loop.history)
+    saver = _Saver(plan, checkpoints, loop.step)
+    if loop.step == plan.total_steps:
+        return loop, 0.0
+    _record_environment(plan, is_resumed=loop.step > 0)
+    data = (
+        jnp.asarray(plan.dataset.train_images),
+        jnp.asarray(plan.dataset.train_labels),
+        jnp.asarray(plan.train_examples),
+    )
+    progress.say(
+        f"Compiling the training loop of {plan.run.recipe.arch} for "
+        f"{jax.devices()[0].device_kind} ..."
+    )
+    started = time.perf_counter()
+    # No steps: this only compiles the program that all calls share.
+    state, metrics = train_steps(
+        loop.state,
+        *data,
+        plan.streams,
+        jnp.int32(0),
+        plan.hyperparams,
+        loop.metrics,
+        config=plan.config,
+    )
+    loop = loop._replace(state=jax.block_until_ready(state), metrics=metrics)
+    compile_seconds = time.perf_counter() - started
+    pace = _Pace()
+    progress.start(step=loop.step, total_steps=plan.total_steps)
+    try:
+        # Until here a signal ends the process at once, because nothing would be lost.
+        with deferred_signals() as signals:
+            while loop.step < plan.total_steps:
+                loop = _train_epoch(plan, data, loop, saver, pace, signals, progress)
+                loop = _end_epoch(plan, loop, saver, progress)
+                if signals:
+                    _stop(plan, loop, saver, signals)
+    finally:
+        progress.stop()
+    if saver.saved_step < loop.step:
+        raise CheckpointError(
+            f"the last state, of step {loop.step:,}, could not be saved; the same command resumes "
+            f"after step {saver.saved_step:,}"
         )
-        self.metrics_path = plan.run.workdir / files.METRICS
-        self.history: list[dict[str, Any]] = []
-        self.compile_seconds = 0.0
-        self.call_steps = 1
-        self.program: Program | None = None
-        self.program_sha256: str | None = None  # once the program is known to be the plan's
-        self.has_updated = False
-        self.saved_at = time.monotonic()  # the time of day may jump
-        self.saved_step = 0
-        self.val_accuracy: float | None = None  # of the state as it is
-        self.before_last: dict[str, Any] = {}  # what the last update of an epoch begins with
+    files.write_lines(metrics_path, loop.history)
+    return loop, compile_seconds
 
-    def restore(self) -> None:
-        """The newest state that was saved, or the first one."""
-        restored = self.checkpoints.restore(self.plan.checkpoint_shapes)
-        if restored is None:
-            self.state, self.metrics = self.plan.create_state(), metrics_lib.zeros()
-            self.epoch_seconds = 0.0
-            return
-        tree, meta = restored
-        self.state, self.metrics = tree["state"], tree["metrics"]
-        self.epoch_seconds, self.history = meta["epoch_seconds"], meta["history"]
-        self.saved_step = self.step
 
-    def restore_complete(self, report: dict[str, Any]) -> None:
-        """The last state of a complete run.
-
-        Raises:
-          CheckpointError: if it is not there any more.
-        """
-        if not self.checkpoints.steps():
-            raise CheckpointError(
-                f"the run in {self.plan.run.workdir} is complete, but it has no checkpoint to take "
-                "its state from; its results stay as they are, and another folder starts anew"
+def _train_epoch(
+    plan: Plan,
+    data: tuple[jax.Array, jax.Array, jax.Array],
+    loop: LoopState,
+    saver: "_Saver",
+    pace: "_Pace",
+    signals: list[int],
+    progress: NullProgress,
+) -> LoopState:
+    """Trains to the end of the epoch; saves and stops on the way where it should."""
+    epoch = loop.step // plan.steps_per_epoch
+    first_step = epoch * plan.steps_per_epoch
+    last_step = first_step + plan.steps_per_epoch
+    step = loop.step
+    calls = train_epoch(
+        loop.state,
+        *data,
+        plan.streams,
+        plan.hyperparams,
+        loop.metrics,
+        config=plan.config,
+        next_num_steps=lambda left: min(pace.num_steps, left, saver.steps_until_due(step)),
+    )
+    started = time.perf_counter()
+    for state, metrics in calls:
+        host_metrics = jax.device_get(metrics)
+        seconds = time.perf_counter() - started
+        loop = LoopState(state, metrics, loop.epoch_seconds + seconds, loop.history)
+        num_steps, step = loop.step - step, loop.step
+        if host_metrics.finite_steps < step - first_step:
+            raise DivergedError(
+                f"the loss is not finite in epoch {epoch + 1}, step "
+                f"{first_step + int(host_metrics.finite_steps) + 1:,}; "
+                "a lower learning rate often helps"
             )
-        tree, meta = self.checkpoints.restore_step(report["steps"], self.plan.checkpoint_shapes)
-        self.state, self.history = tree["state"], meta["history"]
-
-    @property
-    def step(self) -> int:
-        return int(self.state.step)
-
-    def train(self, signals: Signals) -> None:
-        """Every epoch that is left."""
-        try:
-            self._train(signals, load_program(self.plan))
-        except _WrongProgramError:
-            # It did some updates, but nothing of them has been saved.
-            forget_program(self.plan)
-            signals.nothing_to_lose = True
-            self._train(signals, None)
-
-    def _train(self, signals: Signals, program: Program | None) -> None:
-        plan, recipe = self.plan, self.plan.run.recipe
-        self.restore()
-        images = jnp.asarray(plan.dataset.train_images)
-        labels = jnp.asarray(plan.dataset.train_labels)
-        val_images = jnp.asarray(plan.dataset.train_images[plan.val_examples])
-        val_labels = jnp.asarray(plan.dataset.train_labels[plan.val_examples])
-        if self.step:
-            self.progress.say(f"Going on after step {self.step:,} of {plan.total_steps:,}.")
-        elif self.metrics_path.exists() and self.metrics_path.stat().st_size:
-            self.progress.say("Starting anew: no checkpoint had been made.")
-        # What was logged after the checkpoint will be logged again.
-        files.write_lines(self.metrics_path, self.history)
-        self.program, self.program_sha256, self.has_updated = program, None, False
-        if self.step == plan.total_steps:
-            self._check_program()
-        else:
-            self._compile(images, labels)
-        self.progress.start(step=self.step, total_steps=plan.total_steps)
-        signals.nothing_to_lose = False
-        try:
-            for epoch in range(self.step // plan.steps_per_epoch, recipe.epochs):
-                self._train_epoch(epoch, images, labels, signals)
-                self._end_epoch(epoch, val_images, val_labels, signals)
-                if signals.received:
-                    self._stop(signals)
-        finally:
-            self.progress.stop()
-
-    def finish(self) -> dict[str, Any]:
-        """Evaluates the last state and writes the results.
-
-        Raises:
-          CheckpointError: if that state could not be saved.
-        """
-        if self.saved_step < self.step:
-            raise CheckpointError(
-                f"the last state, of step {self.step:,}, could not be saved; the same command goes "
-                f"on after step {self.saved_step:,}"
-            )
-        files.write_lines(self.metrics_path, self.history)
-        num_images = len(self.plan.dataset.test_labels)
-        self.progress.say(f"Evaluating on {num_images:,} test images ...")
-        return write_results(
-            self.plan, self.state.params, self.history, compile_seconds=self.compile_seconds
+        progress.update(
+            step=step,
+            epoch=epoch + 1,
+            images_per_second=num_steps * plan.config.batch_size / seconds,
+            loss=float(host_metrics.loss / host_metrics.num_examples),
         )
+        # The end of an epoch is evaluated and logged before it is saved.
+        if step < last_step:
+            if signals:
+                _stop(plan, loop, saver, signals)
+            if saver.is_due(step):
+                saver.save(loop)
+        pace.update(num_steps, seconds)
+        started = time.perf_counter()
+    return loop
 
-    def _check_program(self) -> None:
-        """Before anything is saved: a kept loop goes by a name, which can be wrong."""
-        if self.program_sha256 is None:
-            sha256 = program_sha256(self.plan)
-            if self.program is not None and self.program.sha256 != sha256:
-                raise _WrongProgramError
-            self.program_sha256 = sha256
-            self._note_conditions()
 
-    def _note_conditions(self) -> None:
-        """Adds this process to environment.json, and says what has changed since the last one."""
-        path = self.plan.run.workdir / files.ENVIRONMENT
-        entry = environment.describe() | {"program": self.program_sha256}
-        if self.plan.dataset.sample:
-            entry["sample"] = True
-        entries = files.read_json(path) or []
-        if entries and self.saved_step:
-            before, now = (
-                {key: conditions.get(key) for key in environment.DECISIVE}
-                for conditions in (entries[-1], entry)
-            )
-            changed = differences(before, now, ("before", "here"))
-            if changed:
-                warnings.warn(
-                    "the conditions are not those of before, so the bits of what follows may be "
-                    "others than without the stop:\n" + "\n".join(f"  {line}" for line in changed),
-                    ConditionsWarning,
-                    stacklevel=2,
-                )
-        files.write_json(path, [*entries, entry])
-
-    def _compile(self, images: jax.Array, labels: jax.Array) -> None:
-        begun = time.perf_counter()
-        is_kept = self.program is not None
-        if not is_kept:
-            self.progress.say(
-                f"Compiling the training loop of {self.plan.run.recipe.arch} for "
-                f"{jax.devices()[0].device_kind}, unless it is kept from before ..."
-            )
-            self.program = keep_program(self.plan)
-        order = jnp.asarray(self.plan.train_examples)
-        try:
-            self._run_steps(images, labels, order, 0)  # this makes the program, or tries it
-        except (jax.errors.JaxRuntimeError, TypeError, ValueError) as error:
-            if is_kept:
-                raise _WrongProgramError from error
-            raise
-        self.compile_seconds = time.perf_counter() - begun
-
-    def _run_steps(
-        self, images: jax.Array, labels: jax.Array, order: jax.Array, count: int
-    ) -> Metrics:
-        arguments = (
-            self.state,
-            images,
-            labels,
-            order,
-            self.plan.streams,
-            jnp.int32(count),  # as in the program's shapes, so that it is traced once
-            self.metrics,
+def _end_epoch(
+    plan: Plan, loop: LoopState, saver: "_Saver", progress: NullProgress
+) -> LoopState:
+    """Evaluates the validation split, logs and saves."""
+    epoch = loop.step // plan.steps_per_epoch
+    common: dict[str, Any] = {"step": loop.step, "epoch": epoch}
+    if plan.dataset.sample:
+        common["sample"] = True
+    train = common | {"split": "train"} | loop.metrics.means()
+    train["images_per_second"] = round(len(plan.train_examples) / loop.epoch_seconds, 1)
+    train["seconds"] = round(loop.epoch_seconds, 4)
+    lines, val = [train], None
+    if num_val := len(plan.val_examples):
+        progress.evaluate(split="val", num_done=0, num_images=num_val)
+        metrics = evaluate(
+            loop.state.variables,
+            plan.dataset.train_images[plan.val_examples],
+            plan.dataset.train_labels[plan.val_examples],
+            model=plan.model,
+            on_call=lambda done: progress.evaluate(
+                split="val", num_done=done, num_images=num_val
+            ),
         )
-        if self.program is None:
-            self.state, self.metrics = train_steps(*arguments, **self.plan.step_options)
-        else:
-            self.state, self.metrics = self.program.run(*arguments)
-        # While XLA works, and not beside the first update, which need not wait for it.
-        if self.has_updated:
-            self._check_program()
-        self.has_updated = count > 0
-        return jax.device_get(self.metrics)
-
-    def _train_epoch(
-        self, epoch: int, images: jax.Array, labels: jax.Array, signals: Signals
-    ) -> None:
-        plan = self.plan
-        first_step = epoch * plan.steps_per_epoch
-        done = self.step - first_step
-        order = epoch_order(plan.streams.shuffle, epoch, jnp.asarray(plan.train_examples))
-        while done < plan.steps_per_epoch:
-            left = plan.steps_per_epoch - done
-            # The last update is a call of its own, so that what it begins with can be saved until
-            # the epoch is evaluated.
-            count = min(self.call_steps, max(left - 1, 1))
-            if self.every.unit == "st":
-                count = min(count, self.every.number - (first_step + done) % self.every.number)
-            if left == 1:
-                # Copies, because the update reuses the arrays.
-                self.before_last = jax.tree.map(np.array, self._tree())
-            begun = time.perf_counter()
-            metrics = self._run_steps(images, labels, order, count)
-            seconds = time.perf_counter() - begun
-            self.epoch_seconds += seconds
-            self.val_accuracy = None
-            done += count
-            if metrics.finite_steps < done:
-                self._check_program()
-                raise DivergedError(
-                    f"the loss is not finite in epoch {epoch + 1}, step "
-                    f"{first_step + int(metrics.finite_steps) + 1:,}; "
-                    "a lower learning rate often helps"
-                )
-            self.progress.update(
-                step=first_step + done,
-                epoch=epoch + 1,
-                images_per_second=count * plan.run.recipe.batch_size / seconds,
-                loss=float(metrics.loss / metrics.num_examples),
+        val = common | {"split": "val"} | metrics.means()
+        if not math.isfinite(val["loss"]):
+            raise DivergedError(
+                f"the validation loss is not finite after epoch {epoch}, step {loop.step:,}; a "
+                "lower learning rate often helps"
             )
-            # The end of an epoch is evaluated and logged before it is saved.
-            if done < plan.steps_per_epoch:
-                if signals.received:
-                    self._stop(signals)
-                if self._is_due():
-                    self._save()
-            if count == self.call_steps:
-                self.call_steps = _next_call_steps(count, seconds)
+        lines.append(val)
+    loop = LoopState(loop.state, metrics_lib.zeros(), 0.0, [*loop.history, *lines])
+    if saver.is_due_after(epoch):
+        saver.save(loop)
+    # For readers only: the checkpoint holds the lines as well.
+    with contextlib.suppress(OSError):
+        files.write_lines(plan.run.workdir / files.METRICS, loop.history)
+    progress.epoch(epoch=epoch, train=train, val=val)
+    return loop
 
-    def _is_due(self) -> bool:
-        """Whether a checkpoint is wanted inside an epoch."""
-        if self.every.unit == "s":
-            return time.monotonic() - self.saved_at >= self.every.number
-        return self.every.unit == "st" and self.step % self.every.number == 0
 
-    def _end_epoch(
-        self, epoch: int, val_images: jax.Array, val_labels: jax.Array, signals: Signals
-    ) -> None:
-        self._check_program()
-        common: dict[str, Any] = {"step": self.step, "epoch": epoch + 1}
-        if self.plan.dataset.sample:
-            common["sample"] = True
-        train = common | {"split": "train"} | self.metrics.means()
-        train["images_per_second"] = round(len(self.plan.train_examples) / self.epoch_seconds, 1)
-        train["seconds"] = round(self.epoch_seconds, 4)
-        lines, val = [train], None
-        if len(val_labels):
-            with signals.saved_by(self._save_before_last):
-                result = evaluate(self.state.params, val_images, val_labels, model=self.plan.model)
-                val = common | {"split": "val"} | result.means()
-            lines.append(val)
-            if not math.isfinite(val["loss"]):
-                raise DivergedError(
-                    f"the validation loss is not finite after epoch {epoch + 1}, step "
-                    f"{self.step:,}; a lower learning rate often helps"
-                )
-            self.val_accuracy = val["accuracy"]
-        self.history += lines
-        self.metrics, self.epoch_seconds = metrics_lib.zeros(), 0.0
-        last = self.step == self.plan.total_steps
-        if last or self.every.unit != "ep" or (epoch + 1) % self.every.number == 0:
-            self._save()
-        # For readers only: the checkpoint has the lines as well.
-        with contextlib.suppress(OSError):
-            files.write_lines(self.metrics_path, self.history)
-        self.progress.epoch(epoch=epoch + 1, train=train, val=val)
+class _Pace:
+    """Number of steps per compiled call, such that a call takes about `_CALL_SECONDS`."""
 
-    def _stop(self, signals: Signals) -> NoReturn:
-        total = self.plan.total_steps
-        if self.saved_step < self.step:
-            self._save()
-        if self.saved_step < self.step:
-            raise CheckpointError(
-                f"stopped after step {self.step:,} of {total:,}, which could not be saved; the "
-                f"same command goes on after step {self.saved_step:,}"
-            )
-        raise Interrupted(self._stopped(self.step), signals.received[0])
+    def __init__(self) -> None:
+        self.num_steps = 1
 
-    def _stopped(self, step: int) -> str:
-        return (
-            f"Stopped after step {step:,} of {self.plan.total_steps:,}, saved; "
-            "the same command goes on from there."
-        )
+    def update(self, num_steps: int, seconds: float) -> None:
+        if num_steps == self.num_steps:  # a call that was cut short says little
+            target = round(num_steps * _CALL_SECONDS / seconds)
+            self.num_steps = max(1, min(target, 16 * num_steps))
 
-    def _save_before_last(self) -> str:
-        """Saves the state before the last update; returns what to say."""
-        step = int(self.before_last["state"].step)
-        if self.saved_step < step:
-            self.checkpoints.save(step, self.before_last, self._meta())
-        return self._stopped(step)
 
-    def _tree(self) -> dict[str, Any]:
-        return {"state": self.state, "metrics": self.metrics}
+class _Saver:
+    """Decides when to save, and saves."""
 
-    def _meta(self) -> dict[str, Any]:
-        return {"epoch_seconds": self.epoch_seconds, "history": self.history}
+    def __init__(self, plan: Plan, checkpoints: Checkpoints, saved_step: int) -> None:
+        self._every = Interval.parse("checkpoint_every", plan.run.checkpoint_every)
+        self._plan = plan
+        self._checkpoints = checkpoints
+        self._saved_at = time.monotonic()  # the time of day may jump
+        self.saved_step = saved_step
 
-    def _save(self) -> None:
-        self._check_program()
+    def steps_until_due(self, step: int) -> int:
+        """Number of steps until a checkpoint that is due at a step."""
+        if self._every.unit != "st":
+            return self._plan.total_steps
+        return self._every.number - step % self._every.number
+
+    def is_due(self, step: int) -> bool:
+        """Whether to save inside an epoch."""
+        if self._every.unit == "s":
+            return time.monotonic() - self._saved_at >= self._every.number
+        return self._every.unit == "st" and step % self._every.number == 0
+
+    def is_due_after(self, epoch: int) -> bool:
+        """Whether to save at the end of an epoch, counted from 1."""
+        is_last = epoch == self._plan.run.recipe.epochs
+        return is_last or self._every.unit != "ep" or epoch % self._every.number == 0
+
+    def save(self, loop: LoopState) -> None:
+        """Saves; warns if it fails."""
+        tree = {"state": loop.state, "metrics": loop.metrics}
+        meta = {"epoch_seconds": loop.epoch_seconds, "history": loop.history}
         try:
-            self.checkpoints.save(self.step, self._tree(), self._meta(), self.val_accuracy)
+            self._checkpoints.save(loop.step, tree, meta, loop.val_accuracy)
         except CheckpointError as error:
             warnings.warn(
-                f"{error}; training goes on, and the next checkpoint is tried as usual",
+                f"{error}; training continues, and the next checkpoint is tried as usual",
                 CheckpointWarning,
                 stacklevel=2,
             )
         else:
-            self.saved_step = self.step
-        self.saved_at = time.monotonic()
+            self.saved_step = loop.step
+        self._saved_at = time.monotonic()
 
 
-def _next_call_steps(count: int, seconds: float) -> int:
-    """Updates of the next call into XLA, after one of `count` took so long."""
-    return max(1, min(round(count * _CALL_SECONDS / seconds), 16 * count))
+def _stop(plan: Plan, loop: LoopState, saver: _Saver, signals: list[int]) -> NoReturn:
+    if saver.saved_step < loop.step:
+        saver.save(loop)
+    if saver.saved_step < loop.step:
+        raise CheckpointError(
+            f"stopped after step {loop.step:,} of {plan.total_steps:,}, which could not be saved; "
+            f"the same command resumes after step {saver.saved_step:,}"
+        )
+    raise Interrupted(
+        f"Stopped after step {loop.step:,} of {plan.total_steps:,}; the state is saved. The same "
+        "command resumes the run.",
+        signals[0],
+    )
+
+
+def _restore(plan: Plan, checkpoints: Checkpoints) -> LoopState:
+    """Returns the newest state that was saved, or the initial one."""
+    restored = checkpoints.restore(plan.abstract_checkpoint)
+    if restored is None:
+        return LoopState(plan.create_state(), metrics_lib.zeros(), 0.0, [])
+    tree, meta = restored
+    return LoopState(tree["state"], tree["metrics"], meta["epoch_seconds"], meta["history"])
+
+
+def _restore_finished(plan: Plan, checkpoints: Checkpoints, step: int) -> LoopState:
+    if not checkpoints.steps():
+        raise CheckpointError(
+            f"the run in {plan.run.workdir} is finished, but its checkpoints are gone; its results "
+            "are unchanged, and another folder starts a new run"
+        )
+    tree, meta = checkpoints.restore_step(step, plan.abstract_checkpoint)
+    return LoopState(tree["state"], tree["metrics"], meta["epoch_seconds"], meta["history"])
+
+
+def _record_environment(plan: Plan, *, is_resumed: bool) -> None:
+    """Adds this process to environment.json, and warns if a resumed run's environment changed."""
+    path = plan.run.workdir / files.ENVIRONMENT
+    entry = environment.describe()
+    if plan.dataset.sample:
+        entry["sample"] = True
+    entries = files.read_json(path) or []
+    if entries and is_resumed:
+        before, now = (
+            {name: each.get(name) for name in environment.DECISIVE} for each in (entries[-1], entry)
+        )
+        message = differences_message(
+            "the environment has changed, so results may differ from those of an uninterrupted run:",
+            before,
+            now,
+            ("before", "now"),
+        )
+        if message:
+            warnings.warn(message, EnvironmentWarning, stacklevel=2)
+    files.write_json(path, [*entries, entry])
+
+
+@contextlib.contextmanager
+def _exclusive(workdir: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Creates and locks the folder and writes the settings."""
+    with contextlib.ExitStack() as stack:
+        try:
+            files.make_folder(workdir)
+            stack.enter_context(files.locked(workdir))
+            _read_report(workdir, settings)  # another process may have written it meanwhile
+            files.write_json(workdir / files.CONFIG, settings)
+        except OSError as error:
+            raise ConfigError(f"workdir {workdir} cannot be used: {error}") from error
+        yield
 
 
 def _read_report(workdir: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The report of this very run, if it is complete.
+    """Returns the report of this run, if it is finished.
 
     Raises:
       ConfigError: if the folder holds another run.
@@ -470,18 +436,11 @@ def _read_report(workdir: Path, settings: dict[str, Any]) -> dict[str, Any] | No
         raise ConfigError(f"workdir {workdir} cannot be used: {error}") from error
     if found is None:
         return None
-    changed = differences(found, settings)
-    if changed:
-        raise ConfigError(
-            f"workdir {workdir} holds another run; name another folder. It differs in\n"
-            + "\n".join(f"  {line}" for line in changed)
-        )
+    message = differences_message(
+        f"workdir {workdir} holds another run; use another folder. The settings differ:",
+        found,
+        settings,
+    )
+    if message:
+        raise ConfigError(message)
     return report
-
-
-def _claim(workdir: Path, settings: dict[str, Any]) -> None:
-    """Makes the folder this run's; it is locked."""
-    # Another process may have been faster since the folder was looked at.
-    if _read_report(workdir, settings) is not None:
-        raise ConfigError(f"the run in {workdir} was just completed; the same command shows it")
-    files.write_json(workdir / files.CONFIG, settings)

@@ -10,20 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmnist_jax.config import ConfigError, Interval, Run, to_dict
+from fmnist_jax.config import Interval, Run, to_dict
 from fmnist_jax.data.augment import AUGMENTATIONS, RandomAffine
-from fmnist_jax.data.sources import Dataset, stratified_split
+from fmnist_jax.data.batches import steps_per_epoch
+from fmnist_jax.data.dataset import Dataset
+from fmnist_jax.data.split import stratified_split
+from fmnist_jax.errors import ConfigError
 from fmnist_jax.nn.models import create_model
 from fmnist_jax.rng import Streams, create_streams
 from fmnist_jax.train import metrics as metrics_lib
-from fmnist_jax.train.loop import (
-    Regularization,
-    TrainState,
-    create_train_state,
-    steps_per_epoch,
-)
-from fmnist_jax.train.optim import Optimizer, create_optimizer
-from fmnist_jax.xla.compile import Compiled, compiled
+from fmnist_jax.train.loop import train_steps
+from fmnist_jax.train.optim import create_optimizer, create_schedule
+from fmnist_jax.train.step import Hyperparams, StepConfig, TrainState, create_train_state
+from fmnist_jax.xla.cost import Cost, measure_cost
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,10 +35,7 @@ class Plan:
       streams: the random streams of the run's seed.
       train_examples: int32[m], positions of the training split in `dataset.train_images`.
       val_examples: int32[k], likewise of the validation split; it may be empty.
-      model: the network.
-      tx: its optimizer.
-      augment: the augmentation, or None.
-      steps_per_epoch: updates an epoch.
+      config: what is fixed at compile time.
     """
 
     run: Run
@@ -47,44 +43,64 @@ class Plan:
     streams: Streams
     train_examples: np.ndarray
     val_examples: np.ndarray
-    model: Any
-    tx: Optimizer
-    augment: RandomAffine | None
-    steps_per_epoch: int
+    config: StepConfig
+
+    @property
+    def model(self) -> Any:
+        """The network."""
+        return self.config.model
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of steps in an epoch."""
+        return steps_per_epoch(len(self.train_examples), self.config.batch_size)
 
     @property
     def total_steps(self) -> int:
-        """Updates of the whole run."""
+        """Number of steps of the whole run."""
         return self.steps_per_epoch * self.run.recipe.epochs
 
+    @functools.cached_property
+    def hyperparams(self) -> Hyperparams:
+        """The recipe's scalars as arrays: other values reuse the compiled program."""
+        recipe = self.run.recipe
+        values = (
+            recipe.weight_decay,
+            recipe.dropout,
+            recipe.label_smoothing,
+            recipe.augmentation_strength,
+        )
+        return Hyperparams(
+            jnp.float32(recipe.learning_rate),
+            None if self.config.schedule is None else jnp.int32(self.total_steps),
+            *(None if value is None else jnp.float32(value) for value in values),
+        )
+
+    @property
+    def tta(self) -> bool:
+        """Whether test-time augmentation is evaluated."""
+        if self.run.tta is not None:
+            return self.run.tta
+        return self.config.augment is not None and self.config.augment.flip
+
     def create_state(self) -> TrainState:
-        """The state before the first step."""
-        return self._create_state(self.streams.init)
+        """Returns the state before the first step."""
+        height, width = self.dataset.train_images.shape[1:]
+        return create_train_state(self.streams.init, self.config, image_shape=(height, width))
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state."""
-        return self._create_state.trace(self.streams.init).out_info
-
-    @functools.cached_property
-    def _create_state(self) -> Compiled[[jax.Array], TrainState]:
-        height, width = self.dataset.train_images.shape[1:]
-
-        # One program in place of some twenty small ones, which take a second to compile. It is this
-        # plan's alone, because optimizers that are equal may begin with different states.
-        def create_state(key: jax.Array) -> TrainState:
-            return create_train_state(key, self.model, self.tx, image_shape=(height, width))
-
-        return compiled(quick=True)(create_state)
+        return jax.eval_shape(self.create_state)
 
     @property
-    def checkpoint_shapes(self) -> dict[str, Any]:
-        """Shapes and dtypes of what a checkpoint of this run holds."""
+    def abstract_checkpoint(self) -> dict[str, Any]:
+        """Shapes and dtypes of the arrays in a checkpoint of this run."""
         return {"state": self.abstract_state, "metrics": jax.eval_shape(metrics_lib.zeros)}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What config.json holds: all that decides the run's numbers."""
+        """The content of config.json: everything that determines the run's training."""
         return {
             **to_dict(self.run),
             "classes": list(self.dataset.class_names),
@@ -94,7 +110,7 @@ class Plan:
 
     @functools.cached_property
     def parameters(self) -> list[tuple[str, tuple[int, ...], int]]:
-        """Name, shape and number of values of each parameter."""
+        """Name, shape and size of each parameter."""
         leaves = jax.tree.leaves_with_path(self.abstract_state.params)
         return [
             (jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, leaf.size)
@@ -102,46 +118,25 @@ class Plan:
         ]
 
     @property
+    def num_params(self) -> int:
+        """Number of parameters."""
+        return sum(size for _, _, size in self.parameters)
+
+    @property
     def keep_every(self) -> int | None:
-        """Updates whose multiples keep their checkpoint."""
+        """Checkpoints at multiples of this number of steps are retained."""
         if self.run.keep_every is None:
             return None
         number, unit = Interval.parse("keep_every", self.run.keep_every)
         return number * self.steps_per_epoch if unit == "ep" else number
 
-    @property
-    def num_params(self) -> int:
-        """Number of trained values."""
-        return sum(size for _, _, size in self.parameters)
-
-    @property
-    def regularization(self) -> Regularization:
-        """The recipe's, as arrays: other values are the same program."""
-        recipe = self.run.recipe
-        strengths = recipe.dropout, recipe.label_smoothing, recipe.augmentation_strength
-        return Regularization(
-            *(None if value is None else jnp.float32(value) for value in strengths)
-        )
-
-    @property
-    def step_options(self) -> dict[str, Any]:
-        """The keyword arguments with which this run calls `train_steps`."""
-        return {
-            "batch_size": self.run.recipe.batch_size,
-            "model": self.model,
-            "tx": self.tx,
-            "augment": self.augment,
-            "dtype": jnp.dtype(self.run.recipe.dtype),
-            "regularization": self.regularization,
-        }
-
 
 def create_plan(run: Run, dataset: Dataset) -> Plan:
-    """Splits the data and makes model, optimizer and augmentation.
+    """Splits the data and creates model, optimizer and augmentation.
 
     Args:
       run: the settings.
-      dataset: the data; the model gets one output a class.
+      dataset: the data; the model has one output per class.
 
     Raises:
       ConfigError: if the settings do not fit each other or the data.
@@ -153,11 +148,9 @@ def create_plan(run: Run, dataset: Dataset) -> Plan:
     has_dropout = "dropout" in signature(type(model).__call__).parameters
     if recipe.dropout is not None and not has_dropout:
         raise ConfigError(f"dropout is {recipe.dropout}, but {recipe.arch} has no dropout")
-    for stream, used in (("dropout", has_dropout), ("augment", recipe.augmentation != "none")):
-        if stream in run.stream_seeds and not used:
-            raise ConfigError(
-                f"the stream {stream} has a seed of its own, but nothing draws from it"
-            )
+    for stream, is_used in (("dropout", has_dropout), ("augment", recipe.augmentation != "none")):
+        if stream in run.stream_seeds and not is_used:
+            raise ConfigError(f"stream_seeds has {stream!r}, but this run does not use that stream")
     streams = create_streams(run.seed, run.stream_seeds)
     train_examples, val_examples = stratified_split(
         streams.split, dataset.train_labels, recipe.val_fraction, run.train_examples, run.exclude
@@ -165,46 +158,75 @@ def create_plan(run: Run, dataset: Dataset) -> Plan:
     if recipe.batch_size > len(train_examples):
         raise ConfigError(
             f"batch_size is {recipe.batch_size:,}, but there are only {len(train_examples):,} "
-            "training examples; choose a smaller batch"
+            "training examples; choose a smaller batch size"
         )
-    num_batches = steps_per_epoch(len(train_examples), recipe.batch_size)
-    tx = create_optimizer(
-        recipe.optimizer,
-        recipe.learning_rate,
-        schedule=recipe.schedule,
-        total_steps=num_batches * recipe.epochs,
-        weight_decay=recipe.weight_decay,
+    config = StepConfig(
+        model=model,
+        tx=create_optimizer(recipe.optimizer),
+        batch_size=recipe.batch_size,
+        augment=_create_augment(run),
+        schedule=create_schedule(recipe.schedule),
+        dtype=recipe.dtype,
     )
-    augment = None
-    if recipe.augmentation != "none":
-        augment = dataclasses.replace(
-            AUGMENTATIONS[recipe.augmentation], image_size=recipe.image_size
-        )
-        strength = recipe.augmentation_strength or 0
-        if strength * augment.zoom >= 1:
-            raise ConfigError(
-                f"augmentation_strength is {strength}; below {1 / augment.zoom:g} the zoom leaves "
-                "something of the image"
-            )
-    plan = Plan(
-        run, dataset, streams, train_examples, val_examples, model, tx, augment, num_batches
-    )
+    plan = Plan(run, dataset, streams, train_examples, val_examples, config)
     _check_keep_every(plan)
     return plan
+
+
+def loop_cost(plan: Plan) -> Cost:
+    """Compiles the training loop for the default device and reads its cost.
+
+    Returns:
+      Floating-point operations per step, and the device memory of the loop with its state and the
+      training images.
+    """
+    images, labels = plan.dataset.train_images, plan.dataset.train_labels
+
+    def measure(config: StepConfig) -> Cost:
+        lowered = train_steps.lower(
+            plan.abstract_state,
+            jax.ShapeDtypeStruct(images.shape, images.dtype),
+            jax.ShapeDtypeStruct(labels.shape, labels.dtype),
+            jax.ShapeDtypeStruct(plan.train_examples.shape, jnp.int32),
+            plan.streams,
+            jax.ShapeDtypeStruct((), jnp.int32),
+            plan.hyperparams,
+            jax.eval_shape(metrics_lib.zeros),
+            config=config,
+        )
+        return measure_cost(lowered.compile())
+
+    # The compiler counts the body of a loop once, so flops are read without microbatches.
+    whole = dataclasses.replace(plan.config, microbatch_size=plan.config.batch_size)
+    return measure(plan.config)._replace(flops=measure(whole).flops)
+
+
+def _create_augment(run: Run) -> RandomAffine | None:
+    recipe = run.recipe
+    if recipe.augmentation == "none":
+        return None
+    augment = dataclasses.replace(AUGMENTATIONS[recipe.augmentation], image_size=recipe.image_size)
+    strength = recipe.augmentation_strength or 0
+    if strength * augment.zoom >= 1:
+        raise ConfigError(
+            f"augmentation_strength is {strength}; expected less than {1 / augment.zoom:g}, where "
+            "the zoom reduces an image to nothing"
+        )
+    return augment
 
 
 def _check_keep_every(plan: Plan) -> None:
     if plan.keep_every is None:
         return
     number, unit = Interval.parse("checkpoint_every", plan.run.checkpoint_every)
-    # Of "st" and "s", the ends of epochs are saved as well.
+    # With "st" and "s", the ends of epochs are saved as well.
     periods = [plan.steps_per_epoch * (number if unit == "ep" else 1)]
     if unit == "st":
         periods.append(number)
-    saved = [math.lcm(period, plan.keep_every) <= plan.total_steps for period in periods]
-    if not any(saved) and plan.total_steps % plan.keep_every:
+    retained = [math.lcm(period, plan.keep_every) <= plan.total_steps for period in periods]
+    if not any(retained) and plan.total_steps % plan.keep_every:
         raise ConfigError(
-            f"keep_every is {plan.run.keep_every}, but of the checkpoints that are made "
-            f"({plan.run.checkpoint_every}, of {plan.total_steps:,} updates in epochs of "
-            f"{plan.steps_per_epoch:,}) none falls on a multiple of it"
+            f"keep_every is {plan.run.keep_every}, but none of the checkpoints falls on a multiple "
+            f"of it: checkpoint_every is {plan.run.checkpoint_every}, and the run has "
+            f"{plan.total_steps:,} steps in epochs of {plan.steps_per_epoch:,}"
         )

@@ -1,43 +1,36 @@
-"""`replay`: what one update of a finished run saw, made again."""
+"""`replay`: computes one step of a finished run again."""
 
 import contextlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fmnist_jax.config import ConfigError, differences, from_dict
-from fmnist_jax.data.augment import RandomAffine
-from fmnist_jax.data.sources import Dataset
+from fmnist_jax.config import differences_message, from_dict
+from fmnist_jax.data.batches import Batch, epoch_order, read_batch
+from fmnist_jax.data.dataset import Dataset
+from fmnist_jax.errors import CheckpointError, ConfigError
 from fmnist_jax.rng import Streams
 from fmnist_jax.runs import files
-from fmnist_jax.runs.checkpoint import CheckpointError, Checkpoints
+from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.runs.plan import Plan, create_plan
-from fmnist_jax.train.loop import (
-    Batch,
-    Regularization,
-    TrainState,
-    epoch_order,
-    gradients,
-    read_batch,
-    train_steps,
-)
-from fmnist_jax.train.microbatch import choose_slice_size
-from fmnist_jax.xla.compile import compiled
+from fmnist_jax.train.loop import train_epoch, with_microbatch_size
+from fmnist_jax.train.step import Hyperparams, StepConfig, TrainState, compute_grads
+from fmnist_jax.xla.jit import platform_jit
 
 
 class Replay(NamedTuple):
-    """One update, as NumPy arrays.
+    """One step, as NumPy arrays.
 
     Attributes:
-      step: the update's number, the first is 1.
-      examples: int32[batch], the images' positions among the training images.
+      step: number of the step, counted from 1.
+      examples: int32[batch], positions of the images among the training images.
       images: float32[batch, height, width], augmented, values in [0, 1].
       labels: int32[batch].
-      losses: float32[batch], in nats, dropout on, before the update.
+      losses: float32[batch], in nats, with dropout, before the update.
       gradient_norm: Euclidean norm of the gradient of the mean loss.
     """
 
@@ -50,111 +43,109 @@ class Replay(NamedTuple):
 
 
 def replay(workdir: Path, dataset: Dataset, step: int) -> Replay:
-    """Makes the batch of one update of a run again, and what the network made of it.
+    """Computes the batch, losses and gradient norm of one step of a run again.
 
-    It trains from the nearest checkpoint before that update, or from the start, and writes nothing.
+    It trains from the nearest checkpoint before that step, or from the start, and writes nothing.
 
     Args:
       workdir: the run's folder.
       dataset: the run's data.
-      step: number of the update; the first is 1.
+      step: number of the step, counted from 1.
 
     Raises:
-      ConfigError: if the folder holds no run, or one of other data, or has no such update.
+      ConfigError: if the folder holds no run, or a run of other data, or has no such step.
       DamagedFileError: if config.json cannot be read.
     """
     plan = _read_plan(workdir, dataset)
     if isinstance(step, bool) or not (isinstance(step, int) and 1 <= step <= plan.total_steps):
         raise ConfigError(f"step is {step!r}; the run in {workdir} has 1 to {plan.total_steps:,}")
     images, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
-    state = _state_before(plan, step, images, labels)
-    options = {name: value for name, value in plan.step_options.items() if name != "tx"}
+    train_examples = jnp.asarray(plan.train_examples)
+    state = _restore_before(plan, step)
+    while int(state.step) < step - 1:
+        # The arguments are evaluated before each call, so `left` is that of the call.
+        last_of_epoch = (int(state.step) // plan.steps_per_epoch + 1) * plan.steps_per_epoch
+        surplus = max(0, last_of_epoch - (step - 1))
+        calls = train_epoch(
+            state,
+            images,
+            labels,
+            train_examples,
+            plan.streams,
+            plan.hyperparams,
+            config=plan.config,
+            next_num_steps=lambda left, surplus=surplus: left - surplus,
+        )
+        state, _ = next(calls)
+    order = epoch_order(plan.streams.shuffle, (step - 1) // plan.steps_per_epoch, train_examples)
     examples, batch, losses, gradient_norm = _replay(
-        state, images, labels, _order(plan, step - 1), plan.streams, **options
+        state,
+        images,
+        labels,
+        order,
+        plan.streams,
+        plan.hyperparams,
+        config=with_microbatch_size(plan.config, state, images.shape[1:3]),
     )
-    real = np.asarray(batch.mask)
+    is_real = np.asarray(batch.mask)
     return Replay(
         step,
-        np.asarray(examples)[real],
-        np.asarray(batch.images)[real, ..., 0],
-        np.asarray(batch.labels)[real],
-        np.asarray(losses)[real],
+        np.asarray(examples)[is_real],
+        np.asarray(batch.images)[is_real, ..., 0],
+        np.asarray(batch.labels)[is_real],
+        np.asarray(losses)[is_real],
         float(gradient_norm),
     )
 
 
-@compiled(static_argnames=("batch_size", "model", "augment", "dtype"))
+@platform_jit(static_argnames=("config",))
 def _replay(
     state: TrainState,
     images: jax.Array,
     labels: jax.Array,
     order: jax.Array,
     streams: Streams,
+    hyperparams: Hyperparams,
     *,
-    batch_size: int,
-    model: Any,
-    augment: RandomAffine | None,
-    dtype: Any,
-    regularization: Regularization,
+    config: StepConfig,
 ) -> tuple[jax.Array, Batch, jax.Array, jax.Array]:
-    """One update of `train_steps`, without updating."""
+    """Does what a step of `train_steps` does, without updating."""
     examples, batch = read_batch(
         images,
         labels,
         order,
         state.step,
         streams,
-        batch_size=batch_size,
-        augment=augment,
-        strength=regularization.augmentation,
+        batch_size=config.batch_size,
+        augment=config.augment,
+        strength=hyperparams.augmentation,
     )
-    grads, losses, _ = gradients(
-        state,
-        batch,
-        jax.random.fold_in(streams.dropout, state.step),
-        model=model,
-        dtype=dtype,
-        slice_size=choose_slice_size(state.params, model, batch.images.shape[1:3], batch_size),
-        regularization=regularization,
-    )
+    key = jax.random.fold_in(streams.dropout, state.step)
+    grads, _, losses, _ = compute_grads(state, batch, key, hyperparams, config=config)
     return examples, batch, losses, optax.tree.norm(grads)
 
 
 def _read_plan(workdir: Path, dataset: Dataset) -> Plan:
     settings = files.read_json(workdir / files.CONFIG)
     if settings is None:
-        raise ConfigError(f"{workdir} holds no run; name the folder that one was written to")
+        raise ConfigError(f"{workdir} holds no run; name the folder of a run")
     plan = create_plan(from_dict(settings, workdir), dataset)
-    changed = differences(settings, plan.settings)
-    if changed:
-        raise ConfigError(
-            f"the run in {workdir} is not one of these data and this version. It differs in\n"
-            + "\n".join(f"  {line}" for line in changed)
-        )
+    message = differences_message(
+        f"the run in {workdir} is of other data or another version. The settings differ:",
+        settings,
+        plan.settings,
+    )
+    if message:
+        raise ConfigError(message)
     return plan
 
 
-def _order(plan: Plan, step: int) -> jax.Array:
-    """The order of the epoch of the update after so many others."""
-    epoch = step // plan.steps_per_epoch
-    return epoch_order(plan.streams.shuffle, epoch, jnp.asarray(plan.train_examples))
-
-
-def _state_before(plan: Plan, step: int, images: jax.Array, labels: jax.Array) -> TrainState:
-    """The state that an update saw, trained from the last checkpoint before it."""
+def _restore_before(plan: Plan, step: int) -> TrainState:
+    """Returns the newest saved state before a step, or the initial one."""
     checkpoints = Checkpoints(plan.run.workdir / files.CHECKPOINTS, plan.settings)
-    state = plan.create_state()
     for saved in reversed(checkpoints.steps()):
         if saved < step:
-            # A damaged one costs time alone: the one before it leads to the same bits.
+            # A damaged one only costs time: the one before it leads to the same bits.
             with contextlib.suppress(CheckpointError):
-                state = checkpoints.restore_step(saved, plan.checkpoint_shapes)[0]["state"]
-                break
-    while int(state.step) < step - 1:
-        done = int(state.step)
-        epoch_end = (done // plan.steps_per_epoch + 1) * plan.steps_per_epoch
-        count = min(epoch_end, step - 1) - done
-        state, _ = train_steps(
-            state, images, labels, _order(plan, done), plan.streams, count, **plan.step_options
-        )
-    return state
+                return checkpoints.restore_step(saved, plan.abstract_checkpoint)[0]["state"]
+    return plan.create_state()

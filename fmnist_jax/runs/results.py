@@ -1,8 +1,8 @@
-"""What a run comes to: the files that are written at its end."""
+"""Results of a run: the files that are written at its end."""
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,47 +11,64 @@ import numpy as np
 from jax import lax
 
 from fmnist_jax.data.augment import RandomAffine
+from fmnist_jax.data.batches import augmented, example_keys
 from fmnist_jax.runs import environment, files
 from fmnist_jax.runs.plan import Plan
-from fmnist_jax.train.loop import augmented, example_keys
-from fmnist_jax.train.predict import predict
-from fmnist_jax.train.tta import predict_views
-from fmnist_jax.xla.compile import compiled
+from fmnist_jax.train.predict import NUM_VIEWS, predict, predict_tta
+from fmnist_jax.train.step import TrainState
+from fmnist_jax.xla.jit import platform_jit
 
 
 def write_results(
-    plan: Plan, params: Any, history: Sequence[Mapping[str, Any]], *, compile_seconds: float
+    plan: Plan,
+    state: TrainState,
+    history: Sequence[Mapping[str, Any]],
+    *,
+    compile_seconds: float,
+    on_progress: Callable[..., None],
 ) -> dict[str, Any]:
-    """Looks at the test images and writes predictions.npz, examples.npz and report.json.
+    """Evaluates the test images and writes predictions.npz, examples.npz and report.json.
 
     Args:
       plan: the run.
-      params: the parameters after its last step.
+      state: the state after its last step.
       history: its log, the lines of metrics.jsonl.
-      compile_seconds: how long the training loop was compiled for.
+      compile_seconds: compilation time of the training loop.
+      on_progress: called as `NullProgress.evaluate` is.
 
     Returns:
-      The content of report.json. It is written last, because it marks a run as complete.
+      The content of report.json. It is written last, because it marks the run as finished.
     """
-    from fmnist_jax.analysis import (
-        scores,  # imported here: scikit-learn takes a second, needed only now
-    )
+    from fmnist_jax.analysis import scores  # scikit-learn takes a second to import
 
     dataset, workdir, recipe = plan.dataset, plan.run.workdir, plan.run.recipe
-    test_images = jnp.asarray(dataset.test_images)
-    val_images = jnp.asarray(dataset.train_images[plan.val_examples])
+
+    def run(split: str, function: Callable[..., jax.Array], images: np.ndarray, views: int = 1):
+        num_images = views * len(images)
+        on_progress(split=split, num_done=0, num_images=num_images)
+        logits = function(
+            state.variables,
+            images,
+            model=plan.model,
+            on_call=lambda done: on_progress(split=split, num_done=done, num_images=num_images),
+        )
+        return np.asarray(logits)
+
     predictions = {
-        "logits": np.asarray(predict(params, test_images, model=plan.model)),
+        "logits": run("test", predict, dataset.test_images),
         "labels": dataset.test_labels,
         "indices": dataset.test_indices,
-        "views_logits": np.asarray(predict_views(params, test_images, model=plan.model)),
-        "val_logits": np.asarray(predict(params, val_images, model=plan.model)),
+        "val_logits": run("val", predict, dataset.train_images[plan.val_examples]),
         "val_labels": dataset.train_labels[plan.val_examples],
         "val_indices": plan.val_examples,
     }
-    files.write_arrays(workdir / files.PREDICTIONS, **predictions, sample=dataset.sample)
     test = scores.score(predictions["logits"], dataset.test_labels, dataset.class_names)
-    views = scores.score(predictions["views_logits"], dataset.test_labels, dataset.class_names)
+    tta_accuracy = None
+    if plan.tta:
+        logits = run("test with augmentation", predict_tta, dataset.test_images, NUM_VIEWS)
+        tta_accuracy = scores.score(logits, dataset.test_labels, dataset.class_names).accuracy
+        predictions["tta_logits"] = logits
+    files.write_arrays(workdir / files.PREDICTIONS, **predictions, sample=dataset.sample)
     files.write_arrays(workdir / files.EXAMPLES, **_examples(plan, test.losses))
     last = {line["split"]: line for line in history}
     train_lines = [line for line in history if line["split"] == "train"]
@@ -68,7 +85,7 @@ def write_results(
         "val_accuracy": last["val"]["accuracy"] if "val" in last else None,
         "test_accuracy": test.accuracy,
         "test_loss": test.loss,
-        "views_accuracy": views.accuracy,
+        "tta_accuracy": tta_accuracy,
         "calibration": scores.calibrate(predictions),
         "classes": test.classes,
         "confusion_matrix": test.confusion_matrix,
@@ -84,7 +101,7 @@ def write_results(
             "test": len(dataset.test_labels),
             "classes": list(dataset.class_names),
         },
-        "params_sha256": params_sha256(params),
+        "params_sha256": params_sha256(state.params),
         "versions": environment.versions(),
         "device": jax.devices()[0].device_kind,
     }
@@ -93,7 +110,7 @@ def write_results(
 
 
 def params_sha256(params: Any) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of all parameters.
+    """Returns the SHA-256 of names, dtypes, shapes and bytes of all parameters.
 
     Example:
       >>> params_sha256({"w": np.zeros(2)})[:8]
@@ -108,7 +125,7 @@ def params_sha256(params: Any) -> str:
 
 
 def _examples(plan: Plan, test_losses: np.ndarray) -> dict[str, np.ndarray]:
-    """The images that the report shows."""
+    """Returns the images that the report shows."""
     dataset = plan.dataset
     shown = np.concatenate(
         [
@@ -125,7 +142,7 @@ def _examples(plan: Plan, test_losses: np.ndarray) -> dict[str, np.ndarray]:
         "worst_indices": dataset.test_indices[worst],
         "sample": np.asarray(dataset.sample),
     }
-    if plan.augment is not None:
+    if plan.config.augment is not None:
         originals = plan.train_examples[:6]
         examples["originals"] = dataset.train_images[originals]
         examples["augmented"] = np.asarray(
@@ -133,14 +150,14 @@ def _examples(plan: Plan, test_losses: np.ndarray) -> dict[str, np.ndarray]:
                 plan.streams.augment,
                 jnp.asarray(originals),
                 jnp.asarray(examples["originals"]),
-                plan.regularization.augmentation,
-                augment=plan.augment,
+                plan.hyperparams.augmentation,
+                augment=plan.config.augment,
             )
         )
     return examples
 
 
-@compiled(static_argnames=("augment",))
+@platform_jit(static_argnames=("augment",))
 def _augmented(
     key: jax.Array,
     examples: jax.Array,
@@ -149,7 +166,7 @@ def _augmented(
     *,
     augment: RandomAffine,
 ) -> jax.Array:
-    """float32[example, epoch, side, side]: the images that the first five epochs saw."""
+    """Returns float32[example, epoch, side, side]: the images of the first five epochs."""
 
     def of_epoch(epoch: jax.Array) -> jax.Array:
         keys = example_keys(key, epoch, examples)

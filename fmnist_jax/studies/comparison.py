@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmnist_jax.config import ConfigError, differences
+from fmnist_jax.config import differences
+from fmnist_jax.errors import ConfigError
 from fmnist_jax.runs import files
 from fmnist_jax.studies.seeds import describe, read_report
 

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.special import softmax
 from sklearn.model_selection import StratifiedKFold
 
-from fmnist_jax.config import ConfigError
+from fmnist_jax.errors import ConfigError
 from fmnist_jax.rng import create_streams
 from fmnist_jax.runs.progress import Silence
 from fmnist_jax.train.loop import (

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmnist_jax.config import ConfigError, Run, StreamName
+from fmnist_jax.config import Run, StreamName
 from fmnist_jax.data.sources import Dataset
+from fmnist_jax.errors import ConfigError, DamagedFileError
 from fmnist_jax.runs import files
 from fmnist_jax.runs.fit import Result, fit
 from fmnist_jax.runs.progress import ConsoleProgress, Silence
@@ -237,7 +238,7 @@ def read_report(workdir: Path) -> dict[str, Any]:
     """
     report = files.read_json(workdir / files.REPORT)
     if report is None:
-        raise files.DamagedFileError(f"{workdir} has no {files.REPORT}; the run is not complete")
+        raise DamagedFileError(f"{workdir} has no {files.REPORT}; the run is not complete")
     return report
 
 

@@ -1,1 +1,1 @@
-"""What JAX and XLA need from us: jit options, the persistent cache, fences, program costs."""
+"""JAX and XLA: compiler options, persistent cache, fusion boundaries, program cost."""

@@ -118,7 +118,7 @@ def test_what_cannot_be_compared_is_refused(sides, tmp_path):
         fm.compare(folders["a"], [folders["b"][0], folders["b"][0]])
     with pytest.raises(fm.ConfigError, match="not of one recipe"):
         fm.compare(folders["a"], [folders["b"][0], folders["a"][1]])
-    with pytest.raises(files.DamagedFileError, match="not complete"):
+    with pytest.raises(fm.DamagedFileError, match="not complete"):
         fm.compare(folders["a"], [tmp_path])
 
 

@@ -8,7 +8,6 @@ import pytest
 
 import fmnist_jax as fm
 from fmnist_jax.report import run_page as report
-from fmnist_jax.runs import files
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +63,7 @@ def test_a_class_name_cannot_break_the_page(tiny, tmp_path):
 
 
 def test_an_unfinished_run_has_no_report(tmp_path):
-    with pytest.raises(files.DamagedFileError, match="no finished run"):
+    with pytest.raises(fm.DamagedFileError, match="no finished run"):
         report.write_report(tmp_path)
 
 
@@ -76,7 +75,7 @@ def test_damaged_files_are_named(name, length, workdir, tmp_path):
     moved = shutil.copytree(workdir, tmp_path / "moved", ignore=lambda *_: ["checkpoints"])
     content = (moved / name).read_bytes()
     (moved / name).write_bytes(content[:length] or b"{")
-    with pytest.raises(files.DamagedFileError, match=name):
+    with pytest.raises(fm.DamagedFileError, match=name):
         report.write_report(moved)
 
 

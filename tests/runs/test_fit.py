@@ -258,7 +258,7 @@ def test_other_conditions_are_said(tmp_path, tiny, monkeypatch):
     describe = environment.describe
     monkeypatch.setattr(environment, "describe", lambda: describe() | {"num_cpus": 77})
     monkeypatch.setenv("PJRT_NPROC", "3")
-    with pytest.warns(fm.ConditionsWarning, match="not those of before") as caught:
+    with pytest.warns(fm.EnvironmentWarning, match="not those of before") as caught:
         fm.fit(make_run(tmp_path), tiny, progress=fm.Silence())
     assert str(caught[0].message).splitlines()[1:] == [
         f"  num_cpus: {describe()['num_cpus']} before, 77 here",

@@ -20,7 +20,8 @@ from fmnist_jax.nn import models
 from fmnist_jax.runs import environment, files, program
 from fmnist_jax.runs.plan import create_plan
 from fmnist_jax.train import loop as train
-from fmnist_jax.xla.compile import compiled, keep_compiled
+from fmnist_jax.xla.cache import enable_compilation_cache
+from fmnist_jax.xla.jit import platform_jit
 
 # `fm.fit` is the function.
 fit_module = importlib.import_module("fmnist_jax.runs.fit")
@@ -65,7 +66,7 @@ def expected(tmp_path_factory, tiny):
 @pytest.fixture
 def kept(tmp_path):
     """Programs are kept here, as for a new process."""
-    return keep_compiled(tmp_path / "kept")
+    return enable_compilation_cache(tmp_path / "kept")
 
 
 def loops(folder):
@@ -243,7 +244,7 @@ def test_nothing_is_kept_without_a_folder_or_with_calls_to_python(
 
 def test_a_folder_that_cannot_be_written_costs_time_alone(tmp_path, tiny, expected):
     (tmp_path / "file").write_text("")
-    keep_compiled(tmp_path / "file" / "below")
+    enable_compilation_cache(tmp_path / "file" / "below")
     with pytest.warns(UserWarning, match="persistent compilation cache"):
         result = fit(make_plan(tmp_path / "run", tiny))
     chex.assert_trees_all_equal(result.state, expected[30].state)
@@ -260,7 +261,7 @@ def test_what_jax_has_kept_does_not_spoil_what_is_kept(
             lambda *args, **kwargs: loop._function(*args, **kwargs)
         )
         static = loop._static_argnames
-        steps = compiled(static_argnames=static, donate_argnames=("state",))(again)
+        steps = platform_jit(static_argnames=static, donate_argnames=("state",))(again)
         monkeypatch.setattr(program, "train_steps", steps)
 
     if not careful:

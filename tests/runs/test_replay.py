@@ -109,5 +109,5 @@ def test_a_folder_without_run_and_other_data_are_refused(trained, tiny, sample, 
     broken = shutil.copytree(trained[0], tmp_path / "broken")
     for content in (b"{", b'{"seed": "\xff"}', b"[" * 100_000):
         (broken / files.CONFIG).write_bytes(content)
-        with pytest.raises(files.DamagedFileError, match=r"config\.json"):
+        with pytest.raises(fm.DamagedFileError, match=r"config\.json"):
             fm.replay(broken, tiny, 1)

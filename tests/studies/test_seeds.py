@@ -144,7 +144,7 @@ def test_shares_of_the_variance(tmp_path):
 
 
 def test_an_unfinished_seed_is_named(workdir, tmp_path):
-    with pytest.raises(files.DamagedFileError, match="the run is not complete"):
+    with pytest.raises(fm.DamagedFileError, match="the run is not complete"):
         seeds.summarize([workdir / "seed-5", tmp_path])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from fmnist_jax.xla.compile import keep_compiled
+from fmnist_jax.xla.cache import enable_compilation_cache
 from tests.conftest import ROOT
 
 PROGRAM = """
@@ -18,14 +18,15 @@ import collections, json, sys, warnings
 from pathlib import Path
 import jax, jax.numpy as jnp
 from jax import monitoring
-from fmnist_jax.xla.compile import compiled, forget_damaged, keep_compiled
+from fmnist_jax.xla.cache import enable_compilation_cache, remove_unreadable_entry
+from fmnist_jax.xla.jit import platform_jit
 
-warnings.showwarning = lambda message, *_args, **_kwargs: forget_damaged(str(message))
+warnings.showwarning = lambda message, *_args, **_kwargs: remove_unreadable_entry(str(message))
 seen = collections.Counter()
 monitoring.register_event_listener(lambda name, **_: seen.update([name.rpartition("/")[2]]))
-folder = keep_compiled(Path(sys.argv[1]))
+folder = enable_compilation_cache(Path(sys.argv[1]))
 
-@compiled()
+@platform_jit()
 def mix(x):
     return jnp.sin(x) @ jnp.cos(x)
 
@@ -62,11 +63,11 @@ def test_a_later_process_takes_what_an_earlier_one_compiled(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Calls `keep_compiled` as a new process would."""
+    """Calls `enable_compilation_cache` as a new process would."""
 
     def call() -> Path:
         jax.config.update("jax_compilation_cache_dir", None)
-        return keep_compiled(tmp_path)
+        return enable_compilation_cache(tmp_path)
 
     return call
 
@@ -93,7 +94,7 @@ def test_versions_processors_and_flags_have_folders_of_their_own(folder, monkeyp
 
 def test_a_folder_that_jax_has_already_stays(tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
-    assert keep_compiled(tmp_path / "other") == tmp_path / "mine"
+    assert enable_compilation_cache(tmp_path / "other") == tmp_path / "mine"
 
 
 @pytest.mark.parametrize(("flags", "kept"), [([], True), (["--no-cache"], False)])

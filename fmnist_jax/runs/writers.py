@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on."""
+"""Progress of a run: the interface and the console."""
 
 import time
 from typing import Any
@@ -6,36 +6,43 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-# Where the output is no terminal, a line of progress so often.
+# Seconds between two lines of progress where the output is not a terminal.
 _LINE_SECONDS = 20.0
 
+# An evaluation shows progress once it takes longer than this many seconds.
+_SILENT_SECONDS = 3.0
 
-class Silence:
-    """Says nothing. Derive from it to send progress elsewhere."""
+
+class NullProgress:
+    """Ignores progress. Subclass it to report progress elsewhere."""
 
     def say(self, text: str) -> None:
-        """A sentence about what happens next."""
+        """Receives a message."""
 
     def start(self, *, step: int, total_steps: int) -> None:
-        """Training starts, or goes on after `step` of `total_steps` updates."""
+        """Training starts or resumes after `step` of `total_steps` steps."""
 
     def update(self, *, step: int, epoch: int, images_per_second: float, loss: float) -> None:
-        """Some updates are done; `loss` is the mean over the epoch so far."""
+        """Training has reached a step; `loss` is the mean over the epoch so far."""
+
+    def evaluate(self, *, split: str, num_done: int, num_images: int) -> None:
+        """Evaluation of a split has reached an image; it starts with `num_done=0`."""
 
     def epoch(self, *, epoch: int, train: dict[str, Any], val: dict[str, Any] | None) -> None:
-        """An epoch is over and evaluated; these are its lines of metrics.jsonl."""
+        """An epoch was trained and evaluated; these are its lines of metrics.jsonl."""
 
     def stop(self) -> None:
-        """Training is over, for whatever reason."""
+        """Training has ended, for whatever reason."""
 
 
-class ConsoleProgress(Silence):
-    """A progress bar with images/s, loss and time left in a terminal, plain lines elsewhere."""
+class ConsoleProgress(NullProgress):
+    """Shows a progress bar in a terminal, and plain lines elsewhere."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
         self._bar: Progress | None = None
-        self._begun = self._said = (0.0, 0)
+        self._started = (0.0, 0)
+        self._line_time = self._evaluation_started = 0.0
         self._total_steps = 0
 
     def say(self, text: str) -> None:
@@ -43,7 +50,8 @@ class ConsoleProgress(Silence):
 
     def start(self, *, step: int, total_steps: int) -> None:
         self._total_steps = total_steps
-        self._begun = self._said = (time.monotonic(), step)
+        self._started = (time.monotonic(), step)
+        self._line_time = time.monotonic()
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("epoch {task.fields[epoch]}"),
@@ -73,19 +81,30 @@ class ConsoleProgress(Silence):
                 speed=images_per_second,
                 loss=loss,
             )
-        elif time.monotonic() - self._said[0] >= _LINE_SECONDS:
-            begun, first_step = self._begun
-            pace = (time.monotonic() - begun) / max(step - first_step, 1)
-            self._said = (time.monotonic(), step)
+        elif self._is_line_due():
+            started, first_step = self._started
+            pace = (time.monotonic() - started) / max(step - first_step, 1)
             self.say(
                 f"  epoch {epoch}, step {step:,}/{self._total_steps:,}: "
                 f"{images_per_second:,.0f} images/s, loss {loss:.4f}, "
                 f"{_duration(pace * (self._total_steps - step))} left"
             )
 
+    def evaluate(self, *, split: str, num_done: int, num_images: int) -> None:
+        now = time.monotonic()
+        if num_done == 0:
+            self._evaluation_started = now
+            self._line_time = now - _LINE_SECONDS
+        seconds = now - self._evaluation_started
+        if 0 < num_done < num_images and seconds > _SILENT_SECONDS and self._is_line_due():
+            self.say(
+                f"  evaluating {split}: {num_done:,} of {num_images:,} images, "
+                f"{_duration(seconds * (num_images / num_done - 1))} left"
+            )
+
     def epoch(self, *, epoch: int, train: dict[str, Any], val: dict[str, Any] | None) -> None:
         validation = f"   val loss {val['loss']:.4f}  accuracy {val['accuracy']:.2%}" if val else ""
-        self._said = (time.monotonic(), 0)
+        self._line_time = time.monotonic()
         self.say(
             f"epoch {epoch:3d}   train loss {train['loss']:.4f}  accuracy {train['accuracy']:.2%}"
             f"{validation}   {train['images_per_second']:,.0f} images/s"
@@ -95,6 +114,13 @@ class ConsoleProgress(Silence):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    def _is_line_due(self) -> bool:
+        now = time.monotonic()
+        if now - self._line_time < _LINE_SECONDS:
+            return False
+        self._line_time = now
+        return True
 
 
 def _duration(seconds: float) -> str:

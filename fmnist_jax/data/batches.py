@@ -1,0 +1,158 @@
+"""Batches of an epoch: order, gather, scaling and augmentation, all traceable.
+
+Training images stay on the device as uint8. A batch is gathered, scaled to [0, 1] and augmented
+inside the compiled training loop.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fmnist_jax.data.augment import RandomAffine
+from fmnist_jax.rng import Streams
+from fmnist_jax.xla.jit import platform_jit
+from fmnist_jax.xla.noinline import noinline
+
+
+class Batch(NamedTuple):
+    """The input of one training step.
+
+    Attributes:
+      images: float32[batch, height, width, 1], values in [0, 1].
+      labels: int32[batch].
+      mask: bool[batch], False for the padding of an epoch's last batch.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    mask: jax.Array
+
+
+def read_batch(
+    images: jax.Array,
+    labels: jax.Array,
+    order: jax.Array,
+    step: jax.Array,
+    streams: Streams,
+    *,
+    batch_size: int,
+    augment: RandomAffine | None = None,
+    strength: float | jax.Array | None = None,
+) -> tuple[jax.Array, Batch]:
+    """Gathers the batch of one step.
+
+    The last batch of an epoch is filled up with the epoch's first examples. They are masked: they
+    count in no loss and no metric, and only batch statistics see them.
+
+    Args:
+      images: uint8[n, height, width], all training images.
+      labels: int32[n], values in [0, num_classes).
+      order: int32[m], the examples of the epoch in their order.
+      step: int32[], number of steps taken so far in the run.
+      streams: the run's random streams; only `augment` is used.
+      batch_size: at least 1.
+      augment: applied to every image; None only scales to [0, 1].
+      strength: scales every range of the augmentation; None is 1.
+
+    Returns:
+      int32[batch_size], the positions of the examples in `images`; and the batch.
+    """
+    epoch, index = jnp.divmod(step, steps_per_epoch(len(order), batch_size))
+    positions = index * batch_size + jnp.arange(batch_size)
+    examples = order[positions % len(order)]
+    if augment is None:
+        pixels = scale(images[examples])
+    else:
+        keys = example_keys(streams.augment, epoch, examples)
+        pixels = augmented(keys, images[examples], strength, augment=augment)
+    return examples, Batch(pixels, labels[examples], positions < len(order))
+
+
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    """Number of steps in an epoch; the last one may see fewer images.
+
+    Example:
+      >>> steps_per_epoch(1001, 500)
+      3
+    """
+    return -(-num_examples // batch_size)
+
+
+@platform_jit(quick=True)
+def epoch_order(key: jax.Array, epoch: int | jax.Array, examples: jax.Array) -> jax.Array:
+    """Shuffles the examples of an epoch.
+
+    Args:
+      key: the shuffle stream of the run.
+      epoch: int32[], counted from 0.
+      examples: int32[m], positions of the training examples.
+
+    Returns:
+      int32[m], the examples in the order of the epoch.
+    """
+    return jax.random.permutation(jax.random.fold_in(key, epoch), examples)
+
+
+def example_keys(key: jax.Array, epoch: jax.Array, examples: jax.Array) -> jax.Array:
+    """Derives one key per example of an epoch from the augment stream, the same in any batch."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, epoch), examples)
+
+
+def augmented(
+    keys: jax.Array,
+    images: jax.Array,
+    strength: float | jax.Array | None = None,
+    *,
+    augment: RandomAffine,
+) -> jax.Array:
+    """Calls `augment` such that every program computes the same bits as the training loop."""
+    return lax.platform_dependent(
+        keys,
+        images,
+        jnp.float32(1.0 if strength is None else strength),
+        cpu=functools.partial(noinline, augment),
+        default=augment,
+    )
+
+
+def scale(images: jax.Array) -> jax.Array:
+    """Maps uint8[batch, height, width] to float32[batch, height, width, 1] in [0, 1]."""
+    return images[..., None].astype(jnp.float32) / 255
+
+
+def checked_images(images: jax.Array) -> jax.Array:
+    """Returns the images as uint8[n, height, width].
+
+    Raises:
+      TypeError: if they are not uint8.
+      ValueError: if their shape is neither this nor [n, height, width, 1].
+    """
+    if images.dtype != jnp.uint8:
+        raise TypeError(f"images are {images.dtype}; expected uint8 with values 0 to 255")
+    if images.ndim == 4 and images.shape[-1] == 1:
+        images = images[..., 0]
+    if images.ndim != 3:
+        raise ValueError(
+            f"images have shape {images.shape}; expected [n, height, width] or "
+            "[n, height, width, 1]"
+        )
+    return images
+
+
+def check_labels(images: jax.Array, labels: jax.Array) -> None:
+    """Checks that there is one integer label per image.
+
+    Raises:
+      TypeError: if the labels are not integers.
+      ValueError: if their number differs from that of the images, or is 0.
+    """
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels are {labels.dtype}; expected integers")
+    if labels.shape != images.shape[:1] or len(labels) == 0:
+        raise ValueError(
+            f"labels have shape {labels.shape} for {len(images)} images; expected one label per "
+            "image and at least one image"
+        )

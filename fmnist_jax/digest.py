@@ -1,0 +1,58 @@
+"""SHA-256 of bytes, files, arrays and JSON values, as hexadecimal text."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def sha256_bytes(content: bytes) -> str:
+    """SHA-256 of bytes.
+
+    Example:
+      >>> sha256_bytes(b"")[:16]
+      'e3b0c44298fc1c14'
+    """
+    return hashlib.sha256(content).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content.
+
+    Raises:
+      OSError: if the file cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_array(array: np.ndarray) -> str:
+    """SHA-256 of an array's elements in C order; shape and dtype are not part of it.
+
+    Args:
+      array: any shape and dtype but object.
+
+    Example:
+      >>> sha256_array(np.zeros((2, 3), np.uint8)) == sha256_bytes(bytes(6))
+      True
+    """
+    # As bytes, because the buffer protocol has no code for bfloat16.
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a value's JSON text with sorted keys, so that their order does not matter.
+
+    Args:
+      value: anything that `json.dumps` accepts.
+
+    Raises:
+      TypeError: if the value is not serializable as JSON.
+
+    Example:
+      >>> sha256_json({"a": 1, "b": 2}) == sha256_json({"b": 2, "a": 1})
+      True
+    """
+    return sha256_bytes(json.dumps(value, sort_keys=True).encode())

@@ -1,0 +1,49 @@
+"""Every error and warning class of the package. Standard library only."""
+
+
+class ConfigError(ValueError):
+    """A setting is invalid. The message names the value, what is accepted and what to do."""
+
+
+class DataError(ValueError):
+    """Data is missing or invalid. The message names the file and what to do."""
+
+
+class DamagedFileError(ValueError):
+    """A file of a run is missing or unreadable. The message names it."""
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written or read."""
+
+
+class DivergedError(ArithmeticError):
+    """The loss is not finite. The message names epoch and step."""
+
+
+class Interrupted(Exception):  # noqa: N818 (a requested stop, not an error)
+    """A signal stopped the run after its state was saved.
+
+    Attributes:
+      signal_number: number of the signal.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class VerificationError(Exception):
+    """A check of a command failed."""
+
+
+class DataWarning(UserWarning):
+    """Data is usable but not the full published data set, or a copy of it was skipped."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint was skipped, or could not be written for now."""
+
+
+class EnvironmentWarning(UserWarning):
+    """A run was resumed in an environment that may change its results."""

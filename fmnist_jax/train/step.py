@@ -1,0 +1,306 @@
+"""The training step: one optimizer update as a pure function.
+
+`StepConfig` holds what is fixed when a step is compiled. `Hyperparams` holds scalars that may be
+traced: other values reuse the compiled program, and `vmap` or `lax.map` can train with many.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from fmnist_jax.data.augment import RandomAffine
+from fmnist_jax.data.batches import Batch
+from fmnist_jax.train import metrics as metrics_lib
+from fmnist_jax.train.metrics import Metrics, cross_entropy
+from fmnist_jax.train.optim import Schedule
+from fmnist_jax.xla.jit import platform_jit
+
+LossFn = Callable[..., jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """Everything that is fixed at compile time; each distinct value is one compiled program.
+
+    Attributes:
+      model: a Linen module, or any hashable object with its `init` and `apply`. It is called as
+        `model.apply(variables, images, train=..., rngs={"dropout": key})` with images
+        float32[batch, height, width, 1] in [0, 1], and returns logits, float[batch, num_classes].
+        Variables other than its parameters, such as batch statistics, are updated in training.
+      tx: an optax transformation. `learning_rate` and `weight_decay` of `Hyperparams` are passed
+        to its `update` as extra arguments; optax's own optimizers ignore them.
+      batch_size: examples per step, at least 1.
+      loss: maps logits, float[batch, num_classes], and labels, int32[batch], to float[batch].
+      augment: applied to every training image; None only scales to [0, 1].
+      schedule: maps the fraction of the run that is done to a fraction of the learning rate; None
+        is constant. It needs `Hyperparams.total_steps`.
+      dtype: the model computes in it, from parameters and images that are cast to it; bfloat16 is
+        for accelerators. Parameters, updates, loss and metrics stay float32.
+      microbatch_size: examples that go through the model at once; their gradients are summed. The
+        update is the same but for rounding and for dropout, where each microbatch has its own
+        key. None chooses (`train_steps`) or takes the whole batch (`train_step`).
+
+    Raises:
+      ValueError: if a size is below 1.
+    """
+
+    model: Any
+    tx: optax.GradientTransformation
+    batch_size: int = 128
+    loss: LossFn = cross_entropy
+    augment: RandomAffine | None = None
+    schedule: Schedule | None = None
+    dtype: Any = jnp.float32
+    microbatch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        for name in ("batch_size", "microbatch_size"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name} is {size}; expected at least 1")
+
+
+class Hyperparams(NamedTuple):
+    """Scalars of a training that may be traced.
+
+    Attributes:
+      learning_rate: peak of the schedule, above 0; None for an optimizer with its own.
+      total_steps: length of the schedule in steps; None where the schedule is constant.
+      weight_decay: decoupled, at least 0; None is none.
+      dropout: one rate in [0, 1) for all dropout layers; None leaves each layer its own.
+      label_smoothing: fraction of the target spread over all classes, in [0, 1); None is 0.
+      augmentation: scales every range of the augmentation, at least 0; None is 1.
+    """
+
+    learning_rate: float | jax.Array | None = None
+    total_steps: int | jax.Array | None = None
+    weight_decay: float | jax.Array | None = None
+    dropout: float | jax.Array | None = None
+    label_smoothing: float | jax.Array | None = None
+    augmentation: float | jax.Array | None = None
+
+
+DEFAULTS = Hyperparams()
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes, as a pytree of arrays.
+
+    Attributes:
+      step: int32[], number of steps taken.
+      params: the model's parameters.
+      model_state: the model's other collections, such as {"batch_stats": ...}; {} if none.
+      opt_state: the optimizer's state.
+    """
+
+    step: jax.Array
+    params: Any
+    model_state: Any
+    opt_state: Any
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The model's variables, as its `apply` takes them."""
+        return {"params": self.params, **self.model_state}
+
+
+def create_train_state(
+    key: jax.Array, config: StepConfig, *, image_shape: tuple[int, int] = (28, 28)
+) -> TrainState:
+    """Draws the initial state.
+
+    Args:
+      key: a typed PRNG key, used here and nowhere else.
+      config: its model and optimizer.
+      image_shape: height and width of the images that the model will see.
+
+    Example:
+      >>> import fmnist_jax as fm
+      >>> config = StepConfig(model=fm.create_model("same_3x3"), tx=optax.sgd(0.1))
+      >>> state = create_train_state(jax.random.key(0), config)
+      >>> sum(leaf.size for leaf in jax.tree.leaves(state.params))
+      423338
+    """
+    return _create_train_state(key, model=config.model, tx=config.tx, image_shape=image_shape)
+
+
+# One program in place of some twenty small ones.
+@platform_jit(static_argnames=("model", "tx", "image_shape"), quick=True)
+def _create_train_state(
+    key: jax.Array, *, model: Any, tx: optax.GradientTransformation, image_shape: tuple[int, int]
+) -> TrainState:
+    images = jnp.zeros((1, *image_shape, 1), jnp.float32)
+    variables = dict(model.init(key, images, train=False))
+    params = variables.pop("params")
+    # Copied, because an optimizer may return one array twice, and donated arrays must be distinct.
+    opt_state = jax.tree.map(jnp.copy, tx.init(params))
+    return TrainState(jnp.int32(0), params, variables, opt_state)
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    key: jax.Array,
+    hyperparams: Hyperparams = DEFAULTS,
+    *,
+    config: StepConfig,
+) -> tuple[TrainState, Metrics]:
+    """Updates the parameters by the mean loss over a batch.
+
+    A plain function, to be called as it is or under `jit`, `vmap` and loops.
+
+    Args:
+      state: the current state.
+      batch: images, labels and mask.
+      key: a typed PRNG key for dropout, used here and nowhere else.
+      hyperparams: scalars that may be traced.
+      config: what is fixed at compile time; `augment` is not applied here.
+
+    Returns:
+      The next state, and the metrics of the batch before the update, with dropout.
+
+    Raises:
+      TypeError: if the images are not float.
+      ValueError: if the loss does not return one value per example, or a model with other
+        variables than parameters is to be split into microbatches.
+      ConfigError: if the optimizer needs a learning rate and none is given.
+    """
+    grads, model_state, losses, logits = compute_grads(state, batch, key, hyperparams, config=config)
+    tx = optax.with_extra_args_support(config.tx)
+    updates, opt_state = tx.update(
+        grads,
+        state.opt_state,
+        state.params,
+        learning_rate=_learning_rate(state.step, hyperparams, config.schedule),
+        weight_decay=hyperparams.weight_decay,
+    )
+    params = optax.apply_updates(state.params, updates)
+    metrics = metrics_lib.measure(losses, logits, batch.labels, batch.mask)
+    return TrainState(state.step + 1, params, model_state, opt_state), metrics
+
+
+def compute_grads(
+    state: TrainState,
+    batch: Batch,
+    key: jax.Array,
+    hyperparams: Hyperparams = DEFAULTS,
+    *,
+    config: StepConfig,
+) -> tuple[Any, Any, jax.Array, jax.Array]:
+    """Computes the gradient that `train_step` applies; the same arguments and errors.
+
+    Returns:
+      The gradient of the mean loss over the batch's unmasked examples, a tree like `params`; the
+      next `model_state`; the losses, float[batch]; and the logits, float[batch, num_classes].
+    """
+    if not jnp.issubdtype(batch.images.dtype, jnp.floating):
+        raise TypeError(f"batch.images are {batch.images.dtype}; expected float in [0, 1]")
+    grad = jax.grad(functools.partial(_mean_loss, config=config), has_aux=True)
+    num_examples = jnp.sum(batch.mask)
+    size = config.microbatch_size
+    if size is None or size >= len(batch.labels):
+        grads, (model_state, losses, logits) = grad(
+            state.params, state.model_state, batch, key, hyperparams, num_examples
+        )
+        return grads, model_state, losses, logits
+    if state.model_state:
+        raise ValueError(
+            f"microbatch_size is {size}, but the model has {', '.join(state.model_state)}, which "
+            "depend on the whole batch; use None"
+        )
+
+    microbatches = _split(batch, size)
+    keys = jax.random.split(key, len(microbatches.labels))
+
+    def add(sums: Any, microbatch: tuple[Batch, jax.Array]) -> Any:
+        grads, (_, losses, logits) = grad(
+            state.params, state.model_state, *microbatch, hyperparams, num_examples
+        )
+        return jax.tree.map(jnp.add, sums, grads), (losses, logits)
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    grads, outputs = lax.scan(add, zeros, (microbatches, keys))
+    losses, logits = jax.tree.map(
+        lambda array: array.reshape(-1, *array.shape[2:])[: len(batch.labels)], outputs
+    )
+    return grads, state.model_state, losses, logits
+
+
+def _mean_loss(
+    params: Any,
+    model_state: Any,
+    batch: Batch,
+    key: jax.Array,
+    hyperparams: Hyperparams,
+    num_examples: jax.Array,
+    *,
+    config: StepConfig,
+) -> tuple[jax.Array, Any]:
+    params = jax.tree.map(lambda leaf: leaf.astype(config.dtype), params)
+    options: dict[str, Any] = {}
+    if hyperparams.dropout is not None:
+        options["dropout"] = hyperparams.dropout
+    if model_state:
+        options["mutable"] = list(model_state)
+    outputs = config.model.apply(
+        {"params": params, **model_state},
+        batch.images.astype(config.dtype),
+        train=True,
+        rngs={"dropout": key},
+        **options,
+    )
+    logits, model_state = outputs if model_state else (outputs, model_state)
+    logits = logits.astype(batch.images.dtype)
+    smoothing = hyperparams.label_smoothing
+    losses = example_losses(
+        config.loss, logits, batch.labels, *(() if smoothing is None else (smoothing,))
+    )
+    loss = jnp.sum(jnp.where(batch.mask, losses, 0)) / num_examples
+    return loss, (model_state, losses, logits)
+
+
+def example_losses(loss: LossFn, logits: jax.Array, labels: jax.Array, *options: Any) -> jax.Array:
+    """Calls the loss and checks that it returns float[batch].
+
+    Raises:
+      ValueError: if it does not return one value per example.
+    """
+    losses = loss(logits, labels, *options)
+    if losses.shape != labels.shape:
+        raise ValueError(
+            f"the loss has shape {losses.shape}; expected one value per example, {labels.shape}"
+        )
+    return losses
+
+
+def _learning_rate(
+    step: jax.Array, hyperparams: Hyperparams, schedule: Schedule | None
+) -> jax.Array | None:
+    learning_rate, total_steps = hyperparams.learning_rate, hyperparams.total_steps
+    if learning_rate is None:
+        return None
+    learning_rate = jnp.asarray(learning_rate, jnp.float32)
+    if schedule is None:
+        return learning_rate
+    if total_steps is None:
+        raise ValueError("the schedule needs total_steps, the length of the run; it is None")
+    return learning_rate * schedule(jnp.minimum(step / total_steps, 1.0))
+
+
+def _split(batch: Batch, size: int) -> Batch:
+    """Reshapes to [num_microbatches, size, ...]; the last one is filled up with masked zeros."""
+    num_microbatches = -(-len(batch.labels) // size)
+
+    def split(array: jax.Array) -> jax.Array:
+        missing = num_microbatches * size - len(array)
+        padded = jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+        return padded.reshape(num_microbatches, size, *array.shape[1:])
+
+    return jax.tree.map(split, batch)

@@ -1,0 +1,55 @@
+"""`fence` and `noinline`: calls that XLA:CPU does not inline, so it does not fuse across them."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
+
+T = TypeVar("T")
+
+_barrier = jax.jit(lax.optimization_barrier)
+
+
+def fence(arrays: T) -> T:
+    """Returns the arrays unchanged; XLA:CPU does not recompute them in their consumers.
+
+    XLA:CPU duplicates elementwise operations into each consumer, so the producers of an array with
+    sixteen consumers are computed sixteen times. It drops `optimization_barrier` before fusion, but
+    does not fuse across a call that it may not inline. The call copies nothing, and unused arrays
+    are not computed.
+
+    For programs on a CPU only.
+
+    Args:
+      arrays: a pytree of arrays.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> fence(jnp.arange(3))
+      Array([0, 1, 2], dtype=int32)
+    """
+    with set_xla_metadata(inlineable="false"):
+        return jax.tree.map(_barrier, arrays)
+
+
+def noinline(function: Callable[..., T], *arrays: Any) -> T:
+    """Calls a pure function such that its result has the same bits in every program on a CPU.
+
+    XLA:CPU fuses a function with the operations around it, and rounding depends on the fusion. It
+    does not fuse across a call that it may not inline.
+
+    For programs on a CPU only.
+
+    Args:
+      function: hashable.
+      *arrays: its arguments.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> noinline(jnp.add, 1.0, 2.0)
+      Array(3., dtype=float32, weak_type=True)
+    """
+    with set_xla_metadata(inlineable="false"):
+        return jax.jit(function)(*arrays)
