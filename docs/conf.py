@@ -9,7 +9,7 @@ ROOT = str(Path(__file__).parents[1])
 sys.path.insert(0, ROOT)
 os.environ["PYTHONPATH"] = ROOT
 
-from fmnist_jax.version import __version__
+from fmnist_jax.version import __version__  # noqa: E402 (needs the path)
 
 project = "fmnist_jax"
 version = release = __version__
@@ -19,6 +19,7 @@ exclude_patterns = ["_build", "jupyter_execute"]
 # Docstrings are written in Google style with Markdown's `code`.
 default_role = "code"
 napoleon_use_ivar = True
+autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 add_module_names = False
