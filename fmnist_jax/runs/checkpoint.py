@@ -180,7 +180,7 @@ class Checkpoints:
                 aside = _free(self._directory / f"{_DAMAGED}{step}")
                 path.rename(aside)
                 warnings.warn(
-                    f"the checkpoint of step {step} is damaged ({error}); it was renamed to {aside}",
+                    f"the checkpoint of step {step} is damaged ({error}); renamed to {aside}",
                     CheckpointWarning,
                     stacklevel=2,
                 )
@@ -189,8 +189,8 @@ class Checkpoints:
                 return tree, checkpoint.meta
         if any(path.name.startswith((_DAMAGED, _SAVED)) for path in self._paths()):
             raise CheckpointError(
-                f"every checkpoint in {self._directory} is damaged or missing; nothing was changed. "
-                "Move the folder away to start from the first step"
+                f"every checkpoint in {self._directory} is damaged or missing; nothing was "
+                "changed. Move the folder away to start from the first step"
             )
         return None
 

@@ -146,9 +146,7 @@ def fit_plan(plan: Plan, *, progress: NullProgress | None = None) -> Result:
     return Result(loop.state, plan.model, report, loop.history)
 
 
-def _train(
-    plan: Plan, checkpoints: Checkpoints, progress: NullProgress
-) -> tuple[LoopState, float]:
+def _train(plan: Plan, checkpoints: Checkpoints, progress: NullProgress) -> tuple[LoopState, float]:
     """Trains the remaining epochs; returns the last state and the seconds of compilation."""
     loop = _restore(plan, checkpoints)
     metrics_path = plan.run.workdir / files.METRICS
@@ -257,9 +255,7 @@ def _train_epoch(
     return loop
 
 
-def _end_epoch(
-    plan: Plan, loop: LoopState, saver: "_Saver", progress: NullProgress
-) -> LoopState:
+def _end_epoch(plan: Plan, loop: LoopState, saver: "_Saver", progress: NullProgress) -> LoopState:
     """Evaluates the validation split, logs and saves."""
     epoch = loop.step // plan.steps_per_epoch
     common: dict[str, Any] = {"step": loop.step, "epoch": epoch}
@@ -276,9 +272,7 @@ def _end_epoch(
             plan.dataset.train_images[plan.val_examples],
             plan.dataset.train_labels[plan.val_examples],
             model=plan.model,
-            on_call=lambda done: progress.evaluate(
-                split="val", num_done=done, num_images=num_val
-            ),
+            on_call=lambda done: progress.evaluate(split="val", num_done=done, num_images=num_val),
         )
         val = common | {"split": "val"} | metrics.means()
         if not math.isfinite(val["loss"]):
@@ -399,7 +393,7 @@ def _record_environment(plan: Plan, *, is_resumed: bool) -> None:
             {name: each.get(name) for name in environment.DECISIVE} for each in (entries[-1], entry)
         )
         message = differences_message(
-            "the environment has changed, so results may differ from those of an uninterrupted run:",
+            "the environment has changed, which may change the results of the resumed run:",
             before,
             now,
             ("before", "now"),

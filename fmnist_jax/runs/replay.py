@@ -1,6 +1,7 @@
 """`replay`: computes one step of a finished run again."""
 
 import contextlib
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,9 +64,7 @@ def replay(workdir: Path, dataset: Dataset, step: int) -> Replay:
     train_examples = jnp.asarray(plan.train_examples)
     state = _restore_before(plan, step)
     while int(state.step) < step - 1:
-        # The arguments are evaluated before each call, so `left` is that of the call.
-        last_of_epoch = (int(state.step) // plan.steps_per_epoch + 1) * plan.steps_per_epoch
-        surplus = max(0, last_of_epoch - (step - 1))
+        missing = step - 1 - int(state.step)
         calls = train_epoch(
             state,
             images,
@@ -74,7 +73,7 @@ def replay(workdir: Path, dataset: Dataset, step: int) -> Replay:
             plan.streams,
             plan.hyperparams,
             config=plan.config,
-            next_num_steps=lambda left, surplus=surplus: left - surplus,
+            next_num_steps=functools.partial(min, missing),
         )
         state, _ = next(calls)
     order = epoch_order(plan.streams.shuffle, (step - 1) // plan.steps_per_epoch, train_examples)

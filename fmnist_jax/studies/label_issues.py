@@ -14,18 +14,14 @@ import numpy as np
 from scipy.special import softmax
 from sklearn.model_selection import StratifiedKFold
 
+from fmnist_jax.data.batches import steps_per_epoch
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.rng import create_streams
-from fmnist_jax.runs.progress import Silence
-from fmnist_jax.train.loop import (
-    TrainState,
-    create_train_state,
-    epoch_order,
-    steps_per_epoch,
-    train_steps,
-)
-from fmnist_jax.train.optim import create_optimizer
+from fmnist_jax.runs.writers import NullProgress
+from fmnist_jax.train.loop import train_epoch
+from fmnist_jax.train.optim import create_optimizer, create_schedule
 from fmnist_jax.train.predict import predict
+from fmnist_jax.train.step import Hyperparams, StepConfig, TrainState, create_train_state
 
 
 class Suspects(NamedTuple):
@@ -147,16 +143,22 @@ def train_epochs(
     Yields:
       The state. Its arrays are gone when the next one is asked for.
     """
-    steps = steps_per_epoch(len(examples), batch_size)
-    tx = create_optimizer("adam", 1e-3, schedule="cosine", total_steps=steps * epochs)
+    config = StepConfig(
+        model=model,
+        tx=create_optimizer("adam"),
+        batch_size=batch_size,
+        schedule=create_schedule("cosine"),
+    )
+    total_steps = epochs * steps_per_epoch(len(examples), batch_size)
+    hyperparams = Hyperparams(jnp.float32(1e-3), jnp.int32(total_steps))
     streams = create_streams(seed)
     height, width = images.shape[1:]
-    state = create_train_state(streams.init, model, tx, image_shape=(height, width))
-    for epoch in range(epochs):
-        order = epoch_order(streams.shuffle, epoch, jnp.asarray(examples))
-        state, _ = train_steps(
-            state, images, labels, order, streams, steps, batch_size=batch_size, model=model, tx=tx
-        )
+    state = create_train_state(streams.init, config, image_shape=(height, width))
+    for _ in range(epochs):
+        for state, _ in train_epoch(  # noqa: B020
+            state, images, labels, jnp.asarray(examples), streams, hyperparams, config=config
+        ):
+            pass
         yield state
 
 
@@ -170,7 +172,7 @@ def cross_validate(
     folds: int = 4,
     epochs: int = 5,
     batch_size: int = 128,
-    progress: Silence | None = None,
+    progress: NullProgress | None = None,
 ) -> CrossValidation:
     """Trains a network for each fold, on the images outside it.
 
@@ -190,7 +192,7 @@ def cross_validate(
     Raises:
       ConfigError: if a class has fewer images than there are folds, or a number is too small.
     """
-    progress = progress or Silence()
+    progress = progress or NullProgress()
     fewest = np.unique(labels, return_counts=True)[1].min()
     if not 2 <= folds <= fewest:
         raise ConfigError(
@@ -211,7 +213,7 @@ def cross_validate(
             model=model, epochs=epochs, batch_size=batch_size,
         )  # fmt: skip
         for state in states:
-            seen = np.asarray(predict(state.params, all_images, model=model))
+            seen = np.asarray(predict(state.variables, all_images, model=model))
             right = seen.argmax(axis=1) == labels
             history.append(right[inside])
             progress.say(
@@ -221,7 +223,9 @@ def cross_validate(
         if logits is None:
             logits = np.empty_like(seen)
         logits[held_out] = seen[held_out]
-        test_logits.append(np.asarray(predict(state.params, jnp.asarray(test_images), model=model)))
+        test_logits.append(
+            np.asarray(predict(state.variables, jnp.asarray(test_images), model=model))
+        )
         forgotten[inside] += forgetting_events(np.array(history))
         learned[inside] |= np.any(history, axis=0)
     assert logits is not None  # there are two folds or more

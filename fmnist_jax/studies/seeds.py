@@ -12,7 +12,7 @@ from fmnist_jax.data.sources import Dataset
 from fmnist_jax.errors import ConfigError, DamagedFileError
 from fmnist_jax.runs import files
 from fmnist_jax.runs.fit import Result, fit
-from fmnist_jax.runs.progress import ConsoleProgress, Silence
+from fmnist_jax.runs.writers import ConsoleProgress, NullProgress
 
 # What is averaged over the runs: figures of report.json.
 FIGURES = ("test_accuracy", "val_accuracy", "train_accuracy", "views_accuracy", "test_loss")
@@ -36,7 +36,7 @@ def fit_seeds(
     count: int,
     *,
     vary: StreamName | None = None,
-    progress: Silence | None = None,
+    progress: NullProgress | None = None,
 ) -> SeedsResult:
     """Trains from the seeds S, S + 1, ..., S + count - 1, where S is the run's, and summarizes.
 
@@ -67,7 +67,7 @@ def fit_seeds(
       >>> recipe = dataclasses.replace(fm.RECIPES["valid_2x2"], epochs=1)
       >>> run = fm.Run(recipe=recipe, workdir=Path(tempfile.mkdtemp()), train_examples=200)
       >>> data = fm.load_fashion_mnist(sample=True)
-      >>> result = fit_seeds(run, data, 2, progress=Silence())
+      >>> result = fit_seeds(run, data, 2, progress=NullProgress())
       >>> result.report["seeds"], len(result.report["test_accuracy"]["values"])
       ([0, 1], 2)
     """
@@ -242,10 +242,10 @@ def read_report(workdir: Path) -> dict[str, Any]:
     return report
 
 
-class _Part(Silence):
+class _Part(NullProgress):
     """Shows one of several runs as a part of them all."""
 
-    def __init__(self, whole: Silence, index: int, count: int) -> None:
+    def __init__(self, whole: NullProgress, index: int, count: int) -> None:
         self._whole, self._index, self._count = whole, index, count
         self._before = 0
 

@@ -23,7 +23,7 @@ Schedule = Callable[[jax.Array], jax.Array]
 class AdamState(NamedTuple):
     """State of "adam": int32[] count of updates, and both moments, trees like `params`."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # optax' name, which tuples have as well
     mu: optax.Updates
     nu: optax.Updates
 

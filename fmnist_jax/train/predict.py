@@ -77,7 +77,7 @@ def predict(
     for start in range(0, max(len(images), 1), call_size):
         part = images[start : start + call_size]
         part = pad(part, ((0, call_size - len(part)), (0, 0), (0, 0)))
-        batches = part.reshape(num_batches, batch_size, *images.shape[1:])
+        batches: Any = part.reshape(num_batches, batch_size, *images.shape[1:])
         logits.append(_predict(variables, batches, model=model))
         if on_call is not None:
             logits[-1].block_until_ready()

@@ -172,7 +172,9 @@ def train_step(
         variables than parameters is to be split into microbatches.
       ConfigError: if the optimizer needs a learning rate and none is given.
     """
-    grads, model_state, losses, logits = compute_grads(state, batch, key, hyperparams, config=config)
+    grads, model_state, losses, logits = compute_grads(
+        state, batch, key, hyperparams, config=config
+    )
     tx = optax.with_extra_args_support(config.tx)
     updates, opt_state = tx.update(
         grads,
