@@ -29,7 +29,9 @@ myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
+nb_execution_show_tb = True
 nb_execution_timeout = 300
+nb_merge_streams = True
 
 html_theme = "furo"
 html_static_path = ["_static"]
