@@ -14,8 +14,6 @@ if __name__ == "__main__":
 
 import argparse
 import functools
-import html
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,16 +21,14 @@ from typing import Any
 
 import cli
 import jax.numpy as jnp
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from scipy.special import softmax
 
 import fmnist_jax as fm
 from fmnist_jax.analysis import duplicates
-from fmnist_jax.report import page
+from fmnist_jax.report.audit import write_audit
 from fmnist_jax.runs import files
 from fmnist_jax.studies import label_issues as suspects
 
@@ -40,7 +36,6 @@ ARCH = "small_dropout"  # the fastest of the networks that reach 91%
 NUM_SEEDS = 3  # trainings with and without the suspects
 # A test label with less than this probability in the mean of the folds' networks is doubted.
 DOUBTED = 0.01
-SHOWN = 60  # pictures a section of the page
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,8 +96,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         ]
         files.write_bytes(workdir / "suspects.txt", ("\n".join(lines) + "\n").encode())
     files.write_json(workdir / "audit.json", audit)
-    files.write_bytes(workdir / "audit.html", draw(audit, dataset, matches).encode())
-    console.print(f"Written: {workdir / 'audit.html'}", highlight=False, soft_wrap=True)
+    page = write_audit(workdir, audit, dataset, {name: m.distances for name, m in matches.items()})
+    console.print(f"Written: {page}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -260,6 +255,7 @@ def doubt(
         "test_accuracy": accuracies,
         "ensemble_test_accuracy": float(right.mean()),
         "ensemble_test_accuracy_without_doubted": _mean(right[own >= DOUBTED]),
+        "doubted_below": DOUBTED,
         "doubted_test_images": _rows(in_doubt, names),
     }
 
@@ -279,216 +275,6 @@ def _rows(found: suspects.Suspects, names: Sequence[str]) -> list[dict[str, Any]
 
 def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
-
-
-_CARDS = """
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.6rem, 1fr)); gap: .8rem;
-  margin-top: 1rem; }
-.cards figure { margin: 0; font-size: .8rem; line-height: 1.35; }
-.cards div { display: flex; gap: .3rem; margin-bottom: .3rem; }
-.cards img { width: 4.2rem; height: 4.2rem; margin: 0; image-rendering: pixelated; }
-"""
-
-
-def draw(audit: dict[str, Any], dataset: fm.Dataset, matches: dict[str, duplicates.Matches]) -> str:
-    """The page."""
-    splits, near, labels = audit["splits"], audit["near_duplicates"], audit["labels"]
-    numbers = [
-        ("", f"{splits['train']['images']:,}", "training images"),
-        ("", f"{splits['test']['images']:,}", "test images"),
-        ("main", f"{len(audit['exact_duplicates']):,}", "groups of exact duplicates"),
-        ("main", f"{len(near['pairs']):,}", "test images nearly in training"),
-    ]
-    if labels:
-        numbers += [
-            ("main", f"{len(labels['suspects']):,}", "suspected training labels"),
-            ("", f"{labels['out_of_fold_accuracy']:.2%}", "right out of fold"),
-        ]
-    parts = [
-        '<p class="warning">This is the embedded sample of Fashion-MNIST (6,000 and 1,000 images); '
-        "positions are those in the sample.</p>"
-        if dataset.sample
-        else "",
-        "<h1>A look at the data</h1>",
-        f'<p class="soft">Fashion-MNIST from {html.escape(dataset.source)}.</p>',
-        page.figures(numbers),
-        page.section("Classes and pixels", _split_table(audit) + _mean_images(dataset)),
-        page.section("Exact duplicates", _exact_cards(audit, dataset)),
-        page.section("Near-duplicates of test and training images", _near(audit, dataset, matches)),
-    ]
-    if labels:
-        parts += [
-            page.section("Suspected training labels", _suspect_cards(audit, dataset)),
-            page.section("Test images whose label is doubted", _doubted_cards(audit, dataset)),
-            page.section("Accuracy with and without the suspects", _accuracies(labels)),
-        ]
-    data = page.facts({"Data": f"{dataset.source}, SHA-256 {dataset.sha256}"})
-    return page.page("A look at the data", [*parts, page.section("Source", data)], css=_CARDS)
-
-
-def _split_table(audit: dict[str, Any]) -> str:
-    train, test = audit["splits"]["train"], audit["splits"]["test"]
-    tests = {row["name"]: row["images"] for row in test["by_class"]}
-    rows = [
-        [row["name"], f"{row['images']:,}", f"{tests.get(row['name'], 0):,}"]
-        + [f"{row[key]:.3f}" for key in ("mean", "std", "zero_share")]
-        for row in train["by_class"]
-    ]
-    for name, split in (("all, training", train), ("all, test", test)):
-        counts = [f"{split['images']:,}", ""] if split is train else ["", f"{split['images']:,}"]
-        rows.append(
-            [name, *counts, *(f"{split[key]:.3f}" for key in ("mean", "std", "zero_share"))]
-        )
-    headings = ["class", "training", "test", "mean pixel", "std", "zeros"]
-    text = "Pixels are in [0, 1], those of the classes from training. Below, the mean images."
-    return _text(text) + page.table(headings, rows)
-
-
-def _cards(cards: Sequence[tuple[Sequence[np.ndarray], Sequence[str]]]) -> str:
-    """Pictures with a few lines of text each."""
-    if not cards:
-        return '<p class="soft">None.</p>'
-    figures = [
-        "<figure><div>"
-        + "".join(page.image(page.thumbnail(pixels), lines[0]) for pixels in pictures)
-        + f"</div><figcaption>{'<br>'.join(map(html.escape, lines))}</figcaption></figure>"
-        for pictures, lines in cards
-    ]
-    return f'<div class="cards">{"".join(figures)}</div>'
-
-
-def _text(text: str) -> str:
-    return f"<p>{html.escape(text)}</p>"
-
-
-def _mean_images(dataset: fm.Dataset) -> str:
-    cards = []
-    for label, name in enumerate(dataset.class_names):
-        members = dataset.train_images[dataset.train_labels == label]
-        if len(members):
-            mean = np.round(members.mean(axis=0)).astype(np.uint8)
-            cards.append(([mean], [name]))
-    return _cards(cards)
-
-
-def _exact_cards(audit: dict[str, Any], dataset: fm.Dataset) -> str:
-    images = {"train": dataset.train_images, "test": dataset.test_images}
-    return _cards(
-        [
-            (
-                [images[member["split"]][member["index"]] for member in group[:2]],
-                [f"{member['split']} {member['index']}: {member['label']}" for member in group],
-            )
-            for group in audit["exact_duplicates"][:SHOWN]
-        ]
-    )
-
-
-def _near(
-    audit: dict[str, Any], dataset: fm.Dataset, matches: dict[str, duplicates.Matches]
-) -> str:
-    near = audit["near_duplicates"]
-    text = (
-        f"Each test image and its mirror was compared with every training image. "
-        f"{len(near['pairs']):,} come nearer than {near['threshold']:g} of their own norm, "
-        f"{near['with_another_label']:,} of them with another label. Of the first "
-        f"{near['compared_within_training']:,} training images, "
-        f"{near['near_within_training']:,} come as near to the other training images."
-    )
-    cards = [
-        (
-            [dataset.test_images[pair["test"]], dataset.train_images[pair["train"]]],
-            [
-                f"test {pair['test']}: {pair['test_label']}",
-                f"train {pair['train']}: {pair['train_label']}",
-                f"distance {pair['distance']:.3f}{', mirrored' if pair['mirrored'] else ''}",
-            ],
-        )
-        for pair in near["pairs"][:SHOWN]
-    ]
-    picture = page.image(_histogram(matches), "Distances to the nearest training image")
-    return _text(text) + picture + _cards(cards)
-
-
-def _histogram(matches: dict[str, duplicates.Matches]) -> bytes:
-    buffer = io.BytesIO()
-    with mpl.rc_context(page.STYLE):
-        figure = Figure(figsize=(5.6, 3.2), layout="constrained")
-        axes = figure.subplots()
-        for name, color in (("test", "#2563eb"), ("train", "#ea7317")):
-            axes.hist(
-                matches[name].distances, bins=np.linspace(0, 1, 51).tolist(), histtype="step",
-                color=color, linewidth=1.5, label=f"{name} images",
-            )  # fmt: skip
-        axes.axvline(duplicates.NEAR, color=page.INK, linewidth=1, linestyle="--")
-        axes.set_yscale("log")
-        axes.set_xlabel("distance to the nearest training image, share of the norm")
-        axes.set_ylabel("images")
-        axes.legend(frameon=False)
-        figure.savefig(buffer, dpi=110)
-    return buffer.getvalue()
-
-
-def _verdicts(rows: Sequence[dict[str, Any]], images: np.ndarray, split: str) -> str:
-    return _cards(
-        [
-            (
-                [images[row["index"]]],
-                [
-                    f"{split} {row['index']}",
-                    f"{row['label']} {row['label_probability']:.1%}",
-                    f"taken for {row['taken_for']} {row['other_probability']:.1%}",
-                    *([f"forgotten {row['forgotten']} times"] if row.get("forgotten") else []),
-                ],
-            )
-            for row in rows[:SHOWN]
-        ]
-    )
-
-
-def _suspect_cards(audit: dict[str, Any], dataset: fm.Dataset) -> str:
-    labels = audit["labels"]
-    forgotten = labels["forgotten"]
-    text = (
-        f"{labels['folds']} networks of {labels['arch']}, {labels['epochs']} epochs each, "
-        f"classified the images that they had not seen. {len(labels['suspects']):,} labels are "
-        "less probable than is usual for their class, while another class is as probable as is "
-        f"usual for that one. {forgotten['never_learned']:,} images were never right in training, "
-        f"{forgotten['never_learned_suspects']:,} of them suspects. A suspect went from right to "
-        f"wrong {forgotten['suspects'] or 0:.2f} times, another image "
-        f"{forgotten['others'] or 0:.2f} times, all networks together. The most suspect are "
-        "shown; suspects.txt names all."
-    )
-    return _text(text) + _verdicts(labels["suspects"], dataset.train_images, "train")
-
-
-def _doubted_cards(audit: dict[str, Any], dataset: fm.Dataset) -> str:
-    labels = audit["labels"]
-    without = labels["ensemble_test_accuracy_without_doubted"]
-    text = (
-        f"{len(labels['doubted_test_images']):,} test images have a label of less than {DOUBTED:g} "
-        f"probability in the mean of the folds' networks, which is right on "
-        f"{labels['ensemble_test_accuracy']:.2%} of all test images and on "
-        f"{'none' if without is None else f'{without:.2%}'} of the others. That second number is "
-        "too high by construction: all that were left out are mistakes of these very networks, "
-        "whether the label is wrong or not."
-    )
-    return _text(text) + _verdicts(labels["doubted_test_images"], dataset.test_images, "test")
-
-
-def _accuracies(labels: dict[str, Any]) -> str:
-    accuracies = labels["test_accuracy"]
-    rows = [
-        [str((labels["seed"] + number) % 2**32), f"{a:.2%}", f"{b:.2%}", f"{100 * (b - a):+.2f}"]
-        for number, (a, b) in enumerate(zip(accuracies["with"], accuracies["without"], strict=True))
-    ]
-    a, b = np.mean(accuracies["with"]), np.mean(accuracies["without"])
-    rows.append(["mean", f"{a:.2%}", f"{b:.2%}", f"{100 * (b - a):+.2f}"])
-    text = (
-        f"Test accuracy after {labels['epochs']} epochs on all training images, and on those that "
-        "are no suspects; all test images count."
-    )
-    return _text(text) + page.table(["seed", "with", "without", "difference, points"], rows)
 
 
 if __name__ == "__main__":

@@ -182,14 +182,15 @@ def _table(comparison: dict[str, Any]) -> Table:
         f"p = {mcnemar['p']:.4f}; {mcnemar['only_a_right']:,} right for a alone, "
         f"{mcnemar['only_b_right']:,} for b alone, over all seeds",
     )
-    if comparison["smallest_difference"] is not None:
+    effect = comparison["minimum_detectable_effect"]
+    if effect is not None:
         table.add_row(
-            "a t test of so many seeds finds",
-            f"{100 * comparison['smallest_difference']:.2f} points in four of five experiments",
+            "minimum detectable difference",
+            f"{100 * effect:.2f} points, for a t test at 5% with a power of 80%",
         )
         needed = comparison["seeds_needed"]
         table.add_row(
-            "if this difference and its spread are true, to find it as often takes",
+            "to detect the observed difference",
             "more than 10,000 seeds" if needed is None else f"{needed:,} seeds",
         )
     return table

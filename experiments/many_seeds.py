@@ -1,43 +1,24 @@
-"""`run.py --seeds` and `--vary`: the same recipe from many seeds."""
+"""`run.py --seeds`: the same recipe from many seeds."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 import fmnist_jax as fm
-from fmnist_jax.config import StreamName
-from fmnist_jax.runs import files
-from fmnist_jax.runs.plan import create_plan
-from fmnist_jax.studies.seeds import seed_run, variances
-
-_VARIANCES = "variances.json"
 
 
-def train(
-    run: fm.Run, dataset: fm.Dataset, count: int, vary: Sequence[StreamName], console: Console
-) -> None:
-    """Trains from `count` seeds, and again with each stream of `vary` varied alone."""
-    for name in vary:
-        create_plan(seed_run(run, run.seed + 1, name), dataset)  # refuses what cannot vary
-    progress = fm.ConsoleProgress(console)
-    summary = fm.fit_seeds(run, dataset, count, progress=progress).report
-    for name in vary:
-        console.print(f"\nOnly the stream {name} follows the seeds:")
-        fm.fit_seeds(run, dataset, count, vary=name, progress=progress)
+def train(run: fm.Run, dataset: fm.Dataset, num_seeds: int, console: Console) -> None:
+    """Trains from `num_seeds` seeds and prints their summary."""
+    summary = fm.fit_seeds(run, dataset, num_seeds, progress=fm.ConsoleProgress(console)).report
     console.print("Drawing the report ...")
-    from fmnist_jax.report.seeds_page import (
+    from fmnist_jax.report.seeds import (
         write_seeds_report,  # here: matplotlib is needed only now
     )
 
     page = write_seeds_report(run.workdir)
     console.print()
     console.print(_summary_table(summary, str(page)))
-    if vary:
-        table = variances(run.workdir, count, run.seed, vary)
-        files.write_json(run.workdir / _VARIANCES, table)
-        console.print(_variance_table(table))
     if summary["sample"]:
         console.print(
             "These numbers are from the embedded sample and are no results.", style="bold red"
@@ -56,22 +37,6 @@ def _summary_table(summary: dict[str, Any], page: str) -> Table:
         ", ".join(f"{value:.2%}" for value in summary["test_accuracy"]["values"]),
     )
     table.add_row("report", page)
-    return table
-
-
-def _variance_table(rows: dict[str, Any]) -> Table:
-    table = Table(title="Where the variance of the test accuracy comes from")
-    for heading in (
-        "what varies", "standard deviation, points", "95% interval", "share of the variance",
-        "95% interval",
-    ):  # fmt: skip
-        table.add_column(heading, justify="right" if table.columns else "left")
-    for name, row in rows.items():
-        std, low, high = (100 * row[key] ** 0.5 for key in ("variance", "low", "high"))
-        cells = [name, f"{std:.3f}", f"{low:.3f} to {high:.3f}"]
-        if row.get("share") is not None:
-            cells += [f"{row['share']:.0%}", f"{row['share_low']:.0%} to {row['share_high']:.0%}"]
-        table.add_row(*cells)
     return table
 
 

@@ -28,6 +28,7 @@ from typing import get_args
 import cli
 import many_seeds
 import resume
+from fmnist_jax.runs.program import measure_cost
 from rich.console import Console
 from rich.table import Table
 
@@ -36,7 +37,6 @@ from fmnist_jax import config
 from fmnist_jax.runs import files
 from fmnist_jax.runs.fit import fit_plan
 from fmnist_jax.runs.plan import Plan, create_plan
-from fmnist_jax.runs.program import measure_cost
 from fmnist_jax.xla.cache import enable_compilation_cache
 
 
@@ -66,14 +66,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--weight-decay", type=float, help="decoupled, of the kernels")
     parser.add_argument("--seed", type=int, default=0, help="root of all randomness (%(default)s)")
     parser.add_argument("--seeds", type=int, help="train so many times: seed S, S + 1, and so on")
-    parser.add_argument(
-        "--vary",
-        nargs="+",
-        default=[],
-        metavar="STREAM",
-        help="with --seeds, also let one random stream alone follow the seeds: "
-        + ", ".join(get_args(config.StreamName)),
-    )
     cli.add_data_flags(parser)
     parser.add_argument("--classes", help="train on some classes, as in sandal,bag,1")
     parser.add_argument("--train-examples", type=int, help="train on so many examples only")
@@ -107,10 +99,6 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.list:
         _print_recipes(console)
         return 0
-    if arguments.vary and arguments.seeds is None:
-        raise fm.ConfigError("--vary needs --seeds, the number of runs for each stream")
-    if arguments.vary and arguments.seeds < 2:
-        raise fm.ConfigError(f"--seeds is {arguments.seeds}; a variance needs 2 or more")
     if arguments.exclude is not None and arguments.classes is not None:
         raise fm.ConfigError(
             "--exclude counts all training images, so it does not go with --classes"
@@ -143,11 +131,11 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         return 0
 
     if arguments.seeds is not None:
-        many_seeds.train(run, dataset, arguments.seeds, arguments.vary, console)
+        many_seeds.train(run, dataset, arguments.seeds, console)
         return 0
     result = fit_plan(plan, progress=fm.ConsoleProgress(console))
     console.print("Drawing the report ...")
-    from fmnist_jax.report.run_page import (
+    from fmnist_jax.report.run import (
         write_report,  # imported here: matplotlib is needed only now
     )
 
@@ -213,7 +201,7 @@ def _replay(arguments: argparse.Namespace, dataset: fm.Dataset, console: Console
         dataset = fm.select_classes(dataset, classes)
     console.print("Going to that update ...")
     shown = fm.replay(arguments.workdir, dataset, arguments.replay)
-    from fmnist_jax.report.run_page import (
+    from fmnist_jax.report.run import (
         write_replay,  # imported here: matplotlib is needed only now
     )
 
