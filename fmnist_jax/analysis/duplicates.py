@@ -3,8 +3,8 @@
 Squared distances are computed exactly with float32 matrix products. Pixels minus 128 are from -128
 to 127, so a dot product of two images of at most 1,024 pixels, and each of its partial sums, is an
 integer of magnitude at most 1,024 * 128 * 128 = 2**24. Float32 represents these exactly, so the
-product has no rounding error in any order of summation, and |a|^2 - 2ab + |b|^2 has no cancellation
-error.
+product has no rounding error in any order of summation, and `a·a - 2 a·b + b·b` has no
+cancellation error.
 """
 
 import math

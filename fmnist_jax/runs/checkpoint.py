@@ -1,6 +1,6 @@
 """Checkpoints of a run. This is the only file that imports orbax.
 
-A checkpoint is a folder named by its step:
+A checkpoint is a folder named by its step::
 
     arrays/        the arrays by name, written by Orbax
     manifest.json  step, settings, score and other JSON values, dtype and shape of each array,
