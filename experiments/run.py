@@ -107,7 +107,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
 def _train(plan: Plan, console: Console) -> None:
     report = fit_plan(plan, progress=fm.ConsoleProgress(console)).report
     console.print("Writing the report ...")
-    from fmnist_jax.report.run_page import write_report  # matplotlib takes a second to import
+    from fmnist_jax.report.run import write_report  # matplotlib takes a second to import
 
     page = write_report(plan.run.workdir)
     facts = {"test accuracy": f"[bold]{report['test_accuracy']:.2%}[/bold]"}
@@ -126,7 +126,7 @@ def _train(plan: Plan, console: Console) -> None:
 def _train_seeds(run: fm.Run, dataset: fm.Dataset, num_seeds: int, console: Console) -> None:
     summary = fm.fit_seeds(run, dataset, num_seeds, progress=fm.ConsoleProgress(console)).report
     console.print("Writing the report ...")
-    from fmnist_jax.report.seeds_page import write_seeds_report
+    from fmnist_jax.report.seeds import write_seeds_report
 
     page = write_seeds_report(run.workdir)
     facts = {
@@ -148,7 +148,7 @@ def _replay(arguments: argparse.Namespace, dataset: fm.Dataset, console: Console
         dataset = fm.select_classes(dataset, classes)
     console.print(f"Replaying step {arguments.replay:,} ...")
     replay = fm.replay(arguments.workdir, dataset, arguments.replay)
-    from fmnist_jax.report.run_page import write_replay
+    from fmnist_jax.report.run import write_replay
 
     picture = write_replay(arguments.workdir, replay, dataset.class_names, sample=dataset.sample)
     table = Table()

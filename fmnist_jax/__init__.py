@@ -1,11 +1,15 @@
-"""Functional training of Fashion-MNIST image classifiers in JAX."""
+"""Functional training of Fashion-MNIST image classifiers in JAX.
+
+These are the names that most programs need; everything else is in the subpackages.
+"""
+
+from fmnist_jax import errors as errors
 
 from fmnist_jax.config import Recipe as Recipe
 from fmnist_jax.config import Run as Run
 from fmnist_jax.data.augment import AUGMENTATIONS as AUGMENTATIONS
 from fmnist_jax.data.batches import Batch as Batch
 from fmnist_jax.data.batches import epoch_order as epoch_order
-from fmnist_jax.data.dataset import CLASS_NAMES as CLASS_NAMES
 from fmnist_jax.data.dataset import Dataset as Dataset
 from fmnist_jax.data.dataset import select_classes as select_classes
 from fmnist_jax.data.sources import load_fashion_mnist as load_fashion_mnist
@@ -22,7 +26,6 @@ from fmnist_jax.studies.comparison import compare as compare
 from fmnist_jax.studies.seeds import fit_seeds as fit_seeds
 from fmnist_jax.train.loop import train_epoch as train_epoch
 from fmnist_jax.train.loop import train_steps as train_steps
-from fmnist_jax.train.metrics import Metrics as Metrics
 from fmnist_jax.train.optim import create_optimizer as create_optimizer
 from fmnist_jax.train.optim import create_schedule as create_schedule
 from fmnist_jax.train.predict import evaluate as evaluate

@@ -1,4 +1,4 @@
-"""The random streams of a run: one key a purpose, all from one seed."""
+"""The random streams of a run: one key per purpose, all derived from one seed."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -10,12 +10,18 @@ from fmnist_jax.errors import ConfigError
 
 
 class Streams(NamedTuple):
-    """One typed PRNG key a purpose. Exchange one of them and the others' draws stay as they were.
+    """One typed PRNG key per purpose; replacing one leaves the draws of the others unchanged.
 
-    Nothing here changes during a run. A key for one use is folded in from the stream's key:
+    The streams are constant during a run. Each use folds in what it is for:
     `fold_in(dropout, step)`, `fold_in(shuffle, epoch)` and
-    `fold_in(fold_in(augment, epoch), example)`. Seed and step are therefore all that a run needs
-    to go on.
+    `fold_in(fold_in(augment, epoch), example)`. Seed and step are therefore enough to resume.
+
+    Attributes:
+      init: initial parameters.
+      split: validation split.
+      shuffle: order of the examples in an epoch.
+      augment: augmentation of an example in an epoch.
+      dropout: dropout masks of a step.
     """
 
     init: jax.Array
@@ -28,22 +34,22 @@ class Streams(NamedTuple):
 def create_streams(
     seed: int | jax.Array, stream_seeds: Mapping[str, int | jax.Array] = MappingProxyType({})
 ) -> Streams:
-    """Folds a fixed number for each purpose into the seed's key.
+    """Derives the streams from a seed by folding in one number per purpose.
 
     Args:
-      seed: whole number in [0, 2**32), or an array of it, which may be traced.
-      stream_seeds: the same for single streams, by name, in place of `seed`.
+      seed: integer in [0, 2**32), or a traced integer array.
+      stream_seeds: other seeds for single streams, by name.
 
     Raises:
-      ConfigError: if the seed is outside its range; JAX would drop the bits above 32 in silence.
+      ConfigError: if the seed is outside its range, of which JAX would silently drop bits.
 
     Example:
       >>> a, b = create_streams(0), create_streams(1)
-      >>> bool((jax.random.bits(a.init) == jax.random.bits(b.init)))
+      >>> bool(jax.random.bits(a.init) == jax.random.bits(b.init))
       False
     """
     if isinstance(seed, int) and not 0 <= seed < 2**32:
-        raise ConfigError(f"seed is {seed}; it must be a whole number from 0 to 2**32 - 1")
+        raise ConfigError(f"seed is {seed}; expected an integer in [0, 2**32)")
     root = jax.random.key(seed)
     streams = Streams(*(jax.random.fold_in(root, number) for number in range(len(Streams._fields))))
     others = {name: getattr(create_streams(other), name) for name, other in stream_seeds.items()}

@@ -1,6 +1,5 @@
 """Settings and fixtures of all tests."""
 
-import dataclasses
 import importlib.util
 import itertools
 import os
@@ -23,11 +22,15 @@ from fmnist_jax.xla.jit import platform_jit
 
 ROOT = Path(__file__).parent.parent
 
-# A job in the background is started with SIGINT ignored, and so would be what the tests start.
+# A background job is started with SIGINT ignored, and so would be the processes of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A shape that grows a dimension without being asked to is an error.
+# Implicit rank promotion is an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Uncompiled, each of its hundreds of operations is a program of its own: 57 instead of 23 s for two
+# steps of he_stack.
+train_step = platform_jit(static_argnames=("config",))(fm.train_step)
 
 
 @pytest.fixture(scope="session")
@@ -62,26 +65,8 @@ def run_py() -> ModuleType:
     return load_module(ROOT / "experiments" / "run.py")
 
 
-# By itself each of its hundreds of operations is a program of its own: 57 instead of 23 s for two
-# updates of he_stack.
-train_step = platform_jit(static_argnames=("model", "tx", "slice_size"))(fm.train_step)
-
-
-@dataclasses.dataclass(frozen=True)
-class Linear:
-    """The smallest model: compiled in a moment."""
-
-    num_classes: int = 10
-
-    def init(self, key, images, train):
-        shape = images[0].size, self.num_classes
-        return {"params": {"kernel": jax.random.normal(key, shape) / 28}}
-
-    def apply(self, variables, images, *, train, rngs=None):
-        return images.reshape(len(images), -1) @ variables["params"]["kernel"]
-
-
 def load_module(path: Path) -> ModuleType:
+    """Imports a file that is not on the path."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -93,22 +78,31 @@ def load_module(path: Path) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for all tests: many run the same command, and compile it once."""
-    return tmp_path_factory.mktemp("cache")
+    """Compiled programs of all tests, workers and processes."""
+    root = tmp_path_factory.getbasetemp()
+    return (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "cache"
 
 
 @pytest.fixture(autouse=True)
-def _own_home(
+def _isolated_home(
     tmp_path_factory: pytest.TempPathFactory, cache_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
-    """No test sees or changes the caches and data sets of the person who runs it."""
-    home = tmp_path_factory.mktemp("home")
-    monkeypatch.setenv("HOME", str(home))
+) -> None:
+    """No test reads or changes the caches and data sets of the person who runs it."""
+    programs = str(cache_home / "programs")
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", programs)
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     for name in ("TFDS_DATA_DIR", "KERAS_HOME"):
         monkeypatch.delenv(name, raising=False)
-    yield
-    # The command line may have been called in this process.
-    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", None)
+    if jax.config.jax_compilation_cache_dir != programs:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", programs)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         reset_cache()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _bounded_memory() -> Iterator[None]:
+    """Compiled programs of a module are dropped at its end; other modules read them from disk."""
+    yield
+    jax.clear_caches()

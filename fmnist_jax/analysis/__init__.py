@@ -1,1 +1,1 @@
-"""Scores, statistics, calibration and duplicates, in NumPy alone."""
+"""Scores, statistics, calibration and duplicates, without JAX."""

@@ -1,22 +1,25 @@
-"""How far a classifier's probabilities can be trusted."""
+"""Calibration: how well predicted probabilities match observed frequencies."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize
 from scipy.special import softmax
 
+from fmnist_jax.analysis.scores import check_predictions, cross_entropy
+
 # Published networks need temperatures between 0.5 and 5 (Guo et al. 2017; Minderer et al. 2021).
-_COLDEST, _HOTTEST = 0.01, 100.0
+_MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.01, 100.0
 
 
 class Reliability(NamedTuple):
-    """Confidence and accuracy of the examples in each bin of confidence.
+    """Confidence and accuracy of the examples in each confidence bin.
 
     Attributes:
-      confidence: float64[bins], mean top probability; nan where no example is.
-      accuracy: float64[bins], fraction; nan where no example is.
+      confidence: float64[bins], mean top probability; nan in an empty bin.
+      accuracy: float64[bins], fraction; nan in an empty bin.
       num_examples: int64[bins].
     """
 
@@ -26,36 +29,76 @@ class Reliability(NamedTuple):
 
 
 class RiskCoverage(NamedTuple):
-    """The error rate that is left if only the most confident predictions count.
+    """Error rate of the most confident predictions, by their share.
 
     Attributes:
-      coverage: float64[n], share of the examples that count: 1 / n, 2 / n, ..., 1.
-      risk: float64[n], share of mistakes among them.
+      coverage: float64[n], share of the examples that are kept: 1 / n, 2 / n, ..., 1.
+      risk: float64[n], error rate among them.
     """
 
     coverage: np.ndarray
     risk: np.ndarray
 
 
-def expected_calibration_error(logits: ArrayLike, labels: ArrayLike, bins: int = 15) -> float:
-    """How far top probability and accuracy are apart: top-label ECE (Guo et al. 2017).
-
-    The examples are sorted into bins of equal width by their top probability; the error is the mean
-    over examples of the distance between their bin's mean top probability and its accuracy. Two
-    biases are known: within a bin, too high and too low confidence cancel out, and chance makes
-    every bin's distance larger, so that perfect probabilities of 10,000 examples measure as about
-    0.01 (see `calibration_interval`).
+def describe(predictions: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Summarizes the calibration of a network for a JSON file.
 
     Args:
-      logits: float[n, classes].
-      labels: int[n], values in [0, classes).
-      bins: number of bins; 15 is Guo's.
+      predictions: `logits` and `labels` of the test images, and optionally `val_logits` and
+        `val_labels` of the validation images.
 
     Returns:
-      A number in [0, 1].
+      `ece`, the expected calibration error, with `ece_low` and `ece_high`, its 95% interval;
+      `aurc`, the area under the risk-coverage curve; and, with the temperature fitted on the
+      validation images, `temperature`, `ece_scaled` and `loss_scaled`. The last three are None
+      without validation images.
 
     Raises:
-      ValueError: if shapes do not fit, logits are not finite or labels are outside their range.
+      ValueError: if shapes do not match, logits are not finite or labels are out of range.
+
+    Example:
+      >>> describe({"logits": np.log([[0.5, 0.5]] * 2), "labels": np.array([0, 1])})["ece"]
+      0.0
+    """
+    logits, labels = predictions["logits"].astype(np.float64), predictions["labels"]
+    low, high = calibration_interval(logits, labels)
+    result: dict[str, Any] = {
+        "ece": expected_calibration_error(logits, labels),
+        "ece_low": low,
+        "ece_high": high,
+        "aurc": area_under_risk_coverage(logits, labels),
+        "temperature": None,
+        "ece_scaled": None,
+        "loss_scaled": None,
+    }
+    if len(predictions.get("val_labels", ())):
+        temperature = fit_temperature(predictions["val_logits"], predictions["val_labels"])
+        scaled = logits / temperature
+        result["temperature"] = temperature
+        result["ece_scaled"] = expected_calibration_error(scaled, labels)
+        result["loss_scaled"] = float(cross_entropy(scaled, labels).mean())
+    return result
+
+
+def expected_calibration_error(logits: ArrayLike, labels: ArrayLike, bins: int = 15) -> float:
+    """Expected calibration error of the top label (ECE, Guo et al. 2017).
+
+    Examples are binned by their top probability into bins of equal width. The error is the mean
+    over examples of the distance between mean top probability and accuracy of their bin. It has
+    two known biases: over- and underconfidence within a bin cancel, and noise increases the
+    distance of every bin, so that perfect probabilities of 10,000 examples measure about 0.01
+    (see `calibration_interval`).
+
+    Args:
+      logits: float[n, num_classes].
+      labels: int[n], values in [0, num_classes).
+      bins: number of bins; 15 as in Guo et al.
+
+    Returns:
+      The error, in [0, 1].
+
+    Raises:
+      ValueError: if shapes do not match, logits are not finite or a value is out of range.
 
     Example:
       >>> logits = np.log([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.2, 0.8]])
@@ -74,39 +117,39 @@ def calibration_interval(
     seed: int = 0,
     draws: int = 1000,
 ) -> tuple[float, float]:
-    """The calibration errors under which the measured one is no surprise.
+    """Confidence interval of the expected calibration error, by test inversion (Carpenter 1999).
 
-    Chance adds to a binned calibration error, and resampling adds as much once more: a percentile
-    interval lies above the truth. So the question is turned round (test inversion, Carpenter 1999).
-    Let the true gaps of the bins be t times the measured ones, and the noise on them be that of
-    resampled images. The lower end is the error of the t for which the measured one would be in the
-    upper tail, the upper end that for which it would be in the lower tail. The lower end is 0 where
-    even perfect probabilities (t = 0) would often enough measure as badly, the question that
-    Broecker & Smith (2007) ask. A measured error that is chance for the most part can lie above
-    its own interval. Resampling sees no noise in a bin without a mistake.
+    Noise biases a binned calibration error upwards, and resampling adds the same bias again, so
+    that a percentile interval lies above the true error. Instead, assume that the true gaps of the
+    bins are t times the measured ones, with the noise of resampled images. The lower end is the
+    error of the t for which the measured error is in the upper tail, the upper end that for which
+    it is in the lower tail. The lower end is 0 where perfect probabilities (t = 0) measure as badly
+    often enough, the question of Broecker & Smith (2007). A measured error that is mostly noise can
+    lie above its own interval. Resampling sees no noise in a bin without mistakes.
 
-    In simulations of 1,000 and 10,000 images, with true errors from 0 to 0.2, 89% to 98% of the 95%
-    intervals held the true binned error; where the probabilities were perfect, 96% to 98% did, of
-    percentile intervals none, and of reflected ones half. What cancels out within bins is not seen:
-    for the error without bins the lower end alone is a bound (Kumar et al. 2019).
+    In simulations with 1,000 and 10,000 images and true errors from 0 to 0.2, the 95% intervals
+    covered the true binned error in 89% to 98% of samples. For perfect probabilities they covered
+    it in 96% to 98%, percentile intervals never, and reflected intervals in half. Gaps that cancel
+    within a bin are not detected: only the lower end is a bound on the error without bins (Kumar
+    et al. 2019).
 
     Args:
-      logits: float[n, classes].
-      labels: int[n], values in [0, classes).
+      logits: float[n, num_classes].
+      labels: int[n], values in [0, num_classes).
       bins: number of bins.
-      level: share of such intervals that hold the true binned error, in (0, 1).
-      seed: of the resampling.
-      draws: resampled sets of images, at least 2 / (1 - level).
+      level: coverage probability for the true binned error, in (0, 1).
+      seed: seed of the resampling.
+      draws: number of resampled sets of images, at least 2 / (1 - level).
 
     Returns:
-      Both ends, in [0, 1].
+      Lower and upper end, in [0, 1].
 
     Raises:
-      ValueError: if shapes do not fit, a value is not finite or outside its range.
+      ValueError: if shapes do not match, logits are not finite or a value is out of range.
 
     Example:
-      >>> logits = np.tile([3.0, 0.0], (1000, 1))  # 95% sure
-      >>> labels = np.repeat([0, 1], [900, 100])  # and right in 90%
+      >>> logits = np.tile([3.0, 0.0], (1000, 1))  # a probability of 95%
+      >>> labels = np.repeat([0, 1], [900, 100])  # an accuracy of 90%
       >>> error = expected_calibration_error(logits, labels)
       >>> low, high = calibration_interval(logits, labels)
       >>> print(f"{error:.3f}, from {low:.3f} to {high:.3f}")
@@ -114,10 +157,10 @@ def calibration_interval(
     """
     bin_of, gaps = _gaps(logits, labels, bins)
     if not 0 < level < 1:
-        raise ValueError(f"level is {level}; it must be above 0 and below 1, as in 0.95")
+        raise ValueError(f"level is {level}; it must be between 0 and 1, as in 0.95")
     if draws * (1 - level) < 2:
         raise ValueError(
-            f"draws is {draws}; a level of {level} takes at least {2 / (1 - level):.0f}"
+            f"draws is {draws}; a level of {level} needs at least {2 / (1 - level):.0f}"
         )
     n = len(gaps)
     measured = np.bincount(bin_of, gaps, bins) / n
@@ -144,15 +187,15 @@ def calibration_interval(
 
 
 def reliability(logits: ArrayLike, labels: ArrayLike, bins: int = 15) -> Reliability:
-    """Confidence beside accuracy, bin by bin: a reliability diagram (Guo et al. 2017).
+    """Confidence and accuracy by bin, for a reliability diagram (Guo et al. 2017).
 
     Args:
-      logits: float[n, classes].
-      labels: int[n], values in [0, classes).
-      bins: number of bins of equal width; each has its right edge, the first has 0 as well.
+      logits: float[n, num_classes].
+      labels: int[n], values in [0, num_classes).
+      bins: number of bins of equal width. Each includes its right edge, and the first also 0.
 
     Raises:
-      ValueError: if shapes do not fit, logits are not finite or labels are outside their range.
+      ValueError: if shapes do not match, logits are not finite or a value is out of range.
 
     Example:
       >>> logits = np.log([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.2, 0.8]])
@@ -171,59 +214,58 @@ def reliability(logits: ArrayLike, labels: ArrayLike, bins: int = 15) -> Reliabi
 
 
 def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
-    """The temperature T at which logits / T have the smallest cross-entropy (Guo et al. 2017).
+    """Fits the temperature T that minimizes the cross-entropy of logits / T (Guo et al. 2017).
 
-    Fit it on a validation split and use it on the test images. The predictions stay as they are;
-    T above 1 means that the network was too sure of them. The cross-entropy is convex in 1 / T, so
-    T is the one root of its derivative.
+    Fit it on a validation split and apply it to the test images; predictions do not change. T
+    above 1 means that the network is overconfident. The cross-entropy is convex in 1 / T, so T is
+    the only root of its derivative.
 
     Args:
-      logits: float[n, classes].
-      labels: int[n], values in [0, classes).
+      logits: float[n, num_classes].
+      labels: int[n], values in [0, num_classes).
 
     Returns:
-      T, from 0.01 to 100. It is 0.01 if the cross-entropy does not rise on the way there, as where
-      every prediction is right, and 100 if the logits are worse than none.
+      T, clipped to [0.01, 100]. It is 0.01 if the cross-entropy does not increase on the way
+      there, as when every prediction is correct, and 100 if the logits are worse than uniform ones.
 
     Raises:
-      ValueError: if shapes do not fit, logits are not finite or labels are outside their range.
+      ValueError: if shapes do not match, logits are not finite or labels are out of range.
 
     Example:
       >>> logits = np.log([[0.75, 0.25]] * 4)
-      >>> labels = [0, 0, 0, 1]  # as the probabilities have it
+      >>> labels = [0, 0, 0, 1]  # with these frequencies
       >>> f"{fit_temperature(logits, labels):.4f}, {fit_temperature(3 * logits, labels):.4f}"
       '1.0000, 3.0000'
     """
-    logits, labels = _check(logits, labels)
-    rows = np.arange(len(labels))
-    # Beside the label's logit, so that what is left of a sure prediction is not rounded away.
-    logits = logits - logits[rows, labels][:, None]
+    logits, labels = check_predictions(logits, labels)
+    # Relative to the label's logit, so that small errors of confident predictions are not rounded.
+    logits = logits - logits[np.arange(len(labels)), labels][:, None]
 
     def slope(log_temperature: float) -> float:
-        """Mean surplus of the expected logit: the derivative by 1 / T."""
+        """Derivative of the mean cross-entropy by 1 / T."""
         probabilities = softmax(logits / np.exp(log_temperature), axis=1)
         return float(np.sum(probabilities * logits) / len(labels))
 
-    coldest, hottest = np.log([_COLDEST, _HOTTEST])
-    if slope(coldest) <= 0:
-        return _COLDEST
-    if slope(hottest) >= 0:
-        return _HOTTEST
-    return float(np.exp(optimize.brentq(slope, coldest, hottest)))
+    low, high = np.log([_MIN_TEMPERATURE, _MAX_TEMPERATURE])
+    if slope(low) <= 0:
+        return _MIN_TEMPERATURE
+    if slope(high) >= 0:
+        return _MAX_TEMPERATURE
+    return float(np.exp(optimize.brentq(slope, low, high)))
 
 
 def risk_coverage(logits: ArrayLike, labels: ArrayLike) -> RiskCoverage:
-    """Error rate among the most confident predictions, for every number of them.
+    """Risk-coverage curve: error rate among the most confident predictions.
 
-    Examples of the same top probability have no order: each counts as a mistake by as much as the
-    share of mistakes among them, which is the mean over all orders.
+    Examples with equal top probability have no order. Each counts as the mean error of its ties,
+    which is the mean over all orders.
 
     Args:
-      logits: float[n, classes].
-      labels: int[n], values in [0, classes).
+      logits: float[n, num_classes].
+      labels: int[n], values in [0, num_classes).
 
     Raises:
-      ValueError: if shapes do not fit, logits are not finite or labels are outside their range.
+      ValueError: if shapes do not match, logits are not finite or labels are out of range.
 
     Example:
       >>> logits = np.array([[4.0, 0.0], [0.0, 2.0], [1.0, 0.0], [1.0, 0.0]])
@@ -231,25 +273,24 @@ def risk_coverage(logits: ArrayLike, labels: ArrayLike) -> RiskCoverage:
       [0.0, 0.0, 0.167, 0.25]
     """
     confidence, correct = _top(logits, labels)
-    n = len(confidence)
-    _, block_of = np.unique(-confidence, return_inverse=True)
-    sizes = np.bincount(block_of)
+    _, block_of, sizes = np.unique(-confidence, return_inverse=True, return_counts=True)
     mistakes = np.repeat(np.bincount(block_of, ~correct) / sizes, sizes)
-    kept = np.arange(1, n + 1)
-    return RiskCoverage(kept / n, np.cumsum(mistakes) / kept)
+    kept = np.arange(1, len(confidence) + 1)
+    return RiskCoverage(kept / len(kept), np.cumsum(mistakes) / kept)
 
 
 def area_under_risk_coverage(logits: ArrayLike, labels: ArrayLike) -> float:
-    """Mean risk over all coverages: AURC (Geifman & El-Yaniv 2017), lower is better.
+    """Mean risk over all coverages (AURC, Geifman & El-Yaniv 2017); lower is better.
 
-    It falls with the error rate, and with how well confidence tells mistakes from hits.
+    It depends on the error rate and on how well confidence separates mistakes from correct
+    predictions.
 
     Args:
-      logits: float[n, classes].
-      labels: int[n], values in [0, classes).
+      logits: float[n, num_classes].
+      labels: int[n], values in [0, num_classes).
 
     Raises:
-      ValueError: if shapes do not fit, logits are not finite or labels are outside their range.
+      ValueError: if shapes do not match, logits are not finite or labels are out of range.
 
     Example:
       >>> area_under_risk_coverage(np.array([[4.0, 0.0], [0.0, 2.0]]), [0, 0])
@@ -259,7 +300,7 @@ def area_under_risk_coverage(logits: ArrayLike, labels: ArrayLike) -> float:
 
 
 def _gaps(logits: ArrayLike, labels: ArrayLike, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each example's bin, and its confidence less 1 if it is right."""
+    """int[n], the bin of each example; float64[n], its confidence, minus 1 if it is correct."""
     confidence, correct = _top(logits, labels)
     return _bin(confidence, bins), confidence - correct
 
@@ -271,25 +312,6 @@ def _bin(confidence: np.ndarray, bins: int) -> np.ndarray:
 
 
 def _top(logits: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """float64[n], each example's top probability; bool[n], whether its class is the label."""
-    logits, labels = _check(logits, labels)
+    """float64[n], the top probability of each example; bool[n], whether its class is the label."""
+    logits, labels = check_predictions(logits, labels)
     return softmax(logits, axis=1).max(axis=1), logits.argmax(axis=1) == labels
-
-
-def _check(logits: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
-    if logits.ndim != 2 or logits.size == 0 or labels.shape != logits.shape[:1]:
-        raise ValueError(
-            f"logits are {logits.shape} and labels {labels.shape}; they must be [n, classes] and "
-            "[n], and not empty"
-        )
-    if not np.isfinite(logits).all():
-        raise ValueError(f"logits hold {logits[~np.isfinite(logits)][0]}; all must be finite")
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels are {labels.dtype}; they must be whole numbers")
-    outside = (labels < 0) | (labels >= logits.shape[1])
-    if outside.any():
-        raise ValueError(
-            f"labels hold {labels[outside][0]}; they must be from 0 to {logits.shape[1] - 1}"
-        )
-    return logits, labels

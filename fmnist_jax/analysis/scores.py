@@ -1,13 +1,12 @@
-"""Scores of a classifier's predictions, by scikit-learn."""
+"""Accuracy, loss and per-class scores of predictions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import logsumexp
-from sklearn.metrics import accuracy_score, classification_report, confusion_matrix
-
-from fmnist_jax.analysis import calibration
+from numpy.typing import ArrayLike
+from scipy.special import log_softmax
+from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 
 
 class Scores(NamedTuple):
@@ -16,8 +15,8 @@ class Scores(NamedTuple):
     Attributes:
       accuracy: fraction.
       loss: mean cross-entropy in nats.
-      losses: float64[n], of each example.
-      classes: for each class its name, precision, recall, f1 and support.
+      losses: float64[n], cross-entropy of each example in nats.
+      classes: name, precision, recall, f1 and support of each class; 0 where undefined.
       confusion_matrix: rows are labels, columns predictions.
     """
 
@@ -28,80 +27,88 @@ class Scores(NamedTuple):
     confusion_matrix: list[list[int]]
 
 
-def score(logits: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Scores:
+def score(logits: ArrayLike, labels: ArrayLike, class_names: Sequence[str]) -> Scores:
     """Scores predictions.
 
     Args:
       logits: float[n, num_classes].
       labels: int[n], values in [0, num_classes).
-      class_names: one a class.
+      class_names: one per class.
+
+    Raises:
+      ValueError: if shapes do not match, logits are not finite or labels are out of range.
 
     Example:
-      >>> score(np.array([[2.0, 0.0], [1.0, 0.0]]), np.array([0, 1]), ["a", "b"]).accuracy
+      >>> score([[2.0, 0.0], [1.0, 0.0]], [0, 1], ["a", "b"]).accuracy
       0.5
     """
-    logits = logits.astype(np.float64)
-    predicted = logits.argmax(axis=1)
-    losses = logsumexp(logits, axis=1) - logits[np.arange(len(labels)), labels]
-    numbers = list(range(len(class_names)))
-    by_class = classification_report(
-        labels, predicted, labels=numbers, output_dict=True, zero_division=0
-    )
-    classes: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "precision": float(by_class[str(number)]["precision"]),
-            "recall": float(by_class[str(number)]["recall"]),
-            "f1": float(by_class[str(number)]["f1-score"]),
-            "support": int(by_class[str(number)]["support"]),
-        }
-        for number, name in enumerate(class_names)
-    ]
+    losses = cross_entropy(logits, labels)
+    labels, predicted = np.asarray(labels), np.argmax(logits, axis=1)
+    numbers = range(len(class_names))
+    by_class = precision_recall_fscore_support(labels, predicted, labels=numbers, zero_division=0)
     return Scores(
-        float(accuracy_score(labels, predicted)),
+        accuracy_score(labels, predicted),
         float(losses.mean()),
         losses,
-        classes,
+        [
+            {
+                "name": name,
+                "precision": float(precision),
+                "recall": float(recall),
+                "f1": float(f1),
+                "support": int(support),
+            }
+            for name, precision, recall, f1, support in zip(class_names, *by_class, strict=True)
+        ],
         confusion_matrix(labels, predicted, labels=numbers).tolist(),
     )
 
 
-def calibrate(predictions: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """How far the probabilities of a network can be trusted, ready for JSON.
+def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """Cross-entropy of each example.
 
     Args:
-      predictions: `logits` and `labels` of the test images, and where there are any, `val_logits`
-        and `val_labels` of the validation images.
+      logits: float[n, num_classes].
+      labels: int[n], values in [0, num_classes).
 
     Returns:
-      `ece`, the expected calibration error, with `ece_low` and `ece_high`, its 95% interval;
-      `aurc`, the area under the risk-coverage curve; and, with one temperature fitted on the
-      validation images, `temperature`, `ece_scaled` and `loss_scaled`, all three None without such
-      images.
+      float64[n], in nats.
+
+    Raises:
+      ValueError: if shapes do not match, logits are not finite or labels are out of range.
 
     Example:
-      >>> logits = np.log([[0.5, 0.5], [0.5, 0.5]])
-      >>> calibrate({"logits": logits, "labels": np.array([0, 1])})["ece"]
-      0.0
+      >>> cross_entropy(np.log([[0.25, 0.75]]), [1]).round(4).tolist()
+      [0.2877]
     """
-    logits, labels = predictions["logits"].astype(np.float64), predictions["labels"]
-    low, high = calibration.calibration_interval(logits, labels)
-    result: dict[str, Any] = {
-        "ece": calibration.expected_calibration_error(logits, labels),
-        "ece_low": float(low),
-        "ece_high": float(high),
-        "aurc": calibration.area_under_risk_coverage(logits, labels),
-        "temperature": None,
-        "ece_scaled": None,
-        "loss_scaled": None,
-    }
-    if len(predictions.get("val_labels", ())):
-        temperature = calibration.fit_temperature(
-            predictions["val_logits"], predictions["val_labels"]
+    logits, labels = check_predictions(logits, labels)
+    return -log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
+
+
+def check_predictions(logits: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Returns logits as float64[n, num_classes] and labels as int[n].
+
+    Raises:
+      ValueError: if shapes do not match, logits are not finite or labels are out of range.
+
+    Example:
+      >>> check_predictions([[1.0, 0.0]], [2])
+      Traceback (most recent call last):
+      ValueError: labels contain 2; they must be from 0 to 1
+    """
+    logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
+    if logits.ndim != 2 or logits.size == 0 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits have shape {logits.shape} and labels {labels.shape}; they must be "
+            "[n, num_classes] and [n], and not empty"
         )
-        scaled = logits / temperature
-        losses = logsumexp(scaled, axis=1) - scaled[np.arange(len(labels)), labels]
-        result["temperature"] = temperature
-        result["ece_scaled"] = calibration.expected_calibration_error(scaled, labels)
-        result["loss_scaled"] = float(losses.mean())
-    return result
+    if not np.isfinite(logits).all():
+        raise ValueError(f"logits contain {logits[~np.isfinite(logits)][0]}; all must be finite")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"labels are {labels.dtype}; they must be integers")
+    invalid = (labels < 0) | (labels >= logits.shape[1])
+    if invalid.any():
+        raise ValueError(
+            f"labels contain {labels[invalid][0]}; they must be from 0 to {logits.shape[1] - 1}"
+        )
+    return logits, labels

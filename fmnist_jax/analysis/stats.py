@@ -1,24 +1,25 @@
-"""What a few seeds and 10,000 test images can tell: intervals, paired tests, and their power."""
+"""Confidence intervals, paired tests and their power, for a few seeds and 10,000 test images."""
 
 import bisect
 import math
 import statistics
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
-# All sign patterns of so many differences are 8 MiB; beyond, random ones.
-_EXACT_DIFFERENCES = 16
-_RANDOM_PATTERNS = 10_000
+# Exact up to 2**16 sign patterns, which take 0.4 s and 8 MiB; random patterns above.
+_MAX_EXACT_DIFFERENCES = 16
+_NUM_RANDOM_PATTERNS = 9_999
 
 
 class Estimate(NamedTuple):
-    """A mean and the interval in which the true one lies.
+    """A sample mean with a confidence interval.
 
     Attributes:
-      mean: of the values.
+      mean: sample mean.
       std: sample standard deviation (divided by n - 1); nan for one value.
       low: lower end of the interval; nan for one value.
       high: upper end of the interval; nan for one value.
@@ -36,9 +37,9 @@ class McNemar(NamedTuple):
     """How two classifiers differ on the same images.
 
     Attributes:
-      only_a: images that only the first has right, summed over seeds.
-      only_b: images that only the second has right, summed over seeds.
-      p: two-sided p value, in [0, 1].
+      only_a: images that only the first classifies correctly, summed over seeds.
+      only_b: images that only the second classifies correctly, summed over seeds.
+      p: two-sided p-value, in [0, 1].
     """
 
     only_a: int
@@ -47,42 +48,43 @@ class McNemar(NamedTuple):
 
 
 def mean_interval(values: ArrayLike, level: float = 0.95) -> Estimate:
-    """Student's t interval of a mean (Student 1908), exact for values of a normal distribution.
+    """Student's t interval of the mean (Student 1908), exact for a normal distribution.
 
     Args:
-      values: float[n], one a seed.
-      level: share of such intervals that hold the true mean, in (0, 1).
+      values: float[n], one per seed.
+      level: coverage probability, in (0, 1).
 
     Raises:
-      ValueError: if values are none, not finite or not in one dimension, or the level is no share.
+      ValueError: if values are empty, not finite or not one-dimensional, or level is out of range.
 
     Example:
       >>> accuracy = mean_interval([0.9209, 0.9189, 0.9178])
       >>> f"{accuracy.mean:.4f}, from {accuracy.low:.4f} to {accuracy.high:.4f}"
       '0.9192, from 0.9153 to 0.9231'
     """
-    values = _sample("values", values)
-    _check_share("level", level)
+    values = _check_sample("values", values)
+    _check_level(level)
     mean, std = _mean_and_std(values)
-    # No degrees of freedom make the quantile nan, as it should be.
+    # For one value, the quantile of zero degrees of freedom is nan, as documented.
     half = stats.t.ppf((1 + level) / 2, len(values) - 1) * std / np.sqrt(len(values))
     return Estimate(mean, std, float(mean - half), float(mean + half), len(values))
 
 
 def prediction_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
-    """Student's t interval in which the next single value lies (Fisher 1935).
+    """Student's t prediction interval of the next value (Fisher 1935).
 
-    It is wider than that of the mean by the spread of one value; exact for a normal distribution.
+    It is wider than that of the mean by the spread of one value, and exact for a normal
+    distribution.
 
     Args:
-      values: float[n], one a seed.
-      level: share of such intervals that hold the next value, in (0, 1).
+      values: float[n], one per seed.
+      level: coverage probability, in (0, 1).
 
     Returns:
-      Its ends; nan for one value.
+      Lower and upper end; nan for one value.
 
     Raises:
-      ValueError: if there is no value, one is not finite, or level is outside its range.
+      ValueError: if values are empty, not finite or not one-dimensional, or level is out of range.
 
     Example:
       >>> low, high = prediction_interval([0.918, 0.921, 0.919])
@@ -95,32 +97,32 @@ def prediction_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, 
 
 
 def bootstrap_interval(values: ArrayLike, level: float = 0.95, seed: int = 0) -> Estimate:
-    """Bootstrap interval of a mean for values of any distribution: BCa (Efron 1987), 9,999 draws.
+    """Bootstrap interval of the mean for any distribution: BCa (Efron 1987), 9,999 resamples.
 
-    Few values make it too narrow: of five normal ones, a 95% interval holds the true mean 84% of
-    the time, of twenty 93%; `mean_interval` is the better one there. Equal values give an interval
-    of no width.
+    It is too narrow for few values: a 95% interval of five normal values covers the mean in 84% of
+    samples, of twenty in 93%. Prefer `mean_interval` there. Equal values give an interval of zero
+    width.
 
     Args:
       values: float[n].
-      level: share of such intervals that hold the true mean, in (0, 1).
-      seed: of the resampling.
+      level: coverage probability, in (0, 1).
+      seed: seed of the resampling.
 
     Raises:
-      ValueError: if values are none, not finite or not in one dimension, or the level is no share.
+      ValueError: if values are empty, not finite or not one-dimensional, or level is out of range.
 
     Example:
       >>> estimate = bootstrap_interval(np.arange(100) ** 2)
       >>> estimate.low < estimate.mean < estimate.high
       True
     """
-    values = _sample("values", values)
-    _check_share("level", level)
+    values = _check_sample("values", values)
+    _check_level(level)
     mean, std = _mean_and_std(values)
-    if not std > 0:  # BCa is not defined for equal values, nor any resampling for one
+    if not std > 0:  # BCa is undefined for equal values, resampling for a single one
         end = mean if std == 0 else float("nan")
         return Estimate(mean, std, end, end, len(values))
-    # In standard units: values that differ in their last digits only would be equal after rounding.
+    # Standardized, because values that differ in their last bits only would round to equal ones.
     interval = stats.bootstrap(
         ((values - mean) / std,), np.mean, confidence_level=level, rng=np.random.default_rng(seed)
     ).confidence_interval
@@ -128,61 +130,103 @@ def bootstrap_interval(values: ArrayLike, level: float = 0.95, seed: int = 0) ->
     return Estimate(mean, std, low, high, len(values))
 
 
-def sign_flip_test(differences: ArrayLike, seed: int = 0) -> float:
-    """Two-sided p value of a paired test over seeds (Fisher 1935).
-
-    If two ways to train are equally good, each difference could as well have had the other sign.
-    The p value is the share of the sign patterns whose sum is at least as far from zero as the sum
-    found: of all 2^n patterns up to n = 16, of 9,999 random ones and the one found beyond. No p
-    value is below 2 / 2^n: the smallest is 0.25 for three seeds, 0.0625 for five and 0.03125 for
-    six, so that fewer than six seeds never come below 0.05.
+def describe(values: Sequence[float]) -> dict[str, Any]:
+    """Summarizes values of several seeds for a JSON file.
 
     Args:
-      differences: float[n], one a seed.
-      seed: of the random patterns.
+      values: float[n], one per seed.
 
     Returns:
-      A number in (0, 1].
+      `mean`; `std`; `low` and `high`, the 95% t interval of the mean; `bootstrap_low` and
+      `bootstrap_high`, the 95% bootstrap interval; `n`; and `values`. What is nan for a single
+      value is None, because JSON has no nan.
 
     Raises:
-      ValueError: if differences are none, not finite or not in one dimension.
+      ValueError: if values are empty, not finite or not one-dimensional.
+
+    Example:
+      >>> describe([0.5, 0.7])["mean"], describe([0.5])["std"]
+      (0.6, None)
+    """
+    by_t, by_bootstrap = mean_interval(values), bootstrap_interval(values)
+    numbers = {
+        "mean": by_t.mean,
+        "std": by_t.std,
+        "low": by_t.low,
+        "high": by_t.high,
+        "bootstrap_low": by_bootstrap.low,
+        "bootstrap_high": by_bootstrap.high,
+    }
+    finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    return {**finite, "n": by_t.n, "values": [float(value) for value in values]}
+
+
+def sign_flip_test(differences: ArrayLike, seed: int = 0) -> float:
+    """Two-sided paired permutation test over seeds: flips of the signs (Fisher 1935).
+
+    Under the null hypothesis that two training methods are equally good, each difference could
+    have had the opposite sign. The p-value is the share of sign patterns whose sum is at least as
+    far from zero as the observed one. Up to n = 16 it is exact, over all 2**n patterns. Above,
+    9,999 random patterns are drawn, and the observed one is counted too, so that p is never 0
+    (Phipson & Smyth 2010). The smallest p-value is 2 / 2**n: 0.25 for three seeds, 0.0625 for five
+    and 0.03125 for six. Fewer than six seeds never reach 0.05.
+
+    Args:
+      differences: float[n], one per seed.
+      seed: seed of the random patterns.
+
+    Returns:
+      The p-value, in (0, 1].
+
+    Raises:
+      ValueError: if differences are empty, not finite or not one-dimensional.
 
     Example:
       >>> sign_flip_test([0.001, 0.004, 0.002, 0.001, 0.003])
       0.0625
     """
-    differences = _sample("differences", differences)
+    differences = _check_sample("differences", differences)
     n = len(differences)
-    if n <= _EXACT_DIFFERENCES:
-        signs = 1.0 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
-    else:
-        rng = np.random.default_rng(seed)
-        signs = rng.choice([-1.0, 1.0], (_RANDOM_PATTERNS, n))
-        signs[0] = 1  # the pattern found, so that p is never 0 (Phipson & Smyth 2010)
-    # Accuracies are multiples of 1 / images, so sums are often equal, but for rounding.
+    if n == 1:  # both patterns are equally far from zero; scipy asks for two values
+        return 1.0
+    # Accuracies are multiples of 1 / images, so sums are often equal, but for rounding errors.
     tolerance = 1e-9 * np.abs(differences).sum()
-    return float(np.mean(np.abs(signs @ differences) >= abs(differences.sum()) - tolerance))
+    observed = abs(differences.sum()) - tolerance
+
+    def is_extreme(flipped: np.ndarray, axis: int) -> np.ndarray:
+        return (np.abs(flipped.sum(axis=axis)) >= observed).astype(float)
+
+    return float(
+        stats.permutation_test(
+            (differences,),
+            is_extreme,
+            permutation_type="samples",
+            alternative="greater",
+            n_resamples=2**n if n <= _MAX_EXACT_DIFFERENCES else _NUM_RANDOM_PATTERNS,
+            rng=np.random.default_rng(seed),
+        ).pvalue
+    )
 
 
 def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemar:
     """Tests whether two classifiers have the same accuracy, given the same images.
 
-    For one seed it is McNemar's test (1947) in its exact form: of the images that one classifier
-    alone has right, either would have half. For several seeds the same image comes again, and
-    seeds agree on which images are hard, so that these counts are not independent. Then the test
-    is the one of Durkalski et al. (2003) for clusters, each image a cluster: with d the difference
-    of both counts of an image, sum(d)^2 / sum(d^2) is compared with chi-square of one degree of
-    freedom. It relies on a normal sum, so it needs some dozens of images on which d is not zero.
+    For one seed it is McNemar's test (1947) in its exact form: of the images that only one
+    classifier gets right, each is expected to get half. Counts of several seeds are not
+    independent, because seeds agree on which images are hard. The test for several seeds is that
+    of Durkalski et al. (2003) for clustered data, with one cluster per image: with d the difference
+    of the two counts of an image, sum(d)^2 / sum(d^2) follows chi-square with one degree of
+    freedom. This relies on a normal approximation and needs some dozens of images with nonzero d.
 
-    Either way the test generalises over images: to these trained networks on other images of the
-    same kind. It says nothing about other seeds of the same training; `sign_flip_test` does.
+    The test generalizes over images, for these trained networks. It says nothing about other seeds
+    of the same training; `sign_flip_test` does.
 
     Args:
       correct_a: bool[images] or bool[seeds, images], True where the first classifier is right.
-      correct_b: the same of the second, of the same shape; the images in the same order.
+      correct_b: the same for the second, in the same shape and order of images.
 
     Raises:
-      ValueError: if the arrays are not bool, are empty, or their shapes differ or do not fit.
+      ValueError: if an array is not bool or is empty, or the shapes differ.
 
     Example:
       >>> mcnemar([True, True, True, True, True, False], [False, False, False, False, False, False])
@@ -196,8 +240,8 @@ def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemar:
             )
     if correct_a.shape != correct_b.shape or correct_a.ndim not in (1, 2) or correct_a.size == 0:
         raise ValueError(
-            f"correct_a is {correct_a.shape} and correct_b {correct_b.shape}; both must be "
-            "[images] or [seeds, images], of one shape and not empty"
+            f"correct_a has shape {correct_a.shape} and correct_b {correct_b.shape}; both must be "
+            "[images] or [seeds, images], of the same shape and not empty"
         )
     correct_a, correct_b = np.atleast_2d(correct_a), np.atleast_2d(correct_b)
     only_a, only_b = int(np.sum(correct_a & ~correct_b)), int(np.sum(correct_b & ~correct_a))
@@ -211,130 +255,100 @@ def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemar:
     return McNemar(only_a, only_b, float(p))
 
 
-def smallest_difference(std: float, n: int, level: float = 0.05, power: float = 0.8) -> float:
-    """The mean of paired differences that so many seeds were able to find.
+def minimum_detectable_effect(std: float, n: int, level: float = 0.05, power: float = 0.8) -> float:
+    """The mean difference that a paired t test of n seeds detects with the given power.
 
-    Where a test found nothing, a true difference of this size would have been found with this
-    power; a smaller one may be there. It is exact for the two-sided paired t test and differences
-    of a normal distribution, whose squared t is noncentral F. 0.05 and 0.8 are the customary choice
-    (Cohen 1988).
+    Where such a test found nothing, a true difference of this size would probably have been found;
+    a smaller one cannot be ruled out. Exact for the two-sided test and normally distributed
+    differences, whose squared t statistic follows a noncentral F distribution.
 
     Args:
       std: standard deviation of the differences, at least 0.
       n: number of differences, at least 2.
-      level: of the test, its share of false alarms, in (0, 1).
-      power: chance to find the difference, above level and below 1.
+      level: significance level of the test, in (0, 1); 0.05 and a power of 0.8 are conventional
+        (Cohen 1988).
+      power: probability of detection, above level and below 1.
 
     Returns:
       The difference, in the unit of std.
 
     Raises:
-      ValueError: if an argument is outside its range.
+      ValueError: if an argument is out of range.
 
     Example:
-      >>> round(smallest_difference(std=0.002, n=5), 5)
+      >>> round(minimum_detectable_effect(std=0.002, n=5), 5)
       0.00336
     """
     if not (np.isfinite(std) and std >= 0):
-        raise ValueError(f"std is {std}; it must be a finite number of at least 0")
+        raise ValueError(f"std is {std}; it must be finite and at least 0")
     if n < 2:
-        raise ValueError(f"n is {n}; it takes 2 differences to know how far they spread")
+        raise ValueError(f"n is {n}; it must be at least 2")
     if not 0 < level < power < 1:
-        raise ValueError(
-            f"level is {level} and power {power}; it must be that 0 < level < power < 1, as in "
-            "0.05 and 0.8"
-        )
+        raise ValueError(f"level is {level} and power {power}; 0 < level < power < 1 must hold")
     critical = stats.t.isf(level / 2, n - 1) ** 2
 
-    def missing(standard_errors: float) -> float:
+    def missing_power(standard_errors: float) -> float:
         return power - stats.ncf.sf(critical, 1, n - 1, standard_errors**2)
 
     high = 1.0
-    while missing(high) > 0:
+    while missing_power(high) > 0:
         high *= 2
-    # Scipy's noncentral F is wrong at exactly 0, where the power is the level.
-    return float(std / np.sqrt(n) * optimize.brentq(missing, 1e-6, high))
+    # Not from 0, where scipy's noncentral F is wrong; the power there is the level.
+    return float(std / np.sqrt(n) * optimize.brentq(missing_power, 1e-6, high))
 
 
 def seeds_needed(
     std: float, difference: float, level: float = 0.05, power: float = 0.8, most: int = 10_000
 ) -> int | None:
-    """How many paired seeds would settle whether a difference is there.
+    """The number of paired seeds with which a t test detects a difference.
 
     Args:
-      std: standard deviation of the paired differences, at least 0; of a few seeds it is itself
-        uncertain, see `variance_interval`.
+      std: standard deviation of the paired differences, at least 0. An estimate from a few seeds
+        is itself uncertain.
       difference: mean of the differences, of either sign.
-      level: of the two-sided t test, in (0, 1).
-      power: chance to find the difference, above level and below 1.
-      most: where to stop looking, at least 2.
+      level: significance level of the two-sided t test, in (0, 1).
+      power: probability of detection, above level and below 1.
+      most: largest number to consider, at least 2.
 
     Returns:
-      The smallest number of seeds, at least 2; None where it is beyond `most`.
+      The smallest sufficient number, at least 2, or None if it exceeds `most`.
 
     Raises:
-      ValueError: if an argument is outside its range.
+      ValueError: if an argument is out of range.
 
     Example:
       >>> seeds_needed(std=0.002, difference=0.001)
       34
     """
     if not np.isfinite(difference):
-        raise ValueError(f"difference is {difference}; it must be a finite number")
+        raise ValueError(f"difference is {difference}; it must be finite")
     if most < 2:
         raise ValueError(f"most is {most}; it must be at least 2")
 
-    def enough(n: int) -> bool:
-        return smallest_difference(std, n, level, power) < abs(difference)
+    def is_enough(n: int) -> bool:
+        return minimum_detectable_effect(std, n, level, power) < abs(difference)
 
-    counts = range(2, most + 1)
-    index = bisect.bisect_left(counts, True, key=enough)
-    return counts[index] if index < len(counts) else None
-
-
-def variance_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float, float]:
-    """Variance of a normal distribution and its interval, by chi-square.
-
-    Unlike that of a mean, it does not hold for other distributions, however many the values.
-
-    Args:
-      values: float[n], one a seed.
-      level: share of such intervals that hold the true variance, in (0, 1).
-
-    Returns:
-      Sample variance (divided by n - 1) and both ends; all nan for one value.
-
-    Raises:
-      ValueError: if values are none, not finite or not in one dimension, or the level is no share.
-
-    Example:
-      >>> print("{:.2f}, from {:.2f} to {:.2f}".format(*variance_interval([91.9, 92.1, 91.8])))
-      0.02, from 0.01 to 0.92
-    """
-    values = _sample("values", values)
-    _check_share("level", level)
-    variance = _mean_and_std(values)[1] ** 2
-    freedom = len(values) - 1
-    low, high = freedom * variance / stats.chi2.isf([(1 - level) / 2, (1 + level) / 2], freedom)
-    return variance, float(low), float(high)
+    numbers = range(2, most + 1)
+    index = bisect.bisect_left(numbers, True, key=is_enough)
+    return numbers[index] if index < len(numbers) else None
 
 
-def _sample(name: str, values: ArrayLike) -> np.ndarray:
+def _check_sample(name: str, values: ArrayLike) -> np.ndarray:
     sample = np.asarray(values, np.float64)
     if sample.ndim != 1 or sample.size == 0:
-        raise ValueError(f"{name} has shape {sample.shape}; it must be [n] with n of at least 1")
+        raise ValueError(f"{name} has shape {sample.shape}; it must be [n] with n at least 1")
     if not np.isfinite(sample).all():
-        raise ValueError(f"{name} holds {sample[~np.isfinite(sample)][0]}; all must be finite")
+        raise ValueError(f"{name} contains {sample[~np.isfinite(sample)][0]}; all must be finite")
     return sample
 
 
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; it must be between 0 and 1, as in 0.95")
+
+
 def _mean_and_std(sample: np.ndarray) -> tuple[float, float]:
-    """Without rounding on the way: equal values have a standard deviation of exactly 0."""
+    """In exact arithmetic: the standard deviation of equal values is exactly 0."""
     values = sample.tolist()
     std = statistics.stdev(values) if len(values) > 1 else float("nan")
     return statistics.mean(values), std
-
-
-def _check_share(name: str, share: float) -> None:
-    if not 0 < share < 1:
-        raise ValueError(f"{name} is {share}; it must be above 0 and below 1, as in 0.95")

@@ -328,9 +328,10 @@ def _manifest(path: Path) -> dict[str, Any]:
         intact = False
     if not intact:
         raise _DamagedError(f"{_MANIFEST} has another SHA-256")
-    if content["format"] != FORMAT:
+    if not 1 <= content["format"] <= FORMAT:
         raise CheckpointError(
-            f"the checkpoint {path} has format {content['format']}; this version reads {FORMAT}"
+            f"the checkpoint {path} has format {content['format']}; this version reads 1 to "
+            f"{FORMAT}"
         )
     return content
 

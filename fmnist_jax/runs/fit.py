@@ -157,9 +157,9 @@ def _train(plan: Plan, checkpoints: Checkpoints, progress: NullProgress) -> tupl
     # Lines after the checkpoint are written again.
     files.write_lines(metrics_path, loop.history)
     saver = _Saver(plan, checkpoints, loop.step)
+    _record_environment(plan, is_resumed=loop.step > 0)
     if loop.step == plan.total_steps:
         return loop, 0.0
-    _record_environment(plan, is_resumed=loop.step > 0)
     data = (
         jnp.asarray(plan.dataset.train_images),
         jnp.asarray(plan.dataset.train_labels),

@@ -39,7 +39,7 @@ def write_results(
     Returns:
       The content of report.json. It is written last, because it marks the run as finished.
     """
-    from fmnist_jax.analysis import scores  # scikit-learn takes a second to import
+    from fmnist_jax.analysis import calibration, scores  # SciPy and scikit-learn take a second
 
     dataset, workdir, recipe = plan.dataset, plan.run.workdir, plan.run.recipe
 
@@ -86,7 +86,7 @@ def write_results(
         "test_accuracy": test.accuracy,
         "test_loss": test.loss,
         "tta_accuracy": tta_accuracy,
-        "calibration": scores.calibrate(predictions),
+        "calibration": calibration.describe(predictions),
         "classes": test.classes,
         "confusion_matrix": test.confusion_matrix,
         "compile_seconds": round(compile_seconds, 3),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmnist_jax.config import Run, StreamName
+from fmnist_jax.config import Run
 from fmnist_jax.data.sources import Dataset
 from fmnist_jax.errors import ConfigError, DamagedFileError
 from fmnist_jax.runs import files
@@ -15,7 +15,7 @@ from fmnist_jax.runs.fit import Result, fit
 from fmnist_jax.runs.writers import ConsoleProgress, NullProgress
 
 # What is averaged over the runs: figures of report.json.
-FIGURES = ("test_accuracy", "val_accuracy", "train_accuracy", "views_accuracy", "test_loss")
+FIGURES = ("test_accuracy", "val_accuracy", "train_accuracy", "tta_accuracy", "test_loss")
 
 
 class SeedsResult(NamedTuple):
@@ -35,7 +35,6 @@ def fit_seeds(
     dataset: Dataset,
     count: int,
     *,
-    vary: StreamName | None = None,
     progress: NullProgress | None = None,
 ) -> SeedsResult:
     """Trains from the seeds S, S + 1, ..., S + count - 1, where S is the run's, and summarizes.
@@ -50,9 +49,6 @@ def fit_seeds(
       run: recipe, first seed and folder.
       dataset: the data.
       count: number of seeds, at least 1.
-      vary: only this random stream follows the seeds, and the others keep the first one; None
-        varies all. Folders and summary are then named after the stream, as `init-5` and
-        `init-seeds.json`; the first run is that of the first seed.
       progress: as for `fit`.
 
     Returns:
@@ -74,35 +70,28 @@ def fit_seeds(
     if isinstance(count, bool) or not (isinstance(count, int) and count >= 1):
         raise ConfigError(f"count is {count!r}; it must be a whole number of at least 1")
     progress = progress or ConsoleProgress()
-    runs = [seed_run(run, run.seed + index, vary) for index in range(count)]
+    runs = [seed_run(run, run.seed + index) for index in range(count)]
     results = []
     for index, one in enumerate(runs):
         progress.say(f"Seed {run.seed + index}, {index + 1} of {count}:")
         results.append(fit(one, dataset, progress=_Part(progress, index, count)))
     report = summarize([one.workdir for one in runs])
-    report["seeds"], report["vary"] = [run.seed + index for index in range(count)], vary
-    name = files.SEEDS if vary is None else f"{vary}-{files.SEEDS}"
-    files.write_json(run.workdir / name, report)
+    report["seeds"] = [one.seed for one in runs]
+    files.write_json(run.workdir / files.SEEDS, report)
     return SeedsResult(results, report)
 
 
-def seed_run(run: Run, seed: int, vary: StreamName | None = None) -> Run:
-    """The run of one seed among many.
+def seed_run(run: Run, seed: int) -> Run:
+    """The run of one seed among many, in a folder of its own.
 
     Example:
       >>> import fmnist_jax as fm
       >>> run = fm.Run(recipe=fm.RECIPES["same_3x3"], workdir=Path("runs/mine"))
-      >>> one = seed_run(run, 7, vary="init")
-      >>> one.seed, one.stream_seeds, one.workdir.name
-      (0, {'init': 7}, 'init-7')
+      >>> one = seed_run(run, 7)
+      >>> one.seed, one.workdir.name
+      (7, 'seed-7')
     """
-    if vary is None or seed == run.seed:
-        return dataclasses.replace(run, seed=seed, workdir=run.workdir / f"seed-{seed}")
-    return dataclasses.replace(
-        run,
-        stream_seeds={**run.stream_seeds, vary: seed},
-        workdir=run.workdir / f"{vary}-{seed}",
-    )
+    return dataclasses.replace(run, seed=seed, workdir=run.workdir / f"seed-{seed}")
 
 
 def summarize(workdirs: Sequence[Path]) -> dict[str, Any]:
@@ -119,7 +108,8 @@ def summarize(workdirs: Sequence[Path]) -> dict[str, Any]:
     Raises:
       DamagedFileError: if a file cannot be read.
     """
-    from fmnist_jax.analysis import scores  # imported here: scikit-learn takes a second
+    # Imported here, because scikit-learn takes a second.
+    from fmnist_jax.analysis import calibration, scores, stats
 
     reports = [read_report(workdir) for workdir in workdirs]
     summary: dict[str, Any] = {
@@ -130,7 +120,7 @@ def summarize(workdirs: Sequence[Path]) -> dict[str, Any]:
     }
     for name in FIGURES:
         values = [report[name] for report in reports]
-        summary[name] = None if None in values else describe(values)
+        summary[name] = None if None in values else stats.describe(values)
     predictions = [files.read_arrays(workdir / files.PREDICTIONS) for workdir in workdirs]
     logits = ensemble_logits([one["logits"] for one in predictions])
     labels = predictions[0]["labels"]
@@ -138,77 +128,11 @@ def summarize(workdirs: Sequence[Path]) -> dict[str, Any]:
     summary["ensemble"] = {
         "accuracy": ensemble.accuracy,
         "loss": ensemble.loss,
-        "calibration": scores.calibrate({"logits": logits, "labels": labels}),
+        "calibration": calibration.describe({"logits": logits, "labels": labels}),
     }
     summary["runs"] = [str(workdir.name) for workdir in workdirs]
     summary["params_sha256"] = [report["params_sha256"] for report in reports]
     return summary
-
-
-def variances(workdir: Path, count: int, first_seed: int, names: Sequence[str]) -> dict[str, Any]:
-    """How much of the run-to-run variance each random stream makes, the others held.
-
-    Args:
-      workdir: the folder in which `fit_seeds` put its runs, of all streams and of each.
-      count: runs of each.
-      first_seed: the smallest seed.
-      names: the streams.
-
-    Returns:
-      For each stream, and for "all" varied at once: the variance of the test accuracy with its 95%
-      interval (chi-square), and for a stream its share of the variance of all with the 95% interval
-      (F), None where nothing varies. It is the share where the others have the first seed; streams
-      need not act independently, so the shares need not add up to 1.
-
-    Raises:
-      ConfigError: if there is one run alone.
-      DamagedFileError: if a run is not complete, or cannot be read.
-    """
-    from scipy.stats import f  # imported here: it takes half a second
-
-    from fmnist_jax.analysis import stats
-
-    if count < 2:
-        raise ConfigError(f"a variance needs 2 runs or more; there is {count}")
-    table: dict[str, Any] = {}
-    for name in ("all", *names):
-        prefix = "seed" if name == "all" else name
-        folders = [f"seed-{first_seed}"]
-        folders += [f"{prefix}-{first_seed + index}" for index in range(1, count)]
-        values = [read_report(workdir / folder)["test_accuracy"] for folder in folders]
-        variance, low, high = stats.variance_interval(values)
-        table[name] = {"variance": variance, "low": low, "high": high, "values": values}
-    whole = table["all"]["variance"]
-    spread = float(f.ppf(0.975, count - 1, count - 1))
-    for name in names:
-        share = table[name]["variance"] / whole if whole else None
-        table[name]["share"] = share
-        table[name]["share_low"] = None if share is None else share / spread
-        table[name]["share_high"] = None if share is None else share * spread
-    return table
-
-
-def describe(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation and 95% intervals of values, ready for JSON.
-
-    Example:
-      >>> describe([0.5, 0.7])["mean"]
-      0.6
-    """
-    from fmnist_jax.analysis import stats  # imported here: scipy.stats takes half a second
-
-    by_t, by_bootstrap = stats.mean_interval(values), stats.bootstrap_interval(values)
-    numbers = {
-        "mean": by_t.mean,
-        "std": by_t.std,
-        "low": by_t.low,
-        "high": by_t.high,
-        "bootstrap_low": by_bootstrap.low,
-        "bootstrap_high": by_bootstrap.high,
-    }
-    # JSON has no NaN, which a single value's spread is.
-    plain = {name: float(value) if np.isfinite(value) else None for name, value in numbers.items()}
-    return {**plain, "n": len(values), "values": [float(value) for value in values]}
 
 
 def ensemble_logits(logits: Sequence[np.ndarray]) -> np.ndarray:
@@ -260,6 +184,9 @@ class _Part(NullProgress):
         self._whole.update(
             step=self._before + step, epoch=epoch, images_per_second=images_per_second, loss=loss
         )
+
+    def evaluate(self, *, split: str, num_done: int, num_images: int) -> None:
+        self._whole.evaluate(split=split, num_done=num_done, num_images=num_images)
 
     def epoch(self, *, epoch: int, train: dict[str, Any], val: dict[str, Any] | None) -> None:
         self._whole.epoch(epoch=epoch, train=train, val=val)

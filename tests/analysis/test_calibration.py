@@ -1,4 +1,4 @@
-"""Calibration against loops, scikit-learn, grids and simulations whose truth is known."""
+"""Calibration matches loops, scikit-learn, grids and simulations with known truth."""
 
 import itertools
 
@@ -12,6 +12,7 @@ from sklearn.calibration import calibration_curve
 from fmnist_jax.analysis.calibration import (
     area_under_risk_coverage,
     calibration_interval,
+    describe,
     expected_calibration_error,
     fit_temperature,
     reliability,
@@ -20,7 +21,7 @@ from fmnist_jax.analysis.calibration import (
 
 
 def simulate(rng, n, temperature=1.0):
-    """Logits and labels for which the fitting temperature is the one given."""
+    """Logits and labels whose optimal temperature is the given one."""
     logits = rng.normal(0, 4, (n, 5))
     labels = (softmax(logits, axis=1).cumsum(axis=1) < rng.random((n, 1))).sum(axis=1)
     return temperature * logits, labels
@@ -41,7 +42,7 @@ def direct_ece(confidence, correct, bins):
 
 
 @pytest.mark.parametrize("bins", [1, 2, 15, 100])
-def test_ece_and_reliability(bins):
+def test_ece_and_reliability_match_a_loop_and_scikit_learn(bins):
     logits, labels = simulate(np.random.default_rng(0), 500, temperature=1.5)
     logits = logits.astype(np.float32)
     confidence, correct = top(logits, labels)
@@ -59,19 +60,20 @@ def test_ece_and_reliability(bins):
     assert result.num_examples.sum() == 500
 
 
-def test_a_probability_on_an_edge_is_in_the_bin_below():
+def test_bins_include_their_right_edge():
     halves, sure = np.zeros((1, 2)), np.array([[900.0, 0.0]])
     assert reliability(halves, [0], bins=2).num_examples.tolist() == [1, 0]
     assert reliability(sure, [0], bins=2).num_examples.tolist() == [0, 1]
 
 
+@pytest.mark.slow
 def test_ece_of_perfect_probabilities_is_its_bias():
     rng = np.random.default_rng(0)
     errors, expected = [], []
     for _ in range(50):
         logits, labels = simulate(rng, 5000)
         errors.append(expected_calibration_error(logits, labels))
-        # Each bin's surplus of hits is normal, with the variance of as many coins.
+        # The gap of a bin is approximately normal, with the variance of its Bernoulli trials.
         confidence, _ = top(logits, labels)
         variance = np.histogram(confidence, 15, (0, 1), weights=confidence * (1 - confidence))[0]
         expected.append(np.sqrt(2 / np.pi * variance).sum() / 5000)
@@ -79,8 +81,8 @@ def test_ece_of_perfect_probabilities_is_its_bias():
     assert np.mean(errors) < 0.02
 
 
-def test_interval_is_the_set_of_errors_that_are_no_surprise():
-    """The same by multinomial weights, and by trying scale after scale."""
+def test_interval_equals_test_inversion_on_a_grid():
+    """Resampling by multinomial weights, and inversion by trying every scale."""
     logits, labels = simulate(np.random.default_rng(0), 400, temperature=2)
     confidence, correct = top(logits, labels)
     inside = np.ceil(confidence[:, None] * 15) - 1 == np.arange(15)
@@ -97,9 +99,10 @@ def test_interval_is_the_set_of_errors_that_are_no_surprise():
     assert 0.02 < interval[0] < error < interval[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("temperature", "coverage"), [(1, 0.95), (1.1, 0.92), (2, 0.93)])
-def test_intervals_hold_the_true_error(temperature, coverage):
-    # The truth: many examples, each right with the probability that it has.
+def test_intervals_cover_the_true_error(temperature, coverage):
+    # The truth, from many examples and the probability of each to be correct.
     logits, _ = simulate(np.random.default_rng(1), 200_000, temperature)
     confidence, chance = softmax(logits, axis=1), softmax(logits / temperature, axis=1)
     true_error = direct_ece(confidence.max(axis=1), chance.max(axis=1), 15)
@@ -112,19 +115,19 @@ def test_intervals_hold_the_true_error(temperature, coverage):
     low, high = np.transpose(intervals)
     held = np.sum((low <= true_error) & (true_error <= high))
     assert scipy_stats.binomtest(int(held), 150, coverage).pvalue > 0.01, held / 150
-    # They are of use: they tell a bad network from a perfect one, and do not reach everywhere.
+    # They are informative: they distinguish a miscalibrated network, and they are narrow.
     assert (np.mean(low > 0) > 0.9) == (temperature == 2)
     assert np.mean(high - low) < 0.06
 
 
-def test_interval_of_the_same_seed_is_the_same():
+def test_interval_is_reproduced_from_its_seed():
     logits, labels = simulate(np.random.default_rng(0), 300)
     first = calibration_interval(logits, labels, seed=1, draws=100)
     assert first == calibration_interval(logits, labels, seed=1, draws=100)
     assert first != calibration_interval(logits, labels, seed=2, draws=100)
 
 
-def test_temperature_is_the_best_of_a_fine_grid():
+def test_temperature_is_the_minimum_over_a_fine_grid():
     logits, labels = simulate(np.random.default_rng(0), 300, temperature=0.7)
     logits = logits.astype(np.float32)
     grid = np.exp(np.linspace(np.log(0.5), np.log(2), 2001))
@@ -136,7 +139,7 @@ def test_temperature_is_the_best_of_a_fine_grid():
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1, 2])
-def test_a_known_temperature_is_found(temperature):
+def test_known_temperature_is_recovered(temperature):
     logits, labels = simulate(np.random.default_rng(0), 20_000, temperature)
     fitted = fit_temperature(logits, labels)
     assert_allclose(fitted, temperature, rtol=0.05)
@@ -144,13 +147,13 @@ def test_a_known_temperature_is_found(temperature):
     assert temperature == 1 or better < expected_calibration_error(logits, labels) / 3
 
 
-def test_temperature_without_a_minimum_ends_at_the_bound():
+def test_temperature_without_a_minimum_is_clipped():
     logits = np.array([[9.0, 0.0], [0.0, 3e3], [1e-6, 0.0]])
     assert fit_temperature(logits, [0, 1, 0]) == 0.01
     assert fit_temperature(logits, [1, 0, 1]) == 100
 
 
-def test_risk_coverage_is_the_mean_over_the_orders_of_ties():
+def test_risk_coverage_is_the_mean_over_all_orders_of_ties():
     margins, predicted = np.array([2.2, 0.8, 0.8, 0.4, 0.8, 2.2]), np.array([0, 1, 0, 0, 1, 0])
     logits = np.where(predicted[:, None] == [0, 1], margins[:, None], 0)
     labels = np.array([0, 1, 1, 1, 0, 1])
@@ -160,55 +163,24 @@ def test_risk_coverage_is_the_mean_over_the_orders_of_ties():
         if (np.diff(margins[order]) <= 0).all():
             mistakes = ~correct[order]
             risks.append([mistakes[:kept].mean() for kept in range(1, 7)])
-    assert len(risks) == 2 * 6  # orders of two and of three that are tied
+    assert len(risks) == 2 * 6  # orders of two and of three ties
     result = risk_coverage(logits, labels)
     assert_allclose(result.coverage, np.arange(1, 7) / 6)
     assert_allclose(result.risk, np.mean(risks, axis=0))
     assert_allclose(area_under_risk_coverage(logits, labels), np.mean(risks))
 
 
-def test_risk_coverage_without_ties():
+def test_risk_coverage_equals_thresholding():
     logits, labels = simulate(np.random.default_rng(0), 200)
     confidence, correct = top(logits, labels)
     risks = [1 - correct[confidence >= threshold].mean() for threshold in sorted(confidence)[::-1]]
     assert_allclose(risk_coverage(logits, labels).risk, risks, atol=1e-12)
     assert_allclose(risks[-1], 1 - correct.mean())
     assert_allclose(area_under_risk_coverage(logits, labels), np.mean(risks))
-    # Confidence that knows nothing leaves the error rate at every coverage.
+    # Uninformative confidence leaves the error rate unchanged at every coverage.
     shuffled = np.random.default_rng(1).permutation(200)
     assert area_under_risk_coverage(logits, labels) < 0.7 * risks[-1]
     assert area_under_risk_coverage(logits, labels[shuffled]) > 0.5
-
-
-GOOD = np.zeros((2, 3))
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        expected_calibration_error,
-        calibration_interval,
-        reliability,
-        fit_temperature,
-        risk_coverage,
-        area_under_risk_coverage,
-    ],
-)
-@pytest.mark.parametrize(
-    ("logits", "labels", "message"),
-    [
-        (np.zeros(3), [0, 1, 2], r"logits are \(3,\) and labels \(3,\)"),
-        (GOOD, [0], r"labels \(1,\)"),
-        (np.zeros((0, 3)), np.zeros(0, int), "not empty"),
-        (GOOD * np.nan, [0, 1], "logits hold nan"),
-        (GOOD, [0.0, 1.0], "labels are float64"),
-        (GOOD, [0, 3], "labels hold 3; they must be from 0 to 2"),
-        (GOOD, [-1, 0], "labels hold -1"),
-    ],
-)
-def test_bad_input_is_named(function, logits, labels, message):
-    with pytest.raises(ValueError, match=message):
-        function(logits, labels)
 
 
 @pytest.mark.parametrize(
@@ -216,9 +188,29 @@ def test_bad_input_is_named(function, logits, labels, message):
     [
         ({"bins": 0}, "bins is 0"),
         ({"level": 95}, "level is 95"),
-        ({"draws": 39}, "draws is 39; a level of 0.95 takes at least 40"),
+        ({"draws": 39}, "draws is 39; a level of 0.95 needs at least 40"),
     ],
 )
-def test_bad_settings_of_an_interval_are_named(settings, message):
+def test_invalid_settings_of_an_interval_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
-        calibration_interval(GOOD, [0, 1], **settings)
+        calibration_interval(np.zeros((2, 3)), [0, 1], **settings)
+
+
+def test_description_scales_by_the_temperature_of_the_validation_split():
+    rng = np.random.default_rng(0)
+    logits, labels = simulate(rng, 2000, temperature=2)
+    val_logits, val_labels = simulate(rng, 1000, temperature=2)
+    test = {"logits": logits.astype(np.float32), "labels": labels}
+    found = describe({**test, "val_logits": val_logits, "val_labels": val_labels})
+    temperature = fit_temperature(val_logits, val_labels)
+    scaled = test["logits"] / temperature
+    assert found["temperature"] == temperature
+    assert_allclose(found["ece"], expected_calibration_error(logits, labels), rtol=1e-3)
+    assert (found["ece_low"], found["ece_high"]) == calibration_interval(test["logits"], labels)
+    assert_allclose(found["aurc"], area_under_risk_coverage(logits, labels), rtol=1e-3)
+    assert_allclose(found["ece_scaled"], expected_calibration_error(scaled, labels), rtol=1e-3)
+    loss = -log_softmax(scaled, axis=1)[np.arange(2000), labels].mean()
+    assert_allclose(found["loss_scaled"], loss, rtol=1e-6)
+    for without in (test, {**test, "val_logits": logits[:0], "val_labels": labels[:0]}):
+        expected = found | dict.fromkeys(("temperature", "ece_scaled", "loss_scaled"))
+        assert describe(without) == expected

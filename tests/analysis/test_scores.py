@@ -1,15 +1,19 @@
-"""The report's numbers against their definitions."""
+"""Scores equal their definitions; invalid predictions are named by every function."""
+
+import json
 
 import numpy as np
+import pytest
 
-from fmnist_jax.analysis.scores import score
+from fmnist_jax.analysis import calibration
+from fmnist_jax.analysis.scores import cross_entropy, score
 
 
-def test_scores():
+def test_scores_equal_their_definitions():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(200, 5)).astype(np.float32)
     logits[:, 2] -= 20
-    # Class 2 is neither a label nor predicted, class 4 is no label.
+    # Class 2 is neither a label nor predicted, class 4 is not a label.
     labels = rng.choice([0, 1, 3], 200)
     result = score(logits, labels, list("abcde"))
 
@@ -33,3 +37,41 @@ def test_scores():
         np.testing.assert_allclose(row["f1"], f1)
         assert row["support"] == matrix[label].sum()
         assert row["name"] == "abcde"[label]
+    json.dumps([result.accuracy, result.loss, result.classes, result.confusion_matrix])
+
+
+def test_cross_entropy_of_large_logits_is_finite():
+    np.testing.assert_array_equal(cross_entropy([[1e4, 0.0], [1e4, 0.0]], [0, 1]), [0, 1e4])
+
+
+VALID = np.zeros((2, 3))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        cross_entropy,
+        lambda logits, labels: score(logits, labels, "abc"),
+        calibration.expected_calibration_error,
+        calibration.calibration_interval,
+        calibration.reliability,
+        calibration.fit_temperature,
+        calibration.risk_coverage,
+        calibration.area_under_risk_coverage,
+    ],
+)
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        (np.zeros(3), [0, 1, 2], r"logits have shape \(3,\) and labels \(3,\)"),
+        (VALID, [0], r"labels \(1,\)"),
+        (np.zeros((0, 3)), np.zeros(0, int), "not empty"),
+        (VALID * np.nan, [0, 1], "logits contain nan"),
+        (VALID, [0.0, 1.0], "labels are float64"),
+        (VALID, [0, 3], "labels contain 3; they must be from 0 to 2"),
+        (VALID, [-1, 0], "labels contain -1"),
+    ],
+)
+def test_invalid_predictions_are_named(function, logits, labels, message):
+    with pytest.raises(ValueError, match=message):
+        function(logits, labels)

@@ -72,7 +72,7 @@ def test_the_figures_are_those_of_scipy(sides):
     needed = TTestPower().solve_power(gains.mean() / gains.std(ddof=1), alpha=0.05, power=0.8)
     assert result["seeds_needed"] == math.ceil(needed)
     found = TTestPower().solve_power(nobs=4, alpha=0.05, power=0.8) * gains.std(ddof=1)
-    np.testing.assert_allclose(result["smallest_difference"], found, rtol=1e-4)
+    np.testing.assert_allclose(result["minimum_detectable_effect"], found, rtol=1e-4)
     assert result["sign_flip_smallest"] == 2 / 2**4
     json.dumps(result)
 
@@ -91,7 +91,7 @@ def test_one_seed_has_a_test_over_images_alone(sides):
     _, folders = sides
     result = fm.compare(folders["a"][:1], folders["b"][:1])
     assert result["sign_flip_p"] is None
-    assert result["smallest_difference"] is None
+    assert result["minimum_detectable_effect"] is None
     assert result["difference"]["low"] is None
     discordant = result["mcnemar"]["only_a_right"], result["mcnemar"]["only_b_right"]
     reference = scipy.stats.binomtest(discordant[0], sum(discordant))
@@ -103,20 +103,20 @@ def test_a_recipe_is_as_good_as_itself(sides):
     result = fm.compare(folders["a"], folders["a"])
     assert result["difference"]["mean"] == 0
     assert (result["sign_flip_p"], result["mcnemar"]["p"]) == (1, 1)
-    assert (result["smallest_difference"], result["seeds_needed"]) == (None, None)
+    assert (result["minimum_detectable_effect"], result["seeds_needed"]) == (None, None)
 
 
 def test_what_cannot_be_compared_is_refused(sides, tmp_path):
     _, folders = sides
     other = write_run(tmp_path / "c", 9, [1] * 200, {"dropout": "b"})
-    with pytest.raises(fm.ConfigError, match="only runs of the same seed"):
+    with pytest.raises(fm.ConfigError, match="runs are compared by seed"):
         fm.compare(folders["a"], [other])
     other = write_run(tmp_path / "d", 0, [1] * 200, indices=np.arange(200) + 1)
-    with pytest.raises(fm.ConfigError, match="tested on other images"):
+    with pytest.raises(fm.ConfigError, match="tested on different images"):
         fm.compare(folders["a"], [other])
-    with pytest.raises(fm.ConfigError, match="are both of seed 0"):
+    with pytest.raises(fm.ConfigError, match="both have seed 0"):
         fm.compare(folders["a"], [folders["b"][0], folders["b"][0]])
-    with pytest.raises(fm.ConfigError, match="not of one recipe"):
+    with pytest.raises(fm.ConfigError, match="have different settings"):
         fm.compare(folders["a"], [folders["b"][0], folders["a"][1]])
     with pytest.raises(fm.DamagedFileError, match="not complete"):
         fm.compare(folders["a"], [tmp_path])

@@ -66,10 +66,6 @@ def test_the_default_folder_belongs_to_the_settings(run_py, tmp_path, monkeypatc
         (["--sample", "--weight-decay", "-1"], "weight_decay is -1.0"),
         (["--sample", "--augmentation-strength", "1"], "there is no augmentation"),
         (["--sample", "--seeds", "0"], "count is 0"),
-        (["--sample", "--seeds", "2", "--vary", "data"], "is 'data'; choose one of init, split"),
-        (["--sample", "--vary", "init"], "--vary needs --seeds"),
-        (["--sample", "--vary", "init", "--seeds", "1"], "a variance needs 2 or more"),
-        (["--sample", "--vary", "augment", "--seeds", "2"], "nothing draws from it"),
         (
             ["--sample", "--augmentation", "keras", "--augmentation-strength", "5"],
             "below 5 the zoom leaves something",
@@ -134,16 +130,13 @@ def test_dry_run_says_what_it_would_do(run_py, tmp_path, capsys):
 def test_many_seeds_and_replay(run_py, tmp_path, capsys):
     workdir = tmp_path / "many"
     arguments = [*FEW, "--arch", "valid_2x2", "--epochs", "1", "--val-fraction", "0.01"]
-    several = [*arguments, "--seeds", "2", "--vary", "dropout", "--workdir", str(workdir)]
+    several = [*arguments, "--seeds", "2", "--workdir", str(workdir)]
     assert run_py.main(several) == 0
     output = capsys.readouterr().out
-    for expected in ("Seed 1, 2 of 2", "95% interval", "ensemble", "Only the stream dropout"):
+    for expected in ("Seed 1, 2 of 2", "95% interval", "ensemble"):
         assert expected in output
     folders = {path.name for path in workdir.iterdir() if path.is_dir()}
-    assert folders == {"seed-0", "seed-1", "dropout-1"}
-    table = json.loads((workdir / "variances.json").read_text())
-    assert f"{100 * table['all']['variance'] ** 0.5:.3f}" in output
-    assert set(json.loads((workdir / "variances.json").read_text())) == {"all", "dropout"}
+    assert folders == {"seed-0", "seed-1"}
     assert (workdir / "seeds.html").stat().st_size > 20_000
 
     replay = ["--sample", "--replay", "2", "--workdir", str(workdir / "seed-1")]

@@ -1,22 +1,27 @@
-"""Runs the command line and kills it at an instant: python crash_child.py INSTANT FLAGS...
+"""Runs the command line with a small network and kills it: python crash_child.py INSTANT FLAGS...
 
 INSTANT is
 
 - `file:N`: the N-th time that the folder of the run is about to be changed or read,
-- `rename:N`: the N-th time that a checkpoint, written, is about to get its name,
+- `rename:N`: the N-th time that a finished checkpoint is about to be renamed,
 - `removal:N`: the N-th time that a part of an old checkpoint is about to be removed,
-- `FUNCTION:N`: after the N-th call of that function of fmnist_jax.runs.fit, such as `evaluate`,
-- `hang-FUNCTION:N`: that call says so and never ends; nothing is killed,
-- `never`: at the end the number of such file events is written to stderr.
+- `FUNCTION:N`: after the N-th call of that function, a key of `FUNCTIONS`,
+- `hang-FUNCTION:N`: that call prints "hanging" and then sleeps; nothing is killed,
+- `never`: nothing is killed; the number of file events is written to stderr.
 """
 
-import ctypes
 import importlib
 import os
 import runpy
 import signal
 import sys
+import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from fmnist_jax.nn import models
+from tests.small import Small
 
 RUN = Path(__file__).parents[2] / "experiments" / "run.py"
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir")
@@ -24,6 +29,7 @@ EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir"
 
 def main() -> None:
     instant, *flags = sys.argv[1:]
+    models.ARCHS = {**models.ARCHS, "small_dropout": Small}  # type: ignore[assignment]
     name, _, count = instant.partition(":")
     workdir = flags[flags.index("--workdir") + 1]
     sys.argv = [str(RUN), *flags]
@@ -57,7 +63,7 @@ def main() -> None:
 
 
 def path_of(event: str, arguments: tuple) -> str:
-    """The path that it is about; `shutil.rmtree` names what is in an open folder."""
+    """The path of an event; `shutil.rmtree` names files relative to an open folder."""
     path = arguments[0]
     folder = arguments[1] if event in ("os.remove", "os.rmdir") else -1
     if isinstance(path, int):
@@ -67,44 +73,30 @@ def path_of(event: str, arguments: tuple) -> str:
     return os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
 
 
+FUNCTIONS = {
+    "train_steps": "fmnist_jax.train.loop",
+    "evaluate": "fmnist_jax.runs.fit",
+    "predict": "fmnist_jax.runs.results",
+}
+
+
 def act_in(name: str, count: int) -> None:
     hangs, name = name.startswith("hang-"), name.removeprefix("hang-")
-    module = importlib.import_module(f"fmnist_jax.runs.{'results' if name == 'predict' else 'fit'}")
-    calls = 0
+    module = importlib.import_module(FUNCTIONS[name])
+    function, calls = getattr(module, name), 0
 
-    def acting(function):
-        def wrapper(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if hangs and calls == count:
-                print("hanging", flush=True)
-                hang()
-            result = function(*args, **kwargs)
-            if calls == count:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+    def acting(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if hangs and calls == count:
+            print("hanging", flush=True)
+            time.sleep(5)
+        result = function(*args, **kwargs)
+        if calls == count and not hangs:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
 
-        return wrapper
-
-    setattr(module, name, acting(getattr(module, name)))
-    if name == "train_steps":  # the same, as it was compiled before
-        for maker in ("load_program", "keep_program"):
-            setattr(module, maker, with_run(acting, getattr(module, maker)))
-
-
-def with_run(acting, maker):
-    def wrapper(plan):
-        program = maker(plan)
-        return program and program._replace(run=acting(program.run))
-
-    return wrapper
-
-
-def hang() -> None:
-    """As a long call into XLA: Python takes no signal in it, other threads go on."""
-    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
-    for _ in range(2):  # the second waits for the first
-        libc.pthread_mutex_lock(mutex)
+    setattr(module, name, acting)
 
 
 if __name__ == "__main__":

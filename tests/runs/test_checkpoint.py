@@ -1,5 +1,6 @@
-"""Checkpoints: what is saved comes back, what is damaged does not come back as something else."""
+"""Checkpoints: bits survive a round trip, and damage is detected."""
 
+import itertools
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import chex
 import jax
@@ -18,9 +20,12 @@ import optax
 import pytest
 
 import fmnist_jax as fm
+from fmnist_jax.config import OptimizerName
+from fmnist_jax.errors import CheckpointError, CheckpointWarning
 from fmnist_jax.runs import checkpoint as checkpoint_lib
 from fmnist_jax.runs import files
 from fmnist_jax.runs.checkpoint import Checkpoints
+from tests.small import Small
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -52,7 +57,7 @@ def save(directory, *steps, settings=None):
 
 
 def names(directory):
-    """Of all that is there but the mark that something was saved."""
+    """Names of all files but the record that something was saved."""
     return {path.name for path in directory.iterdir()} - {".saved"}
 
 
@@ -60,19 +65,25 @@ LIKE = jax.eval_shape(lambda: trees(0)[0])
 
 
 def restored_step(directory):
-    """The step that is restored, to the last bit; the warnings of damage are let pass."""
+    """The step that is restored; warnings of damage are ignored."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fm.CheckpointWarning)
+        warnings.simplefilter("ignore", CheckpointWarning)
         tree, meta = restore(Checkpoints(directory), LIKE)
     chex.assert_trees_all_equal(tree, trees(meta["step"])[meta["step"]])
     chex.assert_trees_all_equal_shapes_and_dtypes(tree, LIKE)
     return meta["step"]
 
 
-@pytest.mark.parametrize("name", fm.ARCHS)
-def test_a_train_state_comes_back_to_the_bit(name, tmp_path):
-    tx = fm.create_optimizer("adam", 1e-3, schedule="cosine", total_steps=9)
-    state = fm.create_train_state(jax.random.key(0), fm.create_model(name), tx)
+@pytest.mark.parametrize(
+    "tx",
+    [
+        *map(fm.create_optimizer, get_args(OptimizerName)),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1, 9))),
+    ],
+)
+def test_a_round_trip_of_any_train_state_is_bitwise(tx, tmp_path):
+    config = fm.StepConfig(model=Small(), tx=tx)
+    state = fm.create_train_state(jax.random.key(0), config)
     state = jax.tree.map(lambda x: x + jnp.ones_like(x), state)
     Checkpoints(tmp_path).save(3, {"state": state}, {"note": 1.5})
     like = jax.eval_shape(lambda: {"state": state})
@@ -83,14 +94,7 @@ def test_a_train_state_comes_back_to_the_bit(name, tmp_path):
     assert meta == {"note": 1.5}
 
 
-def test_any_optax_state_can_be_saved(tmp_path):
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1, 9)))
-    state = fm.create_train_state(jax.random.key(0), fm.create_model("same_3x3"), tx)
-    Checkpoints(tmp_path).save(0, state, {})
-    chex.assert_trees_all_equal(restore(Checkpoints(tmp_path), state)[0], state)
-
-
-def test_the_newest_two_the_best_and_the_multiples_are_kept(tmp_path):
+def test_the_latest_two_the_best_and_the_multiples_are_retained(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_every=4)
     assert checkpoints.steps() == []
     assert checkpoints.restore({"x": jnp.zeros(2)}) is None
@@ -102,7 +106,7 @@ def test_the_newest_two_the_best_and_the_multiples_are_kept(tmp_path):
     assert restore(checkpoints, {"x": jnp.zeros(2)})[0]["x"].tolist() == [6, 6]
 
 
-def test_plain_numpy_without_the_model(tmp_path):
+def test_load_checkpoint_needs_no_model(tmp_path):
     save(tmp_path / "checkpoints", 1, 4, 6, settings={"seed": 3})
     latest, best, first = (fm.load_checkpoint(tmp_path, which) for which in ("latest", "best", 4))
     assert (latest.step, best.step, first.step) == (6, 4, 4)
@@ -113,7 +117,7 @@ def test_plain_numpy_without_the_model(tmp_path):
     chex.assert_trees_all_equal(latest.arrays, expected)
     assert all(type(array) is np.ndarray for array in latest.arrays.values())
     assert latest.arrays["bias"].dtype == ml_dtypes.bfloat16
-    with pytest.raises(fm.CheckpointError, match=r"no checkpoint 7; it has the steps \[4, 6\]"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint 7; it has the steps \[4, 6\]"):
         fm.load_checkpoint(tmp_path, 7)
 
 
@@ -133,30 +137,30 @@ def test_a_checkpoint_of_the_first_format_can_be_read():
 
 
 def test_a_newer_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_lib, "FORMAT", 2)
+    monkeypatch.setattr(checkpoint_lib, "FORMAT", 3)
     save(tmp_path, 1)
     monkeypatch.undo()
-    with pytest.raises(fm.CheckpointError, match="has format 2; this version reads 1"):
+    with pytest.raises(CheckpointError, match="has format 3; this version reads 1 to 2"):
         Checkpoints(tmp_path).restore(LIKE)
 
 
-def test_other_settings_shapes_and_dtypes_are_listed(tmp_path):
+def test_other_settings_shapes_and_dtypes_are_refused_and_listed(tmp_path):
     save(tmp_path, 1, settings={"seed": 0, "recipe": {"epochs": 3}})
     like = {"kernel": jnp.zeros((20, 31)), "bias": jnp.zeros(5), "weight": jnp.zeros(2)}
-    with pytest.raises(fm.CheckpointError, match="of another run or program") as caught:
+    with pytest.raises(CheckpointError, match="of another run or version") as caught:
         Checkpoints(tmp_path, {"seed": 1, "recipe": {"epochs": 3}}).restore(like)
     assert str(caught.value).splitlines()[1:] == [
-        "  seed: 0 there, 1 asked for",
-        "  bias: bfloat16[5] there, float32[5] asked for",
-        "  count: int32[] there, nothing asked for",
-        "  kernel: float32[20, 30] there, float32[20, 31] asked for",
-        "  none: float32[0, 3] there, nothing asked for",
-        "  weight: nothing there, float32[2] asked for",
+        "  seed: 0 found, 1 requested",
+        "  arrays.bias: bfloat16[5] found, float32[5] requested",
+        "  arrays.count: int32[] found, absent requested",
+        "  arrays.kernel: float32[20, 30] found, float32[20, 31] requested",
+        "  arrays.none: float32[0, 3] found, absent requested",
+        "  arrays.weight: absent found, float32[2] requested",
     ]
     assert names(tmp_path) == {"1"}
 
 
-def test_what_was_cut_short_is_not_seen_and_goes(tmp_path):
+def test_unfinished_checkpoints_are_ignored_and_removed(tmp_path):
     save(tmp_path, 1, 2)
     (tmp_path / "2").rename(tmp_path / ".saving-2")
     (tmp_path / ".removing-0").mkdir()
@@ -167,49 +171,49 @@ def test_what_was_cut_short_is_not_seen_and_goes(tmp_path):
     assert names(tmp_path) == {"1", "2"}
 
 
-def test_a_damaged_one_is_named_kept_aside_and_passed_over(tmp_path):
+def test_a_damaged_checkpoint_is_reported_renamed_and_skipped(tmp_path):
     save(tmp_path, 1, 2)
     path = next(path for path in (tmp_path / "2").rglob("d/*") if path.stat().st_size > 1000)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.warns(fm.CheckpointWarning, match=rf"step 2 is damaged \(arrays/.*{path.name} is"):
+    with pytest.warns(CheckpointWarning, match=rf"step 2 is damaged \(arrays/.*{path.name} has"):
         _, meta = restore(Checkpoints(tmp_path), LIKE)
     assert meta == {"step": 1}
     assert names(tmp_path) == {"1", "damaged-2"}
     save(tmp_path, 2)
     (tmp_path / "2" / "manifest.json").unlink()
-    with pytest.raises(fm.CheckpointError, match=r"manifest\.json is missing"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
         Checkpoints(tmp_path).restore_step(2, LIKE)
     assert restored_step(tmp_path) == 1
     assert names(tmp_path) == {"1", "damaged-2", "damaged-2.1"}
 
 
-def test_with_none_left_nothing_starts_over(tmp_path):
+def test_restore_fails_if_all_checkpoints_are_damaged(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "1" / "manifest.json").write_text("{}")
     with (
-        pytest.warns(fm.CheckpointWarning, match="is kept as"),
-        pytest.raises(fm.CheckpointError, match=r"every checkpoint in .* is damaged"),
+        pytest.warns(CheckpointWarning, match="renamed to"),
+        pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"),
     ):
         Checkpoints(tmp_path).restore(LIKE)
-    with pytest.raises(fm.CheckpointError, match=r"every checkpoint in .* is damaged"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
         Checkpoints(tmp_path).restore(LIKE)
 
 
-def test_what_was_saved_and_is_gone_is_missed(tmp_path):
+def test_restore_fails_if_all_checkpoints_are_missing(tmp_path):
     save(tmp_path, 1)
     shutil.rmtree(tmp_path / "1")
-    with pytest.raises(fm.CheckpointError, match=r"every checkpoint in .* is damaged or gone"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged or missing"):
         Checkpoints(tmp_path).restore(LIKE)
 
 
-def test_a_best_one_whose_score_cannot_be_read_is_kept(tmp_path):
+def test_a_checkpoint_with_unreadable_score_is_retained(tmp_path):
     save(tmp_path, 4, 5)  # of scores 0.4 and 0
     (tmp_path / "4" / "manifest.json").write_text("{}")
     save(tmp_path, 6, 7)
     assert Checkpoints(tmp_path).steps() == [4, 6, 7]
 
 
-def test_what_should_have_been_removed_is_removed_later(tmp_path, monkeypatch):
+def test_restore_removes_old_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoints, "_remove_old", lambda self: None)
     save(tmp_path, 1, 2, 3)
     monkeypatch.undo()
@@ -217,7 +221,7 @@ def test_what_should_have_been_removed_is_removed_later(tmp_path, monkeypatch):
     assert names(tmp_path) == {"2", "3"}
 
 
-def test_what_cannot_be_removed_is_in_nobodys_way(tmp_path, monkeypatch):
+def test_files_that_cannot_be_removed_do_not_prevent_saves(tmp_path, monkeypatch):
     def refuse(path, ignore_errors=False):
         if not ignore_errors:
             raise OSError(39, "Directory not empty", str(path))
@@ -228,18 +232,18 @@ def test_what_cannot_be_removed_is_in_nobodys_way(tmp_path, monkeypatch):
     assert names(tmp_path) == {"3", "5", "6", ".removing-1", ".removing-2"}
 
 
-def test_a_folder_that_cannot_be_read_is_a_failed_save(tmp_path, monkeypatch):
+def test_an_unreadable_folder_is_a_failed_save(tmp_path, monkeypatch):
     checkpoints = save(tmp_path, 1)
 
     def refuse(path):
         raise OSError(24, "Too many open files", str(path))
 
     monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(fm.CheckpointError, match=r"step 2 was not written .*Too many open files"):
+    with pytest.raises(CheckpointError, match=r"step 2 was not written .*Too many open files"):
         checkpoints.save(2, trees(2)[2], {"step": 2})
 
 
-def test_a_name_that_is_not_on_the_disk_is_forced_there_again(tmp_path, monkeypatch):
+def test_a_failed_sync_of_the_name_is_repeated(tmp_path, monkeypatch):
     save(tmp_path, 1)
     synced = []
 
@@ -250,25 +254,13 @@ def test_a_name_that_is_not_on_the_disk_is_forced_there_again(tmp_path, monkeypa
                 raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(files, "sync", sync)
-    with pytest.raises(fm.CheckpointError, match="step 2 was not written"):
+    with pytest.raises(CheckpointError, match="step 2 was not written"):
         save(tmp_path, 2)
     save(tmp_path, 2)
     assert synced == [True, True]
 
 
-def test_what_orbax_gives_is_compared_with_what_it_got(tmp_path, monkeypatch):
-    save(tmp_path, 1)
-    read = checkpoint_lib._read_arrays
-    monkeypatch.setattr(
-        checkpoint_lib,
-        "_read_arrays",
-        lambda *args: {name: array + 1 for name, array in read(*args).items()},
-    )
-    with pytest.raises(fm.CheckpointError, match="bias is not what was written"):
-        Checkpoints(tmp_path).restore_step(1, LIKE)
-
-
-def test_a_failed_save_leaves_nothing_and_the_next_one_works(tmp_path, monkeypatch):
+def test_a_failed_save_leaves_no_trace(tmp_path, monkeypatch):
     checkpoints = save(tmp_path, 1, 2)
 
     def full(path):
@@ -276,7 +268,7 @@ def test_a_failed_save_leaves_nothing_and_the_next_one_works(tmp_path, monkeypat
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "sync", full)
-    with pytest.raises(fm.CheckpointError, match=r"step 3 was not written .*No space left"):
+    with pytest.raises(CheckpointError, match=r"step 3 was not written .*No space left"):
         checkpoints.save(3, trees(3)[3], {"step": 3})
     assert names(tmp_path) == {"1", "2"}
     monkeypatch.undo()
@@ -284,7 +276,7 @@ def test_a_failed_save_leaves_nothing_and_the_next_one_works(tmp_path, monkeypat
     assert restored_step(tmp_path) == 3
 
 
-def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_files_are_synced_before_the_rename(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(
         files, "sync", lambda path: synced.append((path, (tmp_path / "3").exists()))
@@ -298,14 +290,16 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert {path.name for path in after} <= {tmp_path.name, "..saved.new"}
 
 
+KINDS = ("flip", "cut", "empty", "delete", "swap", "grow", "folder")
+
+
 def damages(directory, generator):
-    """Functions that damage the newest checkpoint of two, each in another way, without an end."""
+    """Damages the newest checkpoint of two in one way after the other, without an end."""
     newest = directory / "2"
-    while True:
+    for kind in itertools.cycle(KINDS):
         paths = sorted(path for path in newest.rglob("*") if path.is_file())
         path = generator.choice(paths)
         content = path.read_bytes()
-        kind = generator.choice(["flip", "cut", "empty", "delete", "swap", "grow", "folder"])
         if kind == "flip" and content:
             position, bit = generator.randrange(len(content)), generator.randrange(8)
             changed = bytearray(content)
@@ -320,7 +314,7 @@ def damages(directory, generator):
         elif kind == "delete":
             path.unlink()
         elif kind == "swap":
-            # The file at the same place of the other step: Orbax names its data files by chance.
+            # The file at the same place of the other step: Orbax draws the names of its data files.
             others = sorted(p for p in (directory / "1").rglob("*") if p.is_file())
             path.write_bytes(others[paths.index(path) % len(others)].read_bytes())
         elif kind == "folder":
@@ -337,7 +331,7 @@ def sweep(tmp_path, count, seed):
         if path.is_file()
     }
     broken = tmp_path / "broken"
-    passed_over = 0
+    skipped = 0
     shutil.copytree(tmp_path / "good", broken)
     for _, what in zip(range(count), damages(broken, random.Random(seed)), strict=False):
         changed = any(
@@ -345,35 +339,40 @@ def sweep(tmp_path, count, seed):
             for path, content in original.items()
         )
         step = restored_step(broken)
-        # Where the bytes are those that were written, so is the checkpoint; else it is seen.
+        # Unchanged bytes are restored, changed ones are detected.
         assert step == (1 if changed else 2), what
-        passed_over += changed
+        skipped += changed
         shutil.rmtree(broken)
         shutil.copytree(tmp_path / "good", broken)
-    return passed_over
+    return skipped
 
 
-def test_no_damage_is_used(tmp_path):
-    assert sweep(tmp_path, 150, seed=0) > 100
+def test_damages_of_each_kind_are_detected(tmp_path):
+    assert sweep(tmp_path, 3 * len(KINDS), seed=0) > len(KINDS)
+
+
+@pytest.mark.slow
+def test_500_damages_are_detected(tmp_path):
+    assert sweep(tmp_path, 500, seed=2) > 350
 
 
 @pytest.mark.soak
-def test_no_damage_of_thousands_is_used(tmp_path):
-    print(sweep(tmp_path, 5000, seed=1), "of 5000 damages changed a byte; each was passed over")
+def test_5000_damages_are_detected(tmp_path):
+    print(sweep(tmp_path, 5000, seed=1), "of 5000 damages changed a byte; each was detected")
 
 
-def test_checkpoints_of_two_steps_exchanged(tmp_path):
+def test_exchanged_checkpoints_are_detected(tmp_path):
     save(tmp_path, 1, 2)
     for old, new in (("1", "x"), ("2", "1"), ("x", "2")):
         (tmp_path / old).rename(tmp_path / new)
     with (
-        pytest.warns(fm.CheckpointWarning, match="it is that of step"),
-        pytest.raises(fm.CheckpointError, match=r"every checkpoint in .* is damaged"),
+        pytest.warns(CheckpointWarning, match="its manifest is of step"),
+        pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"),
     ):
         Checkpoints(tmp_path).restore(LIKE)
 
 
-def test_a_checkpoint_of_more_devices_loads_on_fewer(tmp_path):
+def test_a_checkpoint_of_four_devices_loads_on_one(tmp_path):
     program = f"""
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
@@ -395,14 +394,12 @@ Checkpoints(Path({str(tmp_path)!r})).save(1, {{"x": x}}, {{}})
     assert len(tree["x"].sharding.device_set) == 1
 
 
-def test_the_manifest_says_what_is_there(tmp_path):
+def test_the_manifest_lists_arrays_and_files(tmp_path):
     save(tmp_path, 7, settings={"seed": 1})
     manifest = json.loads((tmp_path / "7" / "manifest.json").read_text())
     content = manifest["content"]
-    assert (content["format"], content["step"], content["settings"]) == (1, 7, {"seed": 1})
-    assert content["arrays"]["bias"] | {"sha256": ""} == {
-        "dtype": "bfloat16", "shape": [5], "sha256": "",
-    }  # fmt: skip
+    assert (content["format"], content["step"], content["settings"]) == (2, 7, {"seed": 1})
+    assert content["arrays"]["bias"] == {"dtype": "bfloat16", "shape": [5]}
     there = {
         path.relative_to(tmp_path / "7").as_posix()
         for path in (tmp_path / "7").rglob("*")

@@ -1,4 +1,4 @@
-"""The real command, killed at any instant and started again, comes to the same bits."""
+"""The command, killed at any instant and started again, is bitwise identical."""
 
 import os
 import random
@@ -28,12 +28,12 @@ FLAGS = [
 ]  # fmt: skip
 
 
-# Seconds that no command takes here, in which a hang is seen as one.
+# Seconds after which a command counts as hanging.
 TIMEOUT = 300
 
 
 class Harness:
-    """Starts runs that share what they compile, and what they must come to."""
+    """Starts runs that share compiled programs, and knows their expected results."""
 
     def __init__(self, folder: Path, cache: Path) -> None:
         self.folder = folder
@@ -57,7 +57,7 @@ class Harness:
         )
 
     def kill(self, workdir: Path, instant: str) -> bool:
-        """Whether the run was killed, and not through before."""
+        """Starts a run; returns whether it was killed before it finished."""
         if instant.startswith("after:"):
             process = self.start(workdir, "never")
             time.sleep(float(instant.removeprefix("after:")))
@@ -69,7 +69,7 @@ class Harness:
         return process.returncode != 0
 
     def check(self, workdir: Path) -> None:
-        """Goes on to the end and compares."""
+        """Resumes a run to its end and compares."""
         process = self.start(workdir, "never")
         _, errors = process.communicate(timeout=TIMEOUT)
         assert process.returncode == 0, errors
@@ -80,7 +80,7 @@ class Harness:
         assert not debris
 
     def kill_often(self, count: int, seed: int) -> dict[str, int]:
-        """Runs killed at chosen instants and at random ones, until so many were killed."""
+        """Kills runs at chosen and at random instants; returns the numbers of kills and runs."""
         generator = random.Random(seed)
         named = [
             "after:0.3", "file:1", "file:1", "rename:1", "evaluate:1", "removal:1", "removal:3",
@@ -89,7 +89,7 @@ class Harness:
         kills = runs = 0
         while kills < count:
             workdir = self.folder / f"killed-{seed}-{runs}"
-            # A few kills to each run, and its end unharmed.
+            # Several kills per run, then an undisturbed end.
             for _ in range(min(generator.randint(4, 10), count - kills)):
                 if named:
                     instant = named.pop(0)
@@ -98,7 +98,7 @@ class Harness:
                 else:
                     instant = f"after:{generator.uniform(0.0, 8.0):.2f}"
                 if not self.kill(workdir, instant):
-                    break  # it came to its end
+                    break  # it has finished
                 kills += 1
             self.check(workdir)
             assert names(workdir) == names(self.straight)
@@ -107,7 +107,7 @@ class Harness:
 
 
 def names(folder: Path) -> set[str]:
-    """Of everything in it, but for what Orbax numbers by chance."""
+    """Names of all files, without those that Orbax draws at random."""
     paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
     return {re.sub("/d/.*", "/d/", path) for path in paths}
 
@@ -117,6 +117,13 @@ def harness(tmp_path_factory, cache_home):
     return Harness(tmp_path_factory.mktemp("crash"), cache_home)
 
 
+@pytest.mark.parametrize("instant", ["rename:2", "train_steps:4"])
+def test_a_killed_run_resumes_bitwise_identically(instant, harness, tmp_path):
+    assert harness.kill(tmp_path / "run", instant)
+    harness.check(tmp_path / "run")
+
+
+@pytest.mark.slow
 def test_twenty_kills(harness):
     print(harness.kill_often(20, seed=0))
 
@@ -140,30 +147,28 @@ def test_a_signal_saves_and_stops(number, harness, tmp_path):
     print(f"stopped {time.monotonic() - begun:.2f} s after the signal")
     assert process.returncode == 128 + number
     step = fm.load_checkpoint(tmp_path / "run").step
-    assert f"Stopped after step {step:,} of 4,000, saved" in errors
+    assert f"Stopped after step {step:,} of 4,000; the state is saved" in errors
 
 
-def test_a_signal_does_not_wait_for_the_validation(harness, tmp_path):
-    process = harness.start(tmp_path / "run", "hang-evaluate:2")
+def test_a_signal_during_an_evaluation_stops_after_it(harness, tmp_path):
+    process = harness.start(tmp_path / "run", "hang-evaluate:1")
     assert any(line == "hanging\n" for line in process.stdout)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "Stopped after step 7 of 8, saved" in errors
+    assert "Stopped after step 4 of 8; the state is saved" in errors
     harness.check(tmp_path / "run")
 
 
 def test_a_second_signal_stops_at_once(harness, tmp_path):
     process = harness.start(tmp_path / "run", "hang-train_steps:3")
     assert any(line == "hanging\n" for line in process.stdout)
-    time.sleep(0.5)  # it says so before it hangs
     process.send_signal(signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=1)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "Stopped at once; the last checkpoint stands." in errors
+    process.communicate(timeout=TIMEOUT)
+    assert process.returncode == -signal.SIGTERM
     harness.check(tmp_path / "run")
 
 
@@ -181,7 +186,7 @@ def test_a_signal_that_is_ignored_stays_ignored(harness, tmp_path):
 
 
 @pytest.mark.parametrize("gone", [False, True])
-def test_without_a_good_checkpoint_nothing_starts_over(gone, harness, tmp_path):
+def test_a_run_without_undamaged_checkpoint_does_not_start_over(gone, harness, tmp_path):
     workdir = tmp_path / "run"
     assert harness.kill(workdir, "evaluate:2")
     for checkpoint in (workdir / files.CHECKPOINTS).glob("[0-9]*"):
@@ -199,7 +204,7 @@ def test_without_a_good_checkpoint_nothing_starts_over(gone, harness, tmp_path):
     assert {name.replace("damaged-", "") for name in after} == before
 
 
-def test_other_runs_are_seen_to_be_others(harness, tmp_path):
+def test_the_comparison_detects_another_run(harness, tmp_path):
     process = harness.start(tmp_path / "run", "never", "--seed", "1")
     process.communicate(timeout=TIMEOUT)
     other, same = resume.outcome(tmp_path / "run"), resume.outcome(harness.straight)
@@ -211,24 +216,23 @@ def test_other_runs_are_seen_to_be_others(harness, tmp_path):
         assert resume._print_comparison(harness.expected, found, console, 0.0) is verdict
 
 
-def test_while_it_compiles_a_signal_stops_it_at_once(harness, tmp_path):
+def test_a_signal_during_compilation_stops_at_once(harness, tmp_path):
     process = harness.start(tmp_path / "run", "never", "--no-cache")
     assert any(line.startswith("Compiling") for line in iter(process.stdout.readline, ""))
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "Stopped at once" in errors
+    assert process.returncode == -signal.SIGTERM, errors
     assert not (tmp_path / "run" / files.CHECKPOINTS).exists()
 
 
-def test_a_full_disk_stops_no_training_and_loses_nothing(harness, tmp_path):
+def test_training_continues_on_a_full_disk(harness, tmp_path):
     workdir = tmp_path / "run"
     harness.kill(workdir, "evaluate:1")
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     assert fm.load_checkpoint(workdir).step == 3
     process = harness.start(workdir, "never")
-    # The arrays of a checkpoint are larger, all else is smaller.
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (400_000, 400_000))
+    # The arrays of a checkpoint are larger, all other files are smaller.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (40_000, 40_000))
     output, errors = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 2, errors
     assert "epoch   2" in output
@@ -241,7 +245,7 @@ def test_a_full_disk_stops_no_training_and_loses_nothing(harness, tmp_path):
     harness.check(workdir)
 
 
-def test_two_runs_in_one_folder(harness, tmp_path):
+def test_a_second_process_in_a_folder_is_refused(harness, tmp_path):
     first = harness.start(tmp_path / "run", "never", "--epochs", "1000")
     while not (tmp_path / "run" / files.CONFIG).exists():
         assert first.poll() is None
@@ -249,12 +253,13 @@ def test_two_runs_in_one_folder(harness, tmp_path):
     second = harness.start(tmp_path / "run", "never", "--epochs", "1000")
     _, errors = second.communicate(timeout=TIMEOUT)
     assert second.returncode == 2
-    assert "is used by another run that is under way" in errors
+    assert "is in use by another process" in errors
     assert "Traceback" not in errors
     first.kill()
     first.communicate()
 
 
+@pytest.mark.slow
 def test_verify_resume(capsys, run_py):
     assert run_py.main(["--verify-resume", "--arch", "valid_2x2"]) == 0
     output = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A replayed update is the one that training made."""
+"""A replayed step is bitwise that of the training."""
 
 import dataclasses
 import shutil
@@ -7,13 +7,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import fmnist_jax as fm
+from fmnist_jax.errors import ConfigError, DamagedFileError
 from fmnist_jax.nn import models
 from fmnist_jax.runs import files
-from fmnist_jax.train.microbatch import choose_slice_size
+from fmnist_jax.runs.plan import create_plan
+from fmnist_jax.train.loop import with_microbatch_size
 from tests.conftest import train_step
+from tests.small import Small
 
 RECIPE = dataclasses.replace(
     fm.RECIPES["small_dropout"], epochs=3, batch_size=16, augmentation="keras", val_fraction=0.0,
@@ -23,10 +27,10 @@ RECIPE = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny):
-    """A run of twelve updates, and the pixels that the network saw in each."""
+    """A run of twelve steps, and the pixels that the network saw in each."""
     seen = []
 
-    class Watched(models.SmallDropout):
+    class Watched(Small):
         @nn.compact
         def __call__(self, images, *, train, dropout=None):
             if train:
@@ -38,14 +42,14 @@ def trained(tmp_path_factory, tiny):
     workdir = tmp_path_factory.mktemp("replay") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "ARCHS", {**models.ARCHS, "small_dropout": Watched})
-        fm.fit(fm.Run(recipe=RECIPE, workdir=workdir), tiny, progress=fm.Silence())
-    jax.effects_barrier()
-    assert len(seen) == 12
-    return workdir, seen
+        fm.fit(fm.Run(recipe=RECIPE, workdir=workdir, tta=False), tiny, progress=fm.NullProgress())
+        jax.effects_barrier()
+        assert len(seen) == 12
+        yield workdir, list(seen)
 
 
 @pytest.mark.parametrize("step", [1, 2, 4, 5, 11, 12])
-def test_the_batch_is_the_one_that_was_seen(step, trained, tiny):
+def test_the_batch_is_that_of_the_training(step, trained, tiny):
     workdir, seen = trained
     shown = fm.replay(workdir, tiny, step)
     count = 12 if step % 4 == 0 else 16  # 60 images: the last batch of an epoch is shorter
@@ -54,7 +58,7 @@ def test_the_batch_is_the_one_that_was_seen(step, trained, tiny):
     np.testing.assert_array_equal(shown.labels, tiny.train_labels[shown.examples])
 
 
-def test_an_epoch_of_updates_has_every_example_once(trained, tiny):
+def test_every_example_is_in_one_step_of_an_epoch(trained, tiny):
     workdir, _ = trained
     examples = [fm.replay(workdir, tiny, step).examples for step in (5, 6, 7, 8)]
     np.testing.assert_array_equal(np.sort(np.concatenate(examples)), np.arange(60))
@@ -62,32 +66,30 @@ def test_an_epoch_of_updates_has_every_example_once(trained, tiny):
 
 def test_losses_and_gradient_are_those_of_the_step(trained, tiny, tmp_path):
     workdir, _ = trained
-    # The same with no checkpoint to start from.
+    # The same without a checkpoint to start from.
     bare = shutil.copytree(workdir, tmp_path / "bare", ignore=lambda *_: ["checkpoints"])
     near, far = (fm.replay(place, tiny, 11) for place in (workdir, bare))
     np.testing.assert_array_equal(near.losses, far.losses)
     assert near.gradient_norm == far.gradient_norm
 
-    streams = fm.create_streams(0)
-    model, tx = fm.create_model("small_dropout"), fm.create_optimizer("sgd", 1.0)
+    plan = create_plan(fm.Run(recipe=RECIPE, workdir=workdir), tiny)
+    sgd = dataclasses.replace(plan.config, tx=optax.sgd(1.0))
     tree = fm.load_checkpoint(workdir, 8).arrays
-    shapes = fm.create_train_state(streams.init, model, tx).params
     params = jax.tree.map_with_path(
         lambda path, _: jnp.asarray(
             tree["state.params." + ".".join(str(entry.key) for entry in path)]
         ),
-        shapes,
+        plan.abstract_state.params,
     )
-    # Update 9, straight from the definition of the step.
+    # Step 9, by the definition of the step.
     shown = fm.replay(workdir, tiny, 9)
     batch = fm.Batch(
         jnp.asarray(shown.images[..., None]), jnp.asarray(shown.labels), jnp.ones(16, bool)
     )
-    state = fm.TrainState(jnp.int32(8), params, tx.init(params))
+    state = fm.TrainState(jnp.int32(8), params, {}, sgd.tx.init(params))
     after, metrics = train_step(
-        state, batch, jax.random.fold_in(streams.dropout, 8), model=model, tx=tx,
-        regularization=fm.Regularization(dropout=0.4, label_smoothing=0.1),
-        slice_size=choose_slice_size(params, model, (28, 28), 16),
+        state, batch, jax.random.fold_in(plan.streams.dropout, 8), plan.hyperparams,
+        config=with_microbatch_size(sgd, state, (28, 28)),
     )  # fmt: skip
     np.testing.assert_allclose(shown.losses.sum(), metrics.loss, rtol=1e-5)
     moved = jax.tree.map(jnp.subtract, params, after.params)  # the gradient, at rate 1
@@ -97,17 +99,17 @@ def test_losses_and_gradient_are_those_of_the_step(trained, tiny, tmp_path):
 
 @pytest.mark.parametrize("step", [0, 13, -1, 1.0, True])
 def test_other_steps_are_refused(step, trained, tiny):
-    with pytest.raises(fm.ConfigError, match=r"step is .*; the run in .* has 1 to 12"):
+    with pytest.raises(ConfigError, match=r"step is .*; the run in .* has 1 to 12"):
         fm.replay(trained[0], tiny, step)
 
 
 def test_a_folder_without_run_and_other_data_are_refused(trained, tiny, sample, tmp_path):
-    with pytest.raises(fm.ConfigError, match="holds no run"):
+    with pytest.raises(ConfigError, match="holds no run"):
         fm.replay(tmp_path, tiny, 1)
-    with pytest.raises(fm.ConfigError, match="data_sha256"):
+    with pytest.raises(ConfigError, match="data_sha256"):
         fm.replay(trained[0], sample, 1)
     broken = shutil.copytree(trained[0], tmp_path / "broken")
     for content in (b"{", b'{"seed": "\xff"}', b"[" * 100_000):
         (broken / files.CONFIG).write_bytes(content)
-        with pytest.raises(fm.DamagedFileError, match=r"config\.json"):
+        with pytest.raises(DamagedFileError, match=r"config\.json"):
             fm.replay(broken, tiny, 1)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import shutil
 
 import chex
@@ -11,7 +10,6 @@ import pytest
 import scipy.stats
 
 import fmnist_jax as fm
-from fmnist_jax.report import seeds_page as seeds_report
 from fmnist_jax.runs import files
 from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.studies import seeds
@@ -27,12 +25,12 @@ def workdir(tmp_path_factory, tiny):
     """Three seeds, 5 to 7, and the folder that they are in."""
     place = tmp_path_factory.mktemp("seeds") / "many"
     run = fm.Run(recipe=RECIPE, workdir=place, seed=5)
-    fm.fit_seeds(run, tiny, 3, progress=fm.Silence())
+    fm.fit_seeds(run, tiny, 3, progress=fm.NullProgress())
     return place
 
 
 def test_a_seed_alone_has_the_bits_of_that_seed_among_many(workdir, tiny, tmp_path):
-    alone = fm.fit(fm.Run(recipe=RECIPE, workdir=tmp_path, seed=6), tiny, progress=fm.Silence())
+    alone = fm.fit(fm.Run(recipe=RECIPE, workdir=tmp_path, seed=6), tiny, progress=fm.NullProgress())
     among = fm.load_checkpoint(workdir / "seed-6")
     own = fm.load_checkpoint(tmp_path)
     chex.assert_trees_all_equal(among.arrays, own.arrays)
@@ -49,7 +47,7 @@ def test_all_seeds_are_one_program(tiny, tmp_path):
     recipe = dataclasses.replace(RECIPE, batch_size=13)
     run = fm.Run(recipe=recipe, workdir=tmp_path)
     before = train_steps._outer._cache_size()
-    fm.fit_seeds(run, tiny, 3, progress=fm.Silence())
+    fm.fit_seeds(run, tiny, 3, progress=fm.NullProgress())
     assert train_steps._outer._cache_size() == before + 1
 
 
@@ -87,60 +85,12 @@ def test_more_seeds_keep_those_that_are_there(workdir, tiny, tmp_path):
     more = shutil.copytree(workdir, tmp_path / "more")
     times = {path: path.stat().st_mtime_ns for path in more.glob("seed-*/report.json")}
     result = fm.fit_seeds(
-        fm.Run(recipe=RECIPE, workdir=more, seed=5), tiny, 4, progress=fm.Silence()
+        fm.Run(recipe=RECIPE, workdir=more, seed=5), tiny, 4, progress=fm.NullProgress()
     )
     assert result.report["seeds"] == [5, 6, 7, 8]
     before = files.read_json(workdir / files.SEEDS)["params_sha256"]
     assert result.report["params_sha256"][:3] == before
     assert {path: path.stat().st_mtime_ns for path in times} == times
-
-
-@pytest.mark.parametrize("name", ["init", "split", "shuffle", "augment", "dropout"])
-def test_the_other_streams_draw_what_they_drew(name):
-    plain, varied = fm.create_streams(3), fm.create_streams(3, {name: 4})
-    other = fm.create_streams(4)
-    for stream in fm.Streams._fields:
-        expected = getattr(other if stream == name else plain, stream)
-        assert getattr(varied, stream) == expected
-
-
-def test_one_stream_varies_alone(tiny, tmp_path):
-    run = fm.Run(recipe=dataclasses.replace(RECIPE, epochs=1), workdir=tmp_path)
-    silent = fm.Silence()
-    reference = fm.fit_seeds(run, tiny, 1, progress=silent)
-    for name in ("init", "dropout"):
-        varied = fm.fit_seeds(run, tiny, 2, vary=name, progress=silent)
-        first, second = varied.report["params_sha256"]
-        # The stream of the first seed is that of the reference.
-        assert first == reference.report["params_sha256"][0]
-        assert second != first
-        assert files.read_json(tmp_path / f"{name}-seeds.json") == varied.report
-    assert files.read_json(tmp_path / "seeds.json") == reference.report
-    validation = [
-        files.read_arrays(tmp_path / folder / files.PREDICTIONS)["val_indices"]
-        for folder in ("seed-0", "init-1", "dropout-1")  # no init-0: it is seed-0
-    ]
-    np.testing.assert_array_equal(validation[0], validation[1])
-    np.testing.assert_array_equal(validation[0], validation[2])
-
-
-def test_shares_of_the_variance(tmp_path):
-    # The first run of a stream is that of all.
-    values = {"seed": [0.2, 0.6, 0.4], "init": [0.9, 0.3, 0.4]}
-    for prefix, accuracies in values.items():
-        for seed, accuracy in enumerate(accuracies):
-            folder = tmp_path / f"{prefix}-{seed}"
-            folder.mkdir()
-            files.write_json(folder / files.REPORT, {"test_accuracy": accuracy})
-    table = seeds.variances(tmp_path, 3, 0, ["init"])
-    np.testing.assert_allclose(table["all"]["variance"], 0.04)
-    np.testing.assert_allclose(table["init"]["share"], 0.25)
-    # By integrating the density of F with 2 and 2 degrees of freedom, 1 / (1 + x)^2.
-    spread = 0.975 / 0.025
-    ends = table["init"]["share_low"], table["init"]["share_high"]
-    np.testing.assert_allclose(ends, [0.25 / spread, 0.25 * spread])
-    with pytest.raises(fm.ConfigError, match="needs 2 runs"):
-        seeds.variances(tmp_path, 1, 0, ["init"])
 
 
 def test_an_unfinished_seed_is_named(workdir, tmp_path):
@@ -155,25 +105,10 @@ def test_a_count_that_is_none_is_refused(count, tiny, tmp_path):
         fm.fit_seeds(run, tiny, count)
 
 
-def test_the_page_shows_every_seed(workdir):
-    text = seeds_report.write_seeds_report(workdir).read_text()
-    for name, words in (("test_accuracy", "test accuracy"), ("test_loss", "test loss in nats")):
-        row = re.search(rf"<tr><td>{words}</td>(.*?)</tr>", text)
-        assert row is not None
-        figures = files.read_json(workdir / files.SEEDS)[name]
-        keys = ("mean", "low", "high", "bootstrap_low", "bootstrap_high", "std")
-        percent = name.endswith("accuracy")
-        expected = [f"{figures[key]:.2%}" if percent else f"{figures[key]:.4f}" for key in keys]
-        assert re.findall(r"-?\d+\.\d+%?", row[1]) == expected
-    for word in ("small_dropout from 3 seeds", "seed-5", "seed-7", "bootstrap", "ensemble"):
-        assert word in text
-    assert 'src="data:image/png;base64,' in text
-
-
 def test_progress_is_over_all_seeds(tiny, tmp_path):
     starts, steps = [], []
 
-    class Recorder(fm.Silence):
+    class Recorder(fm.NullProgress):
         def start(self, *, step, total_steps):
             starts.append((step, total_steps))
 
@@ -192,7 +127,7 @@ def test_a_run_that_is_stopped_between_seeds_goes_on(workdir, tiny, tmp_path):
     class StoppedError(Exception):
         pass
 
-    class Stopper(fm.Silence):
+    class Stopper(fm.NullProgress):
         def say(self, text):
             if text.startswith("Seed 7"):
                 raise StoppedError
@@ -201,6 +136,6 @@ def test_a_run_that_is_stopped_between_seeds_goes_on(workdir, tiny, tmp_path):
     with pytest.raises(StoppedError):
         fm.fit_seeds(run, tiny, 3, progress=Stopper())
     assert Checkpoints(tmp_path / "seed-6" / files.CHECKPOINTS).steps()
-    result = fm.fit_seeds(run, tiny, 3, progress=fm.Silence())
+    result = fm.fit_seeds(run, tiny, 3, progress=fm.NullProgress())
     expected = files.read_json(workdir / files.SEEDS)["params_sha256"]
     assert result.report["params_sha256"] == expected

@@ -8,7 +8,7 @@ from scipy.special import softmax
 
 import fmnist_jax as fm
 from fmnist_jax.studies import label_issues as suspects
-from tests.conftest import Linear
+from tests.small import Linear
 
 
 def problem(seed, num_wrong, sure=7.0):

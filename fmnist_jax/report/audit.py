@@ -1,0 +1,46 @@
+"""audit.html: duplicates, pixel statistics and label issues of the data, with pictures."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fmnist_jax.data.sources import Dataset
+from fmnist_jax.report import plots
+from fmnist_jax.report.render import render
+from fmnist_jax.runs import files
+
+
+def write_audit(
+    workdir: Path, audit: dict[str, Any], dataset: Dataset, distances: Mapping[str, np.ndarray]
+) -> Path:
+    """Writes `audit.html`.
+
+    Args:
+      workdir: an existing folder.
+      audit: the content of audit.json.
+      dataset: the data that it describes.
+      distances: float[n] of the "test" images and of "train" images, the relative distance of each
+        to its nearest training image.
+
+    Returns:
+      The path of the page, which needs no other file.
+    """
+    class_means = []
+    for label, name in enumerate(dataset.class_names):
+        images = dataset.train_images[dataset.train_labels == label]
+        if len(images):
+            class_means.append((name, np.round(images.mean(axis=0)).astype(np.uint8)))
+    histogram = plots.distance_histogram(distances, audit["near_duplicates"]["threshold"])
+    page = render(
+        "audit",
+        sample=dataset.sample,
+        audit=audit,
+        images={"train": dataset.train_images, "test": dataset.test_images},
+        class_means=class_means,
+        histogram=plots.encode(histogram, sample=dataset.sample),
+    )
+    written = workdir / "audit.html"
+    files.write_bytes(written, page)
+    return written

@@ -1,0 +1,154 @@
+"""report.html and plots/, made from the files of a finished run alone."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fmnist_jax.recipes import CLAIMS, RECIPES
+from fmnist_jax.report import plots
+from fmnist_jax.report.render import missing_values_as_damage, render
+from fmnist_jax.runs import files
+from fmnist_jax.runs.replay import Replay
+
+_PLOTS = "plots"
+
+
+def write_report(workdir: Path) -> Path:
+    """Draws the plots of a finished run into `plots/` and writes `report.html`.
+
+    Args:
+      workdir: the run's folder.
+
+    Returns:
+      The path of the page, which needs no other file.
+
+    Raises:
+      DamagedFileError: if the run is not finished, or one of its files cannot be read.
+    """
+    report = read_results(workdir / files.REPORT)
+    history = read_history(workdir)
+    predictions = files.read_arrays(workdir / files.PREDICTIONS)
+    examples = files.read_arrays(workdir / files.EXAMPLES)
+    with missing_values_as_damage(workdir):
+        names, logits, labels = (
+            report["data"]["classes"],
+            predictions["logits"],
+            predictions["labels"],
+        )
+        figures = {
+            "loss": plots.learning_curve(history, "loss"),
+            "accuracy": plots.learning_curve(history, "accuracy"),
+            "reliability": plots.reliability_diagram(
+                logits, labels, report["calibration"]["temperature"]
+            ),
+            "risk": plots.risk_coverage_curve(logits, labels),
+            "confusion": plots.confusion_matrix(report["confusion_matrix"], names),
+            "samples": plots.class_samples(
+                examples["sample_images"], examples["sample_labels"], names
+            ),
+            "worst": plots.worst_predictions(predictions, examples, names),
+        }
+        if "augmented" in examples:
+            figures["augmented"] = plots.augmented_samples(
+                examples["originals"], examples["augmented"]
+            )
+        images = {
+            name: plots.encode(figure, sample=report["sample"]) for name, figure in figures.items()
+        }
+        page = render(
+            "run",
+            sample=report["sample"],
+            report=report,
+            images=images,
+            claim=CLAIMS.get(report["arch"]),
+            changes=changed_settings(report),
+            pairs=most_confused(report),
+        )
+    (workdir / _PLOTS).mkdir(exist_ok=True)
+    for name, image in images.items():
+        (workdir / _PLOTS / f"{name}.png").write_bytes(image)
+    written = workdir / "report.html"
+    files.write_bytes(written, page)
+    return written
+
+
+def write_replay(
+    workdir: Path, replay: Replay, class_names: Sequence[str], *, sample: bool = False
+) -> Path:
+    """Draws a replayed batch into `plots/`.
+
+    Args:
+      workdir: the run's folder.
+      replay: what `fmnist_jax.replay` returned.
+      class_names: one per class.
+      sample: whether the run was on the embedded sample.
+
+    Returns:
+      The path of the picture.
+    """
+    path = workdir / _PLOTS / f"replay-{replay.step}.png"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(plots.encode(plots.replayed_batch(replay, class_names), sample=sample))
+    return path
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Reads the file that marks its folder as finished.
+
+    Raises:
+      DamagedFileError: if it is missing or damaged.
+    """
+    results = files.read_json(path)
+    if not isinstance(results, dict):
+        raise files.DamagedFileError(f"{path} is missing or damaged; finish the run first")
+    return results
+
+
+def read_history(workdir: Path) -> list[dict[str, Any]]:
+    """Reads a run's metrics.jsonl.
+
+    Raises:
+      DamagedFileError: if it is missing, empty or damaged.
+    """
+    history = files.read_lines(workdir / files.METRICS)
+    if not history:
+        raise files.DamagedFileError(f"{workdir / files.METRICS} is missing or empty")
+    return history
+
+
+def changed_settings(report: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Lists the settings of a run that differ from its architecture's recipe.
+
+    Returns:
+      Name, the recipe's value and the run's value of each.
+
+    Example:
+      >>> recipe = dataclasses.asdict(RECIPES["same_3x3"]) | {"epochs": 3}
+      >>> changed_settings({"arch": "same_3x3", "recipe": recipe})
+      [('epochs', 10, 3)]
+    """
+    if report["arch"] not in RECIPES:
+        return []
+    recipe = dataclasses.asdict(RECIPES[report["arch"]])
+    return [
+        (name, recipe.get(name), value)
+        for name, value in report["recipe"].items()
+        if recipe.get(name) != value
+    ]
+
+
+def most_confused(report: dict[str, Any], num_pairs: int = 8) -> list[tuple[str, str, int]]:
+    """Lists the pairs of classes that are confused most often, both directions added.
+
+    Example:
+      >>> most_confused({"data": {"classes": ["a", "b", "c"]},
+      ...                "confusion_matrix": [[9, 2, 0], [1, 8, 1], [0, 0, 10]]}, num_pairs=2)
+      [('a', 'b', 3), ('b', 'c', 1)]
+    """
+    names, matrix = report["data"]["classes"], np.array(report["confusion_matrix"])
+    errors = matrix + matrix.T
+    pairs = [(names[i], names[j], int(errors[i, j])) for i, j in np.argwhere(np.triu(errors, k=1))]
+    return sorted(pairs, key=lambda pair: -pair[2])[:num_pairs]

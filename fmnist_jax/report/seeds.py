@@ -1,0 +1,33 @@
+"""seeds.html, made from the files of several seeds alone."""
+
+from pathlib import Path
+
+from fmnist_jax.report import plots
+from fmnist_jax.report.render import missing_values_as_damage, render
+from fmnist_jax.report.run import read_history, read_results
+from fmnist_jax.runs import files
+
+
+def write_seeds_report(workdir: Path) -> Path:
+    """Draws the curve of each seed and writes `seeds.html`.
+
+    Args:
+      workdir: a folder in which `fit_seeds` has finished.
+
+    Returns:
+      The path of the page, which needs no other file.
+
+    Raises:
+      DamagedFileError: if `fit_seeds` has not finished there, or a file cannot be read.
+    """
+    summary = read_results(workdir / files.SEEDS)
+    with missing_values_as_damage(workdir):
+        histories = [read_history(workdir / run) for run in summary["runs"]]
+        split = "train" if summary["val_accuracy"] is None else "val"
+        figure = plots.seeds_curves(histories, split)
+        image = plots.encode(figure, sample=summary["sample"])
+        page = render("seeds", sample=summary["sample"], summary=summary, curves=image)
+    (workdir / "seeds.png").write_bytes(image)
+    written = workdir / "seeds.html"
+    files.write_bytes(written, page)
+    return written

@@ -1,0 +1,113 @@
+"""The figures show the numbers they are given."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fmnist_jax.analysis import calibration
+from fmnist_jax.report import plots
+
+HISTORY: list[dict[str, Any]] = [
+    {"split": "train", "epoch": 1, "loss": 2.0, "accuracy": 0.3},
+    {"split": "val", "epoch": 1, "loss": 1.5, "accuracy": 0.4},
+    {"split": "train", "epoch": 2, "loss": 1.0, "accuracy": 0.6},
+    {"split": "val", "epoch": 2, "loss": 0.5, "accuracy": 0.7},
+]
+
+
+def lines(figure, axes=0):
+    """The curves of a figure by label."""
+    return {line.get_label(): line.get_xydata().T for line in figure.axes[axes].lines}
+
+
+@pytest.fixture
+def predictions():
+    rng = np.random.default_rng(0)
+    return 3 * rng.normal(size=(500, 3)), rng.integers(0, 3, 500)
+
+
+@pytest.mark.parametrize(
+    ("metric", "train", "val"), [("loss", [2, 1], [1.5, 0.5]), ("accuracy", [0.3, 0.6], [0.4, 0.7])]
+)
+def test_learning_curve(metric, train, val):
+    curves = lines(plots.learning_curve(HISTORY, metric))
+    np.testing.assert_array_equal(curves["training"], [[1, 2], train])
+    np.testing.assert_array_equal(curves["validation"], [[1, 2], val])
+
+
+def test_learning_curve_without_validation():
+    curves = lines(plots.learning_curve(HISTORY[::2], "loss"))
+    assert list(curves) == ["training"]
+
+
+def test_seeds_curves_and_their_mean():
+    other = [line | {"loss": line["loss"] + 1} for line in HISTORY]
+    figure = plots.seeds_curves([HISTORY, other], "val")
+    first, second, mean = (line.get_ydata() for line in figure.axes[0].lines)
+    np.testing.assert_array_equal([first, second, mean], [[1.5, 0.5], [2.5, 1.5], [2, 1]])
+    assert figure.axes[1].get_ylabel() == "validation accuracy"
+
+
+def test_reliability_diagram_has_only_bins_of_ten_or_more(predictions):
+    logits, labels = predictions
+    curves = lines(plots.reliability_diagram(logits, labels, 2.0))
+    for name, scale in (("uncalibrated", 1.0), ("temperature 2.00", 2.0)):
+        bins = calibration.reliability(logits / scale, labels)
+        shown = bins.num_examples >= 10
+        assert 0 < shown.sum() < len(shown)
+        np.testing.assert_array_equal(curves[name], [bins.confidence[shown], bins.accuracy[shown]])
+    assert "temperature 2.00" not in lines(plots.reliability_diagram(logits, labels, None))
+
+
+def test_risk_coverage_curve(predictions):
+    curve = calibration.risk_coverage(*predictions)
+    ((shown),) = lines(plots.risk_coverage_curve(*predictions)).values()
+    np.testing.assert_array_equal(shown, [curve.coverage, curve.risk])
+
+
+def test_confusion_matrix_has_labels_in_rows():
+    axes = plots.confusion_matrix([[9, 1200], [0, 3]], ["a", "b"]).axes[0]
+    texts = {tuple(text.get_position()): text.get_text() for text in axes.texts}
+    assert texts == {(0, 0): "9", (1, 0): "1,200", (1, 1): "3"}
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("label", "prediction")
+
+
+def test_worst_predictions_are_looked_up_by_index():
+    predictions = {
+        "logits": np.log([[0.9, 0.1], [0.2, 0.8]]), "labels": np.array([1, 0]),
+        "indices": np.array([70, 71]),
+    }  # fmt: skip
+    examples = {"worst_images": np.zeros((2, 4, 4)), "worst_indices": np.array([71, 70])}
+    figure = plots.worst_predictions(predictions, examples, ["a", "b"])
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == [
+        "test image 71\na\npredicted b (80%)", "test image 70\nb\npredicted a (90%)", "", "", "",
+    ]  # fmt: skip
+
+
+def test_class_samples_are_sorted_by_class():
+    images = np.arange(3, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2), np.uint8)
+    figure = plots.class_samples(images, np.array([1, 0, 1]), ["a", "b"])
+    shown = [
+        [round(float(np.asarray(image.get_array())[0, 0]) * 255) for image in axes.images]
+        for axes in figure.axes
+    ]
+    assert shown == [[1], [], [0], [2]]
+
+
+def test_distance_histogram_counts_images_by_distance():
+    distances = {"test": np.array([0.1, 0.505, 0.51]), "train": np.array([0.3])}
+    axes = plots.distance_histogram(distances, 0.1).axes[0]
+    steps = {
+        patch.get_label(): np.asarray(patch.get_path().vertices)[:, 1] for patch in axes.patches
+    }
+    assert {name: heights.max() for name, heights in steps.items()} == {
+        "test images": 2, "training images": 1,
+    }  # fmt: skip
+    assert axes.lines[0].get_xdata() == [0.1, 0.1]
+
+
+def test_dollar_signs_in_class_names_are_plain_text():
+    figure = plots.confusion_matrix([[1, 2], [3, 4]], ["$\\frac$", "$5"])
+    assert plots.encode(figure, sample=False).startswith(b"\x89PNG")

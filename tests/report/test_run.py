@@ -1,0 +1,201 @@
+"""report.html and plots/: made from files alone, complete, self-contained."""
+
+import json
+
+import numpy as np
+import pytest
+
+import fmnist_jax as fm
+from fmnist_jax.recipes import CLAIMS
+from fmnist_jax.report import run
+from fmnist_jax.runs import files
+from tests.report.conftest import CLASSES, check_self_contained, read_page, write_run
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run with augmentation and its report."""
+    place = tmp_path_factory.mktemp("report") / "run"
+    write_run(place, augmented=True)
+    run.write_report(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def page(workdir):
+    return read_page(workdir / "report.html")
+
+
+@pytest.fixture(scope="module")
+def report(workdir):
+    return files.read_json(workdir / files.REPORT)
+
+
+def test_headline_numbers_are_those_of_the_file(page):
+    assert page.numbers == {
+        "Test accuracy": "93.46%",
+        "Test accuracy with test-time augmentation": "94.57%",
+        "Validation accuracy": "92.34%",
+        "Training accuracy, last epoch": "91.23%",
+        "Test loss (nats)": "0.457",
+        "Training images/s": "8,765",
+    }
+    for sentence in ("3 classes", "56,789 parameters", "2 epochs", "11,111 training images",
+                     "2,222 validation images", "4,444 test images", "Seed 17"):  # fmt: skip
+        assert sentence in " ".join(page.text.split())
+
+
+def test_tables_are_those_of_the_file(page, report):
+    for row in report["classes"]:
+        cells = [f"{row[key]:.3f}" for key in ("precision", "recall", "f1")]
+        assert [row["name"], *cells, f"{row['support']:,}"] in page.rows
+    matrix = np.array(report["confusion_matrix"])
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        errors = matrix[i, j] + matrix[j, i]
+        assert [f"{CLASSES[i]} and {CLASSES[j]}", f"{errors:,}"] in page.rows
+
+
+def test_facts_are_those_of_the_file(page):
+    expected = {
+        "Expected calibration error": "1.23% (95% confidence interval 0.46% to 2.35%; 15 bins)",
+        "Area under the risk-coverage curve": "0.0079",
+        "Temperature scaling": "temperature 1.358, fitted on the validation set; expected "
+        "calibration error 0.88%, test loss 0.346 nats",
+        "Batch size": "128",
+        "Learning rate": "0.001",
+        "Dropout": "0.25",
+        "Seed": "17, init 23",
+        "Steps": "1,234",
+        "Excluded training images": "333",
+        "Training time": "4,321 s, and 9.9 s of compilation",
+        "Device": "a processor",
+        "Data": f"somewhere, SHA-256 {'a' * 64}",
+        "SHA-256 of the parameters": "b" * 64,
+        "Versions": "jax 1.2.3, numpy 4.5.6",
+    }
+    assert {name: page.fact(name) for name in expected} == expected
+
+
+def test_claim_and_changed_settings_are_shown(page):
+    claim = CLAIMS["small_dropout"]
+    assert page.fact("Keras project") == claim.source
+    assert page.fact("Reported accuracy") == claim.text
+    assert page.fact("This run") == "test 93.46%, validation 92.34%, training 91.23%"
+    assert page.fact("Choices the project left open") == claim.open_choices
+    assert page.fact("Changed settings") == "epochs 2 (recipe: 30); dropout 0.25 (recipe: none)"
+
+
+def test_page_is_self_contained_and_plots_are_its_pictures(workdir, page):
+    check_self_contained(page)
+    names = {path.stem for path in (workdir / "plots").iterdir()}
+    assert names == {
+        "loss", "accuracy", "confusion", "samples", "augmented", "worst", "reliability", "risk",
+    }  # fmt: skip
+    assert len(page.pictures) == len(names)
+    assert 'class="warning"' not in page.text
+
+
+def test_optional_parts_are_left_out(tmp_path):
+    calibration = {
+        "ece": 0.1, "ece_low": 0.1, "ece_high": 0.1, "aurc": 0.1,
+        "temperature": None, "ece_scaled": None, "loss_scaled": None,
+    }  # fmt: skip
+    write_run(
+        tmp_path, arch="own", sample=True, tta_accuracy=None, val_accuracy=None,
+        calibration=calibration,
+    )  # fmt: skip
+    page = read_page(run.write_report(tmp_path))
+    assert page.numbers["Validation accuracy"] == "none"
+    assert not any("test-time augmentation" in name for name in page.numbers)
+    assert not any("Temperature" in row[0] for row in page.rows)
+    assert "Comparison with the Keras project" not in page.headings
+    assert not any("Augmented" in heading for heading in page.headings)
+    assert len(page.pictures) == 7
+    assert page.text.count("Trained on the embedded sample; these accuracies are not results") == 1
+
+
+def test_why_a_claim_is_not_comparable_is_shown(tmp_path):
+    write_run(tmp_path, arch="deep_augmented")
+    page = read_page(run.write_report(tmp_path))
+    assert page.fact("Not comparable because") == CLAIMS["deep_augmented"].not_comparable
+
+
+def test_hostile_text_is_escaped(tmp_path):
+    hostile = '"><script>$\\frac{{ 7 * 7 }}'
+    data = {
+        "source": hostile, "sha256": hostile, "train": 1, "val": 1, "excluded": 1, "test": 1,
+        "classes": [hostile, "b", "c"],
+    }  # fmt: skip
+    write_run(
+        tmp_path, data=data, arch=hostile, device=hostile, params_sha256=hostile,
+        versions={hostile: hostile}, stream_seeds={hostile: 1}, recipe={hostile: hostile},
+    )  # fmt: skip
+    page = read_page(run.write_report(tmp_path))
+    check_self_contained(page)
+    assert page.rows.count([f"{hostile} and b", page.fact(f"{hostile} and b")]) == 1
+    assert page.fact("Device") == hostile
+    assert "49" not in page.text
+
+
+def test_unfinished_run_has_no_report(tmp_path):
+    with pytest.raises(fm.DamagedFileError, match=r"report\.json is missing"):
+        run.write_report(tmp_path)
+
+
+@pytest.mark.parametrize("name", [files.REPORT, files.METRICS, files.PREDICTIONS, files.EXAMPLES])
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated"])
+def test_damaged_file_is_named(name, damage, tmp_path):
+    write_run(tmp_path)
+    path = tmp_path / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: 0 if damage == "empty" else 40])
+    with pytest.raises(fm.DamagedFileError, match=name):
+        run.write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "7"])
+def test_report_that_is_no_object_is_damaged(content, tmp_path):
+    write_run(tmp_path)
+    (tmp_path / files.REPORT).write_text(content)
+    with pytest.raises(fm.DamagedFileError, match=r"report\.json"):
+        run.write_report(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["data", "tta_accuracy"])
+def test_missing_value_is_named(name, tmp_path):
+    report = write_run(tmp_path)
+    del report[name]
+    (tmp_path / files.REPORT).write_text(json.dumps(report))
+    with pytest.raises(fm.DamagedFileError, match=name):
+        run.write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_missing_array_is_named(tmp_path):
+    write_run(tmp_path)
+    files.write_arrays(tmp_path / files.PREDICTIONS, labels=np.zeros(3, int))
+    with pytest.raises(fm.DamagedFileError, match="logits"):
+        run.write_report(tmp_path)
+
+
+def test_most_confused_pairs():
+    matrix = [[5, 1, 0, 7], [2, 9, 0, 0], [0, 0, 9, 0], [1, 0, 4, 2]]
+    report = {"data": {"classes": ["a", "b", "c", "d"]}, "confusion_matrix": matrix}
+    assert run.most_confused(report) == [("a", "d", 8), ("c", "d", 4), ("a", "b", 3)]
+    assert run.most_confused(report, num_pairs=1) == [("a", "d", 8)]
+
+
+def test_replayed_batch_is_drawn(tmp_path):
+    rng = np.random.default_rng(0)
+    replay = fm.Replay(
+        12, np.arange(9), rng.random((9, 8, 8)), np.arange(9) % 3, rng.random(9), 1.0
+    )
+    path = run.write_replay(tmp_path, replay, CLASSES)
+    assert path == tmp_path / "plots" / "replay-12.png"
+    plain = path.read_bytes()
+    assert plain.startswith(b"\x89PNG")
+    # The watermark of the sample.
+    assert run.write_replay(tmp_path, replay, CLASSES, sample=True).read_bytes() != plain

@@ -1,0 +1,179 @@
+"""The step: gradients, masks, microbatches, dtypes and batch statistics."""
+
+import dataclasses
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fmnist_jax as fm
+from fmnist_jax.data.batches import scale
+from fmnist_jax.nn import ops
+from fmnist_jax.train.metrics import cross_entropy
+from fmnist_jax.train.step import compute_grads
+from tests.conftest import train_step
+from tests.small import Linear, Small
+
+PLAIN = fm.StepConfig(model=Small(), tx=optax.sgd(0.1, momentum=0.9))
+NO_DROPOUT = fm.Hyperparams(dropout=0.0)
+
+
+def make_batch(dataset, num_examples, mask=None):
+    mask = jnp.ones(num_examples, bool) if mask is None else mask
+    images = scale(jnp.asarray(dataset.train_images[:num_examples]))
+    return fm.Batch(images, jnp.asarray(dataset.train_labels[:num_examples]), mask)
+
+
+def test_every_parameter_changes(getkey, tiny):
+    before = fm.create_train_state(getkey(), PLAIN)
+    after, _ = train_step(before, make_batch(tiny, 16), getkey(), config=PLAIN)
+    assert int(after.step) == 1
+    for old, new in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
+        chex.assert_equal_shape([old, new])
+        assert not np.array_equal(old, new)
+    chex.assert_tree_all_finite(after.params)
+
+
+def test_masked_examples_have_no_influence(getkey, tiny):
+    state, key = fm.create_train_state(getkey(), PLAIN), getkey()
+    batch = make_batch(tiny, 5)
+    rows = jnp.array([0, 1, 2, 3, 4, 0, 0])
+    padded = fm.Batch(batch.images[rows], batch.labels[rows], jnp.arange(7) < 5)
+    expected, expected_metrics = train_step(state, batch, key, NO_DROPOUT, config=PLAIN)
+    result, metrics = train_step(state, padded, key, NO_DROPOUT, config=PLAIN)
+    chex.assert_trees_all_close(result.params, expected.params, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(metrics, expected_metrics, rtol=1e-6)
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 1, 3, 4, 10])
+def test_gradients_are_those_of_the_mean_loss(microbatch_size, getkey, tiny):
+    state = fm.create_train_state(getkey(), PLAIN)
+    batch = make_batch(tiny, 10, mask=jnp.arange(10) != 4)
+    config = dataclasses.replace(PLAIN, microbatch_size=microbatch_size)
+    grads, _, losses, logits = jax.jit(functools.partial(compute_grads, config=config))(
+        state, batch, getkey(), NO_DROPOUT
+    )
+
+    @jax.jit
+    @jax.value_and_grad
+    def expected(params):
+        logits = Small().apply({"params": params}, batch.images, train=False)
+        return jnp.sum(batch.mask * cross_entropy(logits, batch.labels)) / 9
+
+    loss, expected_grads = expected(state.params)
+    chex.assert_trees_all_close(grads, expected_grads, rtol=1e-4, atol=1e-6)
+    chex.assert_shape([losses, logits], [(10,), (10, 10)])
+    np.testing.assert_allclose(jnp.sum(batch.mask * losses) / 9, loss, rtol=1e-5)
+    np.testing.assert_allclose(cross_entropy(logits, batch.labels), losses, rtol=1e-6)
+
+
+def test_each_microbatch_has_its_own_dropout(getkey, sample):
+    config = dataclasses.replace(PLAIN, microbatch_size=1)
+    # The same image twice: the microbatches differ by their dropout alone.
+    batch = fm.Batch(
+        scale(jnp.asarray(sample.train_images[[0, 0]])), jnp.zeros(2, int), jnp.ones(2, bool)
+    )
+    state = fm.create_train_state(getkey(), config)
+    *_, losses, _ = compute_grads(state, batch, getkey(), config=config)
+    assert losses[0] != losses[1]
+
+
+class Normalized(nn.Module):
+    """A network with batch statistics, in plain Flax."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = nn.Conv(4, (3, 3), strides=2, use_bias=False)(images)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+def test_batch_statistics_follow_a_plain_flax_loop(tiny):
+    config = fm.StepConfig(model=Normalized(), tx=optax.sgd(0.05, momentum=0.9), batch_size=15)
+    streams = fm.create_streams(0)
+    images, labels = jnp.asarray(tiny.train_images), jnp.asarray(tiny.train_labels)
+    variables = Normalized().init(streams.init, jnp.zeros((1, 28, 28, 1)), train=False)
+    opt_state = config.tx.init(variables["params"])
+
+    @jax.jit
+    def flax_step(variables, opt_state, images, labels):
+        def loss(params):
+            logits, updated = Normalized().apply(
+                {"params": params, "batch_stats": variables["batch_stats"]},
+                images, train=True, mutable=["batch_stats"],
+            )  # fmt: skip
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), updated["batch_stats"]
+
+        grads, batch_stats = jax.grad(loss, has_aux=True)(variables["params"])
+        updates, opt_state = config.tx.update(grads, opt_state, variables["params"])
+        params = optax.apply_updates(variables["params"], updates)
+        return {"params": params, "batch_stats": batch_stats}, opt_state
+
+    state = fm.create_train_state(streams.init, config)
+    for epoch in range(2):
+        order = fm.epoch_order(streams.shuffle, epoch, jnp.arange(60))
+        for examples in order.reshape(4, 15):
+            pixels = images[examples][..., None] / 255
+            variables, opt_state = flax_step(variables, opt_state, pixels, labels[examples])
+        state, _ = fm.train_steps(state, images, labels, order, streams, 4, config=config)
+    chex.assert_trees_all_close(state.variables, dict(variables), rtol=1e-4, atol=1e-5)
+    logits = Normalized().apply(variables, images[..., None] / 255, train=False)
+    chex.assert_trees_all_close(
+        fm.predict(state.variables, images, model=Normalized()), logits, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_batch_statistics_and_microbatches_exclude_each_other(getkey, tiny):
+    config = fm.StepConfig(model=Normalized(), tx=optax.sgd(0.1), microbatch_size=4)
+    state = fm.create_train_state(getkey(), config)
+    with pytest.raises(ValueError, match="microbatch_size is 4, but the model has batch_stats"):
+        fm.train_step(state, make_batch(tiny, 8), getkey(), config=config)
+
+
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in fm.ARCHS if name != "valid_2x2"]
+
+
+@pytest.mark.parametrize("name", ["valid_2x2", *OTHERS])
+def test_bfloat16_is_for_the_network_alone(name, getkey, sample, monkeypatch):
+    side = {"image_size": 64} if name == "deep_augmented" else {}
+    config = fm.StepConfig(model=fm.create_model(name, **side), tx=optax.sgd(0.1))
+    batch, key = make_batch(sample, 8), getkey()
+    state = fm.create_train_state(getkey(), config)
+
+    def step(dtype):
+        changed = dataclasses.replace(config, dtype=dtype)
+        return jax.jit(lambda: fm.train_step(state, batch, key, config=changed))()
+
+    exact, exact_metrics = step(jnp.float32)
+    half, half_metrics = step(jnp.bfloat16)
+    chex.assert_trees_all_equal_dtypes((half, half_metrics), (exact, exact_metrics))
+    # Eight bits of mantissa: not the same numbers, but the same to about a hundredth.
+    assert float(half_metrics.loss) != float(exact_metrics.loss)
+    np.testing.assert_allclose(half_metrics.loss, exact_metrics.loss, rtol=0.03)
+    # As near to float32 as XLA's plain operations are in bfloat16.
+    monkeypatch.setattr(
+        ops, "_by_platform", lambda cpu, default, *arrays, **options: default(*arrays, **options)
+    )
+    plain, _ = step(jnp.bfloat16)
+    error, plain_error = (
+        float(optax.tree.norm(jax.tree.map(jnp.subtract, exact.params, other.params)))
+        for other in (half, plain)
+    )
+    assert error < 1.5 * plain_error
+
+
+def test_invalid_batches_and_sizes_are_refused(getkey, tiny):
+    config = fm.StepConfig(model=Linear(), tx=optax.sgd(0.1))
+    state = fm.create_train_state(getkey(), config)
+    batch = make_batch(tiny, 2)._replace(images=jnp.zeros((2, 28, 28, 1), jnp.uint8))
+    with pytest.raises(TypeError, match="images are uint8; expected float"):
+        fm.train_step(state, batch, getkey(), config=config)
+    for name in ("batch_size", "microbatch_size"):
+        with pytest.raises(ValueError, match=f"{name} is 0; expected at least 1"):
+            dataclasses.replace(config, **{name: 0})
