@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -171,6 +172,7 @@ def run(
             warnings.simplefilter("always", category)
         warnings.showwarning = show_warning
         try:
+            jax.config.update("jax_enable_compilation_cache", not arguments.no_cache)
             if not arguments.no_cache:
                 enable_compilation_cache()
             return command(arguments, console)

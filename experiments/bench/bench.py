@@ -204,7 +204,7 @@ def wrong_losses(record: dict[str, Any]) -> str | None:
 
 
 def create_case(arch: str, batch_size: int | None = None) -> Case:
-    """Returns the case of a network; the batch size is 128 by default, or 126 for deep_augmented."""
+    """Returns the case of a network; the default batch size is 128, or 126 for deep_augmented."""
     batch_size = batch_size or (126 if arch == AUGMENTED else 128)
     return Case(arch, batch_size, fm.RECIPES[arch].image_size or 28, NUM_IMAGES)
 

@@ -1,0 +1,122 @@
+"""Comparison of finished runs, against scipy and statsmodels."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from statsmodels.stats.power import TTestPower
+
+import fmnist_jax as fm
+from fmnist_jax.errors import ConfigError, DamagedFileError
+from fmnist_jax.runs import files
+
+
+def write_run(folder, seed, correct, recipe=None, indices=None):
+    """Writes the files of a finished run with these test images correct."""
+    folder.mkdir(parents=True)
+    files.write_json(folder / files.CONFIG, {"seed": seed, "recipe": recipe or {}})
+    correct = np.asarray(correct)
+    labels = np.zeros(len(correct), np.int32)
+    report = {
+        "seed": seed, "arch": "same_3x3", "recipe": recipe or {},
+        "test_accuracy": float(correct.mean()), "sample": False,
+    }  # fmt: skip
+    files.write_json(folder / files.REPORT, report)
+    files.write_arrays(
+        folder / files.PREDICTIONS,
+        logits=np.stack([correct, 1 - correct], axis=1).astype(np.float32),
+        labels=labels,
+        indices=np.arange(len(correct)) if indices is None else indices,
+    )
+    return folder
+
+
+@pytest.fixture
+def sides(tmp_path):
+    """Four seeds of two recipes; the second has the higher accuracy."""
+    rng = np.random.default_rng(0)
+    draws = {side: rng.random((4, 200)) < share for side, share in (("a", 0.8), ("b", 0.9))}
+    folders = {
+        side: [
+            write_run(tmp_path / side / str(seed), seed, row, {"dropout": side})
+            for seed, row in enumerate(rows.astype(int))
+        ]
+        for side, rows in draws.items()
+    }
+    return draws, folders
+
+
+def test_statistics_match_scipy_and_statsmodels(sides):
+    draws, folders = sides
+    result = fm.compare(folders["a"], folders["b"])
+    gains = draws["b"].mean(axis=1) - draws["a"].mean(axis=1)
+    reference = scipy.stats.ttest_rel(draws["b"].mean(axis=1), draws["a"].mean(axis=1))
+    np.testing.assert_allclose(result["difference"]["mean"], gains.mean())
+    interval = reference.confidence_interval(0.95)
+    np.testing.assert_allclose(
+        [result["difference"]["low"], result["difference"]["high"]], list(interval)
+    )
+    permutations = scipy.stats.permutation_test(
+        (gains,), np.mean, permutation_type="samples", n_resamples=np.inf
+    )
+    np.testing.assert_allclose(result["sign_flip_p"], permutations.pvalue)
+    only_a = int((draws["a"] & ~draws["b"]).sum())
+    only_b = int((draws["b"] & ~draws["a"]).sum())
+    assert result["mcnemar"]["only_a_right"] == only_a
+    assert result["mcnemar"]["only_b_right"] == only_b
+    assert result["differs_in"] == ["recipe.dropout: a in a, b in b"]
+    assert result["seeds"] == [0, 1, 2, 3]
+    # At a power of 80%.
+    needed = TTestPower().solve_power(gains.mean() / gains.std(ddof=1), alpha=0.05, power=0.8)
+    assert result["seeds_needed"] == math.ceil(needed)
+    found = TTestPower().solve_power(nobs=4, alpha=0.05, power=0.8) * gains.std(ddof=1)
+    np.testing.assert_allclose(result["minimum_detectable_effect"], found, rtol=1e-4)
+    assert result["sign_flip_smallest"] == 2 / 2**4
+    json.dumps(result)
+
+
+def test_runs_are_paired_by_seed(sides, tmp_path):
+    draws, folders = sides
+    shuffled = [folders["b"][index] for index in (2, 0, 3)]
+    result = fm.compare(folders["a"], shuffled)
+    assert result["seeds"] == [0, 2, 3]
+    rows = [0, 2, 3]
+    expected = (draws["b"][rows].mean(axis=1) - draws["a"][rows].mean(axis=1)).tolist()
+    np.testing.assert_allclose(result["difference"]["values"], expected)
+
+
+def test_single_seed_has_only_mcnemars_test(sides):
+    _, folders = sides
+    result = fm.compare(folders["a"][:1], folders["b"][:1])
+    assert result["sign_flip_p"] is None
+    assert result["minimum_detectable_effect"] is None
+    assert result["difference"]["low"] is None
+    discordant = result["mcnemar"]["only_a_right"], result["mcnemar"]["only_b_right"]
+    reference = scipy.stats.binomtest(discordant[0], sum(discordant))
+    np.testing.assert_allclose(result["mcnemar"]["p"], reference.pvalue)
+
+
+def test_identical_runs_have_p_values_of_one(sides):
+    _, folders = sides
+    result = fm.compare(folders["a"], folders["a"])
+    assert result["difference"]["mean"] == 0
+    assert (result["sign_flip_p"], result["mcnemar"]["p"]) == (1, 1)
+    assert (result["minimum_detectable_effect"], result["seeds_needed"]) == (None, None)
+
+
+def test_incomparable_runs_raise(sides, tmp_path):
+    _, folders = sides
+    other = write_run(tmp_path / "c", 9, [1] * 200, {"dropout": "b"})
+    with pytest.raises(ConfigError, match="runs are compared by seed"):
+        fm.compare(folders["a"], [other])
+    other = write_run(tmp_path / "d", 0, [1] * 200, indices=np.arange(200) + 1)
+    with pytest.raises(ConfigError, match="tested on different images"):
+        fm.compare(folders["a"], [other])
+    with pytest.raises(ConfigError, match="both have seed 0"):
+        fm.compare(folders["a"], [folders["b"][0], folders["b"][0]])
+    with pytest.raises(ConfigError, match="have different settings"):
+        fm.compare(folders["a"], [folders["b"][0], folders["a"][1]])
+    with pytest.raises(DamagedFileError, match="not complete"):
+        fm.compare(folders["a"], [tmp_path])
