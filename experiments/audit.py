@@ -1,15 +1,15 @@
-"""Looks at the data: balance, pixels, duplicates, and labels that training doubts.
+"""Examines the data: class balance, pixels, duplicates and label issues.
 
     python experiments/audit.py
 
-It writes `audit.html`, `audit.json` and `suspects.txt` into a folder. Exit status: 0 done, 2 bad
-usage or bad input.
+Writes `audit.html`, `audit.json` and `label_issues.txt`, which `run.py --exclude` reads, into a
+folder. Exit status: 0 done, 2 bad usage or bad input.
 """
 
 import signal
 
-# Nothing is left to save, so Ctrl-C just ends the process, without a traceback.
-if __name__ == "__main__":
+# Nothing needs to be saved, so Ctrl-C ends the process.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -28,50 +28,64 @@ from scipy.special import softmax
 
 import fmnist_jax as fm
 from fmnist_jax.analysis import duplicates
+from fmnist_jax.errors import ConfigError
 from fmnist_jax.report.audit import write_audit
 from fmnist_jax.runs import files
-from fmnist_jax.studies import label_issues as suspects
+from fmnist_jax.studies import label_issues
 
 ARCH = "small_dropout"  # the fastest of the networks that reach 91%
-NUM_SEEDS = 3  # trainings with and without the suspects
-# A test label with less than this probability in the mean of the folds' networks is doubted.
-DOUBTED = 0.01
+NUM_SEEDS = 3  # trainings with and without the label issues
+# A test label is doubtful if the mean of the folds' networks gives it a lower probability.
+DOUBTFUL = 0.01
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
-    return cli.run(_run, _parser().parse_args(argv))
+    return cli.run(_run, create_parser().parse_args(argv))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Looks at the data and writes a page about it.")
-    cli.add_data_flags(parser)
-    parser.add_argument(
-        "--workdir", type=Path, default=Path("runs/audit"), help="folder of the files (%(default)s)"
+def create_parser() -> argparse.ArgumentParser:
+    """Creates the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description="Examines the data: class balance, pixels, duplicates and label issues."
     )
-    parser.add_argument("--folds", type=int, default=4, help="of cross-validation (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=5, help="of each training (%(default)s)")
-    parser.add_argument("--skip-training", action="store_true", help="leave the labels alone")
-    parser.add_argument("--seed", type=int, default=0, help="root of all randomness (%(default)s)")
+    for name, default, text in (
+        ("folds", 4, "folds of the cross-validation"),
+        ("epochs", 5, "epochs of each training"),
+        ("seed", 0, "root of all randomness"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, metavar="int", default=default, help=f"{text} (%(default)s)"
+        )
+    parser.add_argument(
+        "--skip-training", action="store_true", help="do not search for label issues"
+    )
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        metavar="DIR",
+        default=Path("runs/audit"),
+        help="folder of the files (%(default)s)",
+    )
+    cli.add_output_flags(parser)
+    cli.add_data_flags(parser)
     return parser
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
-    fm.create_streams(arguments.seed)  # refuses a seed that cannot be one, before any work
+    fm.create_streams(arguments.seed)  # refuses an invalid seed before any work
     workdir = arguments.workdir
     try:
         files.make_folder(workdir)
     except OSError as error:
-        raise fm.ConfigError(f"workdir {workdir} cannot be used: {error}") from error
+        raise ConfigError(f"workdir {workdir} cannot be used: {error}") from error
     dataset = cli.load_data(arguments)
     console.print(f"Data: {dataset.source}", highlight=False, soft_wrap=True)
-
-    # First, because it is what may refuse its settings.
     labels = None
     if not arguments.skip_training:
         progress = fm.ConsoleProgress(console)
-        labels = doubt(dataset, arguments.folds, arguments.epochs, arguments.seed, progress)
-    matches, near = compare(dataset, console)
+        labels = audit_labels(dataset, arguments.folds, arguments.epochs, arguments.seed, progress)
+    matches, near_duplicates = compare_images(dataset, console)
     audit: dict[str, Any] = {
         "data": {
             "source": dataset.source,
@@ -83,26 +97,26 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
             "train": describe(dataset.train_images, dataset.train_labels, dataset.class_names),
             "test": describe(dataset.test_images, dataset.test_labels, dataset.class_names),
         },
-        "exact_duplicates": _exact(dataset),
-        "near_duplicates": near,
+        "exact_duplicates": _exact_duplicates(dataset),
+        "near_duplicates": near_duplicates,
         "labels": labels,
     }
     if labels:
-        place = "the embedded sample" if dataset.sample else "the published file"
+        source = "the embedded sample" if dataset.sample else "the published file"
         lines = [
-            f"# suspected labels of {len(dataset.train_labels)} training images: positions in "
-            f"{place}, most suspect first; data SHA-256 {dataset.sha256}",
-            *(str(suspect["index"]) for suspect in labels["suspects"]),
+            f"# label issues of {len(dataset.train_labels)} training images: positions in "
+            f"{source}, largest margin first; data SHA-256 {dataset.sha256}",
+            *(str(issue["index"]) for issue in labels["suspects"]),
         ]
-        files.write_bytes(workdir / "suspects.txt", ("\n".join(lines) + "\n").encode())
+        files.write_bytes(workdir / "label_issues.txt", ("\n".join(lines) + "\n").encode())
     files.write_json(workdir / "audit.json", audit)
     page = write_audit(workdir, audit, dataset, {name: m.distances for name, m in matches.items()})
-    console.print(f"Written: {page}", highlight=False, soft_wrap=True)
+    console.print(f"The report is {page}.", highlight=False, soft_wrap=True)
     return 0
 
 
 def describe(images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
-    """Counts and pixel statistics of a split, pixels in [0, 1], over all and by class.
+    """Counts images and describes pixels in [0, 1], of all images and by class.
 
     Example:
       >>> describe(np.array([[[0, 255]]], np.uint8), np.array([0]), ["Bag"])["mean"]
@@ -124,16 +138,16 @@ def describe(images: np.ndarray, labels: np.ndarray, class_names: Sequence[str])
 
 
 def _pixels(histogram: np.ndarray) -> dict[str, float]:
-    share, values = histogram / histogram.sum(), np.arange(256) / 255
-    mean = float(share @ values)
+    fractions, values = histogram / histogram.sum(), np.arange(256) / 255
+    mean = float(fractions @ values)
     return {
         "mean": mean,
-        "std": float(np.sqrt(share @ (values - mean) ** 2)),
-        "zero_share": float(share[0]),
+        "std": float(np.sqrt(fractions @ (values - mean) ** 2)),
+        "zero_share": float(fractions[0]),
     }
 
 
-def _exact(dataset: fm.Dataset) -> list[list[dict[str, Any]]]:
+def _exact_duplicates(dataset: fm.Dataset) -> list[list[dict[str, Any]]]:
     num_train = len(dataset.train_labels)
     labels = np.concatenate([dataset.train_labels, dataset.test_labels])
     groups = duplicates.exact_duplicates(
@@ -152,19 +166,19 @@ def _exact(dataset: fm.Dataset) -> list[list[dict[str, Any]]]:
     ]
 
 
-def compare(
+def compare_images(
     dataset: fm.Dataset, console: Console
 ) -> tuple[dict[str, duplicates.Matches], dict[str, Any]]:
-    """The nearest training image of each test image, and of as many training images.
+    """Finds the nearest training image of each test image, and of as many training images.
 
-    The second says what is usual: how near the first training images come to the others.
+    The latter are the reference: how near the first training images are to the others.
     """
     train, test = dataset.train_images, dataset.test_images
-    count = min(len(test), len(train) // 2)
+    num_compared = min(len(test), len(train) // 2)
     matches = {}
     for name, images, others in (
         ("test", test, train),
-        ("train", train[:count], train[count:]),
+        ("train", train[:num_compared], train[num_compared:]),
     ):
         text = f"{len(images):,} {name} images against {len(others):,} training images"
         console.print(f"Comparing {text} ...", highlight=False)
@@ -190,51 +204,52 @@ def compare(
         "threshold": duplicates.NEAR,
         "pairs": pairs,
         "with_another_label": sum(pair["test_label"] != pair["train_label"] for pair in pairs),
-        "compared_within_training": count,
+        "compared_within_training": num_compared,
         "near_within_training": int((matches["train"].distances < duplicates.NEAR).sum()),
         "median_distance": {name: float(np.median(m.distances)) for name, m in matches.items()},
     }
 
 
-def doubt(
-    dataset: fm.Dataset, folds: int, epochs: int, seed: int, progress: fm.Silence
+def audit_labels(
+    dataset: fm.Dataset, folds: int, epochs: int, seed: int, progress: fm.NullProgress
 ) -> dict[str, Any]:
-    """Finds the suspects by cross-validation, and trains with and without them."""
+    """Finds label issues by cross-validation, and trains with and without them."""
     labels, names = dataset.train_labels, dataset.class_names
     model = fm.create_model(ARCH, num_classes=len(names))
-    progress.say(f"Training {folds} networks of {ARCH}, each on the images outside its fold ...")
-    crossed = suspects.cross_validate(
+    progress.say(f"Cross-validating {ARCH} with {folds} folds ...")
+    crossed = label_issues.cross_validate(
         seed, dataset.train_images, labels, dataset.test_images,
         model=model, folds=folds, epochs=epochs, progress=progress,
     )  # fmt: skip
-    found = suspects.find_suspects(crossed.logits, labels)
-    is_suspect = np.zeros(len(labels), bool)
-    is_suspect[found.indices] = True
+    found = label_issues.find_suspects(crossed.logits, labels)
+    is_issue = np.zeros(len(labels), bool)
+    is_issue[found.indices] = True
 
     everything = np.arange(len(labels), dtype=np.int32)
     images, device_labels = jnp.asarray(dataset.train_images), jnp.asarray(labels)
     test = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
     accuracies: dict[str, list[float]] = {"with": [], "without": []}
     for number in range(NUM_SEEDS):
-        for name, examples in (("with", everything), ("without", everything[~is_suspect])):
-            *_, state = suspects.train_epochs(
+        for name, examples in (("with", everything), ("without", everything[~is_issue])):
+            progress.say(
+                f"Training {number + 1} of {NUM_SEEDS} {name} the label issues, "
+                f"{len(examples):,} images ..."
+            )
+            *_, state = label_issues.train_epochs(
                 (seed + number) % 2**32, images, device_labels, examples, model=model, epochs=epochs
             )
-            accuracy = fm.evaluate(state.params, *test, model=model).means()["accuracy"]
+            accuracy = fm.evaluate(state.variables, *test, model=model).means()["accuracy"]
             accuracies[name].append(accuracy)
-            progress.say(
-                f"training {number + 1} of {NUM_SEEDS} {name} the suspects: test {accuracy:.2%}"
-            )
+            progress.say(f"test accuracy {accuracy:.2%}")
 
     ensemble = softmax(crossed.test_logits.astype(np.float64), axis=2).mean(axis=0)
-    right = ensemble.argmax(axis=1) == dataset.test_labels
-    own = ensemble[np.arange(len(right)), dataset.test_labels]
-    doubted = np.flatnonzero(own < DOUBTED)
-    doubted = doubted[np.argsort(own[doubted], kind="stable")]
-    probable = ensemble[doubted]
-    in_doubt = suspects.Suspects(
-        doubted, dataset.test_labels[doubted], probable.argmax(axis=1), own[doubted],
-        probable.max(axis=1),
+    is_correct = ensemble.argmax(axis=1) == dataset.test_labels
+    probabilities = ensemble[np.arange(len(is_correct)), dataset.test_labels]
+    indices = np.flatnonzero(probabilities < DOUBTFUL)
+    indices = indices[np.argsort(probabilities[indices], kind="stable")]
+    doubtful = label_issues.Suspects(
+        indices, dataset.test_labels[indices], ensemble[indices].argmax(axis=1),
+        probabilities[indices], ensemble[indices].max(axis=1),
     )  # fmt: skip
     return {
         "arch": ARCH,
@@ -246,21 +261,21 @@ def doubt(
             row | {"forgotten": int(crossed.forgotten[row["index"]])} for row in _rows(found, names)
         ],
         "forgotten": {
-            "suspects": _mean(crossed.forgotten[is_suspect]),
-            "others": _mean(crossed.forgotten[~is_suspect]),
+            "suspects": _mean(crossed.forgotten[is_issue]),
+            "others": _mean(crossed.forgotten[~is_issue]),
             "never_forgotten": int((crossed.learned & (crossed.forgotten == 0)).sum()),
             "never_learned": int((~crossed.learned).sum()),
-            "never_learned_suspects": int((~crossed.learned & is_suspect).sum()),
+            "never_learned_suspects": int((~crossed.learned & is_issue).sum()),
         },
         "test_accuracy": accuracies,
-        "ensemble_test_accuracy": float(right.mean()),
-        "ensemble_test_accuracy_without_doubted": _mean(right[own >= DOUBTED]),
-        "doubted_below": DOUBTED,
-        "doubted_test_images": _rows(in_doubt, names),
+        "ensemble_test_accuracy": float(is_correct.mean()),
+        "ensemble_test_accuracy_without_doubted": _mean(is_correct[probabilities >= DOUBTFUL]),
+        "doubted_below": DOUBTFUL,
+        "doubted_test_images": _rows(doubtful, names),
     }
 
 
-def _rows(found: suspects.Suspects, names: Sequence[str]) -> list[dict[str, Any]]:
+def _rows(found: label_issues.Suspects, names: Sequence[str]) -> list[dict[str, Any]]:
     return [
         {
             "index": int(index),

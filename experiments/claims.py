@@ -1,18 +1,20 @@
-"""Trains each recipe from several seeds and sets what its Keras project claims beside that.
+"""Trains each recipe from several seeds and compares the results with its Keras project's claim.
 
     python experiments/claims.py --seeds 5
 
-A claim is the accuracy of one run, so it is compared with the 95% interval in which one more run of
-the recipe would lie. The same command goes on where it stopped; the table is in `claims.md`.
+A claim is the accuracy of one run, so it is compared with the 95% prediction interval of one more
+run of the recipe. The same command resumes; runs of the same settings in `--workdir` are reused.
+The table is in `claims.md` and `claims.json`.
 """
 
 import signal
 
-# Where nothing is left to save, Ctrl-C just ends the process; `fit` saves before it stops.
-if __name__ == "__main__":
+# Until training starts, Ctrl-C ends the process; `fit` handles signals while it trains.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
@@ -26,52 +28,62 @@ from rich.table import Table
 
 import fmnist_jax as fm
 from fmnist_jax.analysis import stats
+from fmnist_jax.recipes import CLAIMS, Claim
 from fmnist_jax.runs import files
-from fmnist_jax.xla.cache import enable_compilation_cache
+from fmnist_jax.runs.plan import create_plan
 
-_HEADINGS = ("network", "claimed", "n", "mean, % (95% interval)", "one run, %", "verdict")
+_HEADINGS = ("network", "claim", "n", "mean (95% interval)", "one more run", "verdict")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
-    return cli.run(_claims, _parser().parse_args(argv))
+    return cli.run(_run, create_parser().parse_args(argv))
 
 
-def _parser() -> argparse.ArgumentParser:
+def create_parser() -> argparse.ArgumentParser:
+    """Creates the parser of the command line."""
     parser = argparse.ArgumentParser(description="Tests the claims of the Keras projects.")
     parser.add_argument(
         "--arch",
         nargs="+",
-        choices=list(fm.RECIPES),
-        help="default: all; on a CPU without deep_augmented, which would take days there",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="the first seed (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each recipe (%(default)s)")
-    parser.add_argument("--train-examples", type=int, help="train on so many examples only")
-    parser.add_argument(
-        "--classes", default="0,1,2", help="of the three-class deep_augmented (%(default)s)"
+        metavar="NAME",
+        help="default: all; on a CPU without deep_augmented, which would take days",
     )
     parser.add_argument(
-        "--workdir", type=Path, default=Path("runs/claims"), help="for its files (%(default)s)"
+        "--seeds", type=int, metavar="N", default=5, help="runs of each recipe (%(default)s)"
     )
-    cli.add_data_flags(parser)
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        metavar="DIR",
+        default=Path("runs"),
+        help="folder of the table and of the runs' folders (%(default)s)",
+    )
+    cli.add_output_flags(parser)
+    cli.add_training_flags(parser)
     return parser
 
 
-def _claims(arguments: argparse.Namespace, console: Console) -> int:
-    enable_compilation_cache()
-    dataset = cli.load_data(arguments)
+def _run(arguments: argparse.Namespace, console: Console) -> int:
     archs = arguments.arch or list(fm.RECIPES)
     if arguments.arch is None and jax.default_backend() == "cpu":
         archs.remove("deep_augmented")
+    runs = [cli.create_run(arguments, arch, arguments.workdir) for arch in archs]
+    dataset = cli.load_data(arguments)
+    for run in runs:
+        create_plan(run, dataset)  # refuses settings that do not fit before any training
     rows = []
-    for arch in archs:
-        rows.append(_test(arch, arch, dataset, arguments, console))
-        if arch == "deep_augmented":
-            three = fm.select_classes(dataset, arguments.classes)
-            name = f"{arch}, {', '.join(three.class_names)}"
-            rows.append(_test(name, arch, three, arguments, console))
-        # After each, so that what there is can be read.
+    for run in runs:
+        console.print(f"[bold]{run.recipe.arch}[/bold]")
+        workdir = cli.name_workdir(arguments.workdir, run, dataset, seeds=True)
+        summary = fm.fit_seeds(
+            dataclasses.replace(run, workdir=workdir),
+            dataset,
+            arguments.seeds,
+            progress=fm.ConsoleProgress(console),
+        ).report
+        rows.append(_row(summary))
+        # After each recipe, so that an interrupted command leaves a table.
         files.write_json(arguments.workdir / "claims.json", rows)
         files.write_bytes(arguments.workdir / "claims.md", _markdown(rows).encode())
     table = Table()
@@ -80,69 +92,59 @@ def _claims(arguments: argparse.Namespace, console: Console) -> int:
     for row in rows:
         table.add_row(*_cells(row))
     console.print(table)
+    if dataset.sample:
+        console.print(cli.SAMPLE_NOTE, style="bold red")
     return 0
 
 
-def _test(
-    name: str, arch: str, dataset: fm.Dataset, arguments: argparse.Namespace, console: Console
-) -> dict[str, Any]:
-    """Trains one recipe from all seeds; its row of the table."""
-    recipe = fm.RECIPES[arch]
-    run = fm.Run(
-        recipe=recipe,
-        seed=arguments.seed,
-        train_examples=arguments.train_examples,
-        workdir=arguments.workdir / (arch if name == arch else f"{arch}-three"),
-    )
-    console.print(f"[bold]{name}[/bold]")
-    progress = fm.ConsoleProgress(console)
-    summary = fm.fit_seeds(run, dataset, arguments.seeds, progress=progress).report
-    accuracy = summary["test_accuracy"]
+def verdict(claim: Claim, low: float, high: float) -> str:
+    """Compares a claim with the prediction interval of one more run.
+
+    Example:
+      >>> verdict(CLAIMS["small_dropout"], 0.915, 0.922)
+      'claim below'
+    """
+    accuracy = claim.test_accuracy
+    if claim.not_comparable:
+        return f"not comparable: {claim.not_comparable}"
+    if accuracy is None:
+        return "no claim"
+    if not math.isfinite(low):
+        return "one run has no interval"
+    if low <= accuracy <= high:
+        return "claim within"
+    return "claim below" if accuracy < low else "claim above"
+
+
+def _row(summary: dict[str, Any]) -> dict[str, Any]:
+    accuracy, claim = summary["test_accuracy"], CLAIMS[summary["arch"]]
     low, high = stats.prediction_interval(accuracy["values"])
     return {
-        "network": name,
-        "claim": recipe.claim,
+        "network": summary["arch"],
+        "recipe": summary["recipe"],
+        "classes": summary["data"]["classes"],
+        "claim": claim.text,
         "test_accuracy": accuracy,
         "one_run_low": low if math.isfinite(low) else None,
         "one_run_high": high if math.isfinite(high) else None,
-        "verdict": verdict(recipe, low, high),
+        "verdict": verdict(claim, low, high),
         "sample": summary["sample"],
     }
 
 
-def verdict(recipe: fm.Recipe, low: float, high: float) -> str:
-    """What the interval of one more run says about a recipe's claim.
-
-    Example:
-      >>> verdict(fm.RECIPES["small_dropout"], 0.915, 0.922)
-      'the claim is below'
-    """
-    claim = recipe.claimed_test_accuracy
-    if recipe.not_comparable:
-        return f"not comparable: {recipe.not_comparable}"
-    if claim is None:
-        return "no claim"
-    if not math.isfinite(low):
-        return "one run has no interval"
-    if low <= claim <= high:
-        return "the claim is within"
-    return "the claim is below" if claim < low else "the claim is above"
-
-
 def _cells(row: dict[str, Any]) -> list[str]:
     accuracy = row["test_accuracy"]
-    mean, single = f"{100 * accuracy['mean']:.2f}", ""
-    if accuracy["low"] is not None:
-        mean += f" ({100 * accuracy['low']:.2f} to {100 * accuracy['high']:.2f})"
-        single = f"{100 * row['one_run_low']:.2f} to {100 * row['one_run_high']:.2f}"
-    return [row["network"], row["claim"], str(accuracy["n"]), mean, single, row["verdict"]]
+    mean, one_run = f"{accuracy['mean']:.2%}", ""
+    if row["one_run_low"] is not None:
+        mean += f" ({cli.format_interval(accuracy['low'], accuracy['high'])})"
+        one_run = cli.format_interval(row["one_run_low"], row["one_run_high"])
+    return [row["network"], row["claim"], str(accuracy["n"]), mean, one_run, row["verdict"]]
 
 
 def _markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines = [_HEADINGS, ["---"] * len(_HEADINGS), *map(_cells, rows)]
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    note = "\n\nFrom the embedded sample: no results." if any(r["sample"] for r in rows) else ""
-    return f"{text}{note}\n"
+    table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return f"{table}\n{cli.SAMPLE_NOTE}\n" if rows[0]["sample"] else table
 
 
 if __name__ == "__main__":

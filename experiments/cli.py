@@ -1,60 +1,266 @@
-"""What the commands share: the data flags, and errors as one readable message."""
+"""What the commands share: flags, data, texts and exit statuses."""
 
 import argparse
+import dataclasses
+import re
+import types
+import typing
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
 from rich.console import Console
+from rich.table import Table
 
 import fmnist_jax as fm
-from fmnist_jax.xla.cache import remove_unreadable_entry
+from fmnist_jax import config, errors
+from fmnist_jax.digest import sha256_json
+from fmnist_jax.xla.cache import enable_compilation_cache, remove_unreadable_entry
+
+SAMPLE_NOTE = "Trained on the embedded sample; these accuracies are not results."
+
+_WARNINGS = (errors.DataWarning, errors.CheckpointWarning, errors.EnvironmentWarning)
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that `load_data` reads."""
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--data-dir", type=Path, help="folder with the IDX files, or TFDS directory"
+    """Adds the flags that say where the data are."""
+    group = parser.add_argument_group("data").add_mutually_exclusive_group()
+    group.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder with the four IDX files, or TFDS directory",
     )
-    source.add_argument("--sample", action="store_true", help="use the embedded sample of the data")
+    group.add_argument("--sample", action="store_true", help="use the embedded sample")
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the data flags and one flag per field of `Recipe` and `Run` that has a help text.
+
+    A training flag that is not given is absent from the parsed arguments.
+    """
+    add_data_flags(parser)
+    group = parser.add_argument_group("recipe", "The defaults are those of the recipe.")
+    for field in _fields(fm.Recipe):
+        _add_flag(group, field, field.metadata["help"])
+    group = parser.add_argument_group("run")
+    for field in _fields(fm.Run):
+        default = "" if field.default is None else f" ({field.default})"
+        _add_flag(group, field, field.metadata["help"] + default)
+    group.add_argument(
+        "--exclude",
+        type=Path,
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="file that lists training images to leave out, one position per line",
+    )
+    group.add_argument(
+        "--classes", metavar="A,B,...", help="train on these, by name or number; default: all"
+    )
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `run` reads."""
+    parser.add_argument(
+        "--no-cache", action="store_true", help="do not use the persistent compilation cache"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
+
+
+def create_run(
+    arguments: argparse.Namespace, arch: str, workdir: Path, *, base: fm.Run | None = None
+) -> fm.Run:
+    """Creates the run that the training flags describe.
+
+    Args:
+      arguments: with the flags of `add_training_flags`.
+      arch: key of `fmnist_jax.RECIPES`.
+      workdir: folder of the run.
+      base: settings of the run that no flag gives; the recipe is not taken from it.
+
+    Raises:
+      ConfigError: if a value is outside its range.
+    """
+    if arch not in fm.RECIPES:
+        raise errors.ConfigError(
+            f"unknown architecture {arch!r}; choose one of {', '.join(fm.RECIPES)}"
+        )
+    recipe = dataclasses.replace(fm.RECIPES[arch], **_given(arguments, fm.Recipe))
+    settings = _given(arguments, fm.Run)
+    if "exclude" in arguments:
+        settings["exclude"] = _read_positions(arguments.exclude)
+    if base is None:
+        return fm.Run(recipe=recipe, workdir=workdir, **settings)
+    return dataclasses.replace(base, recipe=recipe, workdir=workdir, **settings)
+
+
+def training_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the settings that training flags give."""
+    exclude = {"exclude": arguments.exclude} if "exclude" in arguments else {}
+    return _given(arguments, fm.Recipe) | _given(arguments, fm.Run) | exclude
 
 
 def load_data(arguments: argparse.Namespace) -> fm.Dataset:
-    """The data that the flags name."""
-    return fm.load_fashion_mnist(arguments.data_dir, sample=arguments.sample)
+    """Loads the data that the flags describe.
+
+    Raises:
+      ConfigError: if --exclude was made for other data, or is combined with --classes.
+      DataError: if the data cannot be read.
+    """
+    classes = getattr(arguments, "classes", None)
+    if classes is not None and "exclude" in arguments:
+        raise errors.ConfigError(
+            "--exclude lists positions among the images of all classes; leave --classes out"
+        )
+    dataset = fm.load_fashion_mnist(arguments.data_dir, sample=arguments.sample)
+    check_excluded(arguments, dataset)
+    return dataset if classes is None else fm.select_classes(dataset, classes)
+
+
+def check_excluded(arguments: argparse.Namespace, dataset: fm.Dataset) -> None:
+    """Refuses a list of excluded images whose comments name the SHA-256 of other data."""
+    if "exclude" not in arguments:
+        return
+    named = re.search(r"#.*SHA-256 ([0-9a-f]{64})", _read_text(arguments.exclude))
+    if named is not None and named[1] != dataset.sha256:
+        raise errors.ConfigError(
+            f"{arguments.exclude} lists images of other data, with SHA-256 {named[1][:12]}...; "
+            f"this is {dataset.source}, {dataset.sha256[:12]}..."
+        )
+
+
+def name_workdir(parent: Path, run: fm.Run, dataset: fm.Dataset, *, seeds: bool) -> Path:
+    """Returns a folder for these settings, so that the same settings find the same run again.
+
+    Args:
+      parent: folder of the folder.
+      run: the run, or the first of several seeds.
+      dataset: the data.
+      seeds: whether runs with further seeds share the folder.
+    """
+    digest = sha256_json([config.to_dict(run), dataset.class_names, dataset.sha256])
+    # Without the number of seeds, so that more can be added.
+    name = f"seeds-from-{run.seed}" if seeds else f"seed{run.seed}"
+    return parent / f"{run.recipe.arch}-{name}-{digest[:8]}"
 
 
 def run(
-    command: Callable[[argparse.Namespace, Console], int],
-    arguments: argparse.Namespace,
-    *,
-    quiet: bool = False,
+    command: Callable[[argparse.Namespace, Console], int], arguments: argparse.Namespace
 ) -> int:
-    """Runs a command and returns the exit status; errors and warnings are shown in one line.
+    """Runs a command and prints errors and warnings in one line each.
 
-    The status is the command's, or 1 for a verification that failed, 2 for bad input or a state
-    that could not be saved, 3 where the loss is not finite, 130 or 143 after an interrupt.
+    Args:
+      command: returns the exit status.
+      arguments: with the flags of `add_output_flags`.
+
+    Returns:
+      The exit status: that of the command, or 1 if a verification failed, 2 for bad input or if
+      the state could not be saved, 3 if training diverged, 130 or 143 if it was interrupted.
     """
-    console, errors = Console(quiet=quiet), Console(stderr=True)
+    console, error_console = Console(quiet=arguments.quiet), Console(stderr=True)
 
-    def show_warning(message, *_args, **_kwargs) -> None:
+    def show_warning(message: Any, *_args: Any, **_kwargs: Any) -> None:
         remove_unreadable_entry(str(message))
-        errors.print(f"warning: {message}", style="bold yellow", highlight=False, markup=False)
+        error_console.print(
+            f"warning: {message}", style="bold yellow", highlight=False, markup=False
+        )
 
     with warnings.catch_warnings():
-        for category in (fm.DataWarning, fm.CheckpointWarning, fm.EnvironmentWarning):
+        for category in _WARNINGS:
             warnings.simplefilter("always", category)
         warnings.showwarning = show_warning
         try:
+            jax.config.update("jax_enable_compilation_cache", not arguments.no_cache)
+            if not arguments.no_cache:
+                enable_compilation_cache()
             return command(arguments, console)
-        except (fm.ConfigError, fm.DataError, fm.DamagedFileError, OSError) as error:
+        # CheckpointError is an OSError.
+        except (errors.ConfigError, errors.DataError, errors.DamagedFileError, OSError) as error:
             message, status = f"error: {error}", 2
-        except fm.VerificationError as error:
-            message, status = f"not verified: {error}", 1
-        except fm.DivergedError as error:
+        except errors.VerificationError as error:
+            message, status = f"verification failed: {error}", 1
+        except errors.DivergedError as error:
             message, status = f"diverged: {error}", 3
-        except fm.Interrupted as stop:
+        except errors.Interrupted as stop:
             message, status = str(stop), 128 + stop.signal_number
-    errors.print(message, highlight=False, markup=False, soft_wrap=True)
+    error_console.print(message, highlight=False, markup=False, soft_wrap=True)
     return status
+
+
+def print_facts(console: Console, facts: dict[str, str], *, sample: bool = False) -> None:
+    """Prints names and values in two columns, and a note if they are from the embedded sample."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in facts.items():
+        table.add_row(name, value)
+    console.print(table)
+    if sample:
+        console.print(SAMPLE_NOTE, style="bold red")
+
+
+def format_accuracy(figures: dict[str, Any]) -> str:
+    """Formats a mean over seeds and its interval, as `seeds.json` holds them.
+
+    Example:
+      >>> format_accuracy({"mean": 0.92, "std": 0.001, "low": 0.91, "high": 0.93, "n": 3})
+      '92.00% (95% interval 91.00% to 93.00%, standard deviation 0.10 points, n = 3)'
+    """
+    if figures["std"] is None:
+        return f"{figures['mean']:.2%} (n = 1)"
+    return (
+        f"{figures['mean']:.2%} (95% interval {format_interval(figures['low'], figures['high'])}, "
+        f"standard deviation {100 * figures['std']:.2f} points, n = {figures['n']})"
+    )
+
+
+def format_interval(low: float, high: float) -> str:
+    """Formats an interval of fractions.
+
+    Example:
+      >>> format_interval(0.91, 0.93)
+      '91.00% to 93.00%'
+    """
+    return f"{low:.2%} to {high:.2%}"
+
+
+def _fields(settings: type[fm.Recipe] | type[fm.Run]) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(settings) if "help" in field.metadata]
+
+
+def _given(
+    arguments: argparse.Namespace, settings: type[fm.Recipe] | type[fm.Run]
+) -> dict[str, Any]:
+    names = [field.name for field in _fields(settings)]
+    return {name: getattr(arguments, name) for name in names if name in arguments}
+
+
+def _add_flag(
+    group: argparse._ArgumentGroup, field: dataclasses.Field[Any], help_text: str
+) -> None:
+    is_optional = typing.get_origin(field.type) in (types.UnionType, typing.Union)
+    kind: Any = typing.get_args(field.type)[0] if is_optional else field.type
+    options: dict[str, Any] = {"type": kind, "metavar": getattr(kind, "__name__", None)}
+    if typing.get_origin(kind) is typing.Literal:
+        options = {"choices": typing.get_args(kind)}
+    elif kind is bool:
+        options = {"action": argparse.BooleanOptionalAction}
+    group.add_argument(
+        f"--{field.name.replace('_', '-')}",
+        default=argparse.SUPPRESS,
+        help=help_text.replace("%", "%%"),
+        **options,
+    )
+
+
+def _read_positions(path: Path) -> list[int]:
+    """Reads one integer per line; # starts a comment."""
+    lines = [line.partition("#")[0].strip() for line in _read_text(path).splitlines()]
+    wrong = next((line for line in lines if line and not line.isdecimal()), None)
+    if wrong is not None:
+        raise errors.ConfigError(f"{path} has the line {wrong!r}; expected one integer per line")
+    return [int(line) for line in lines if line]
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(errors="replace")

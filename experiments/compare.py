@@ -1,203 +1,230 @@
 """Compares two recipes over the same seeds.
 
-    python experiments/compare.py runs/a runs/b
-    python experiments/compare.py small_dropout small_dropout,dropout=0.3,epochs=20 --seeds 5
+    python experiments/compare.py small_dropout --against small_dropout --dropout 0.3
+    python experiments/compare.py small_dropout --epochs 10 --against same_3x3 --seeds 5
+    python experiments/compare.py runs/a --against runs/b
 
-Each side is a folder that `run.py --seeds` wrote, or a recipe: the name of a network, and settings
-of its recipe that are others. A recipe beside a folder is trained on the seeds, splits and data of
-that folder's runs.
+A side is the name of a network, or a folder that `run.py --seeds` wrote. Training flags before
+`--against` apply to both sides, those after it to the second side only. A network beside a folder
+is trained on the seeds, the splits and the data of the folder's runs. Trained runs are reused by
+every comparison with the same `--workdir`; the result is in `comparison.json`.
 """
 
 import signal
 
-# Where nothing is left to save, Ctrl-C just ends the process; `fit` saves before it stops.
-if __name__ == "__main__":
+# Until training starts, Ctrl-C ends the process; `fit` handles signals while it trains.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import copy
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cli
-from many_seeds import interval
 from rich.console import Console
-from rich.table import Table
 
 import fmnist_jax as fm
-from fmnist_jax import config
+from fmnist_jax.config import from_dict
+from fmnist_jax.errors import ConfigError
 from fmnist_jax.runs import files
+from fmnist_jax.runs.fit import fit_plan
 from fmnist_jax.runs.plan import Plan, create_plan
-from fmnist_jax.xla.cache import enable_compilation_cache
 
-_COMPARISON = "comparison.json"
+# With five seeds, the smallest p-value of a sign-flip test is 0.0625.
+_NUM_SEEDS = 6
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
-    return cli.run(_compare, _parser().parse_args(argv))
+    first, second = parse(sys.argv[1:] if argv is None else argv)
+    return cli.run(functools.partial(_run, first), second)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Compares two recipes over the same seeds.")
-    parser.add_argument("a", help="a folder of run.py --seeds, or a recipe as NAME,SETTING=VALUE")
-    parser.add_argument("b", help="likewise")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed (%(default)s)")
-    # Of five seeds, a sign-flip test cannot come below 0.0625.
-    parser.add_argument("--seeds", type=int, default=6, help="runs of each recipe (%(default)s)")
-    parser.add_argument("--train-examples", type=int, help="train on so many examples only")
-    parser.add_argument(
-        "--workdir", type=Path, default=Path("runs/compare"), help="for its files (%(default)s)"
+def create_parser() -> argparse.ArgumentParser:
+    """Creates the parser of one side's arguments."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s SIDE [flags] --against SIDE [flags]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    cli.add_data_flags(parser)
+    parser.add_argument("side", metavar="SIDE", help="name of a network, or folder of runs")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        metavar="N",
+        help=f"runs of each side ({_NUM_SEEDS}); not beside a folder",
+    )
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        metavar="DIR",
+        default=Path("runs"),
+        help="folder of comparison.json and of the runs' folders (%(default)s)",
+    )
+    cli.add_output_flags(parser)
+    cli.add_training_flags(parser)
     return parser
 
 
-def _compare(arguments: argparse.Namespace, console: Console) -> int:
-    enable_compilation_cache()
-    # Everything is looked at before anything is trained.
-    folders = {side: _find_runs(side) for side in (arguments.a, arguments.b)}
-    recipes = {side: parse_recipe(side) for side, found in folders.items() if not found}
-    if recipes:
-        there = [workdir for found in folders.values() for workdir in found]
-        planned = _plan_runs(recipes, there, arguments)
-        for side, plans in planned.items():
-            for plan in plans:
-                console.print(f"{side}, seed {plan.run.seed}:", highlight=False)
-                fm.fit(plan.run, plan.dataset, progress=fm.ConsoleProgress(console))
-            folders[side] = [plan.run.workdir for plan in plans]
-    comparison = fm.compare(folders[arguments.a], folders[arguments.b])
-    files.make_folder(arguments.workdir)
-    files.write_json(arguments.workdir / _COMPARISON, comparison)
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
+    """Parses the arguments of both sides; the second has the flags of the first too."""
+    parser = create_parser()
+    split = list(argv).index("--against") if "--against" in argv else len(argv)
+    first = parser.parse_args(argv[:split])
+    if split == len(argv):
+        parser.error("--against is missing; it is followed by the second side")
+    return first, parser.parse_args(argv[split + 1 :], copy.copy(first))
+
+
+class _Side(NamedTuple):
+    """Folders of finished runs, or those of the runs to train, with their plans."""
+
+    workdirs: list[Path]
+    plans: list[Plan]
+
+
+def _run(first: argparse.Namespace, second: argparse.Namespace, console: Console) -> int:
+    # Everything is planned first, so that bad settings are refused before any training.
+    finished = [_find_runs(arguments.side) for arguments in (first, second)]
+    _check_flags(first, second, finished)
+    sides = [_Side(workdirs, []) for workdirs in finished]
+    if not all(finished):
+        sides = _plan_runs(first, second, finished)
+    for name, side in zip("ab", sides, strict=True):
+        for number, plan in enumerate(side.plans, 1):
+            console.print(
+                f"{name}: {plan.run.recipe.arch}, seed {plan.run.seed}, {number} of "
+                f"{len(side.plans)}",
+                highlight=False,
+            )
+            fit_plan(plan, progress=fm.ConsoleProgress(console))
+    comparison = fm.compare(sides[0].workdirs, sides[1].workdirs)
+    files.make_folder(second.workdir)
+    files.write_json(second.workdir / "comparison.json", comparison)
     console.print()
-    console.print(_table(comparison))
-    if comparison["sample"]:
-        console.print(
-            "These numbers are from the embedded sample and are no results.", style="bold red"
-        )
+    cli.print_facts(console, _facts(comparison), sample=comparison["sample"])
     return 0
 
 
 def _find_runs(side: str) -> list[Path]:
-    """The folders of a side's runs; none if it is no folder."""
+    """Returns the folders of a side's finished runs; none if the side is a network."""
     folder = Path(side)
-    if not folder.is_dir():
-        return []
-    seeds = sorted(path.parent for path in folder.glob(f"seed-*/{files.REPORT}"))
-    return seeds or [folder]
+    if folder.is_dir():
+        found = sorted(path.parent for path in folder.glob(f"seed-*/{files.REPORT}"))
+        if not found and not (folder / files.REPORT).exists():
+            raise ConfigError(f"{folder} holds no finished run")
+        return found or [folder]
+    if side not in fm.RECIPES:
+        raise ConfigError(
+            f"{side!r} is neither a folder nor a network; the networks are {', '.join(fm.RECIPES)}"
+        )
+    return []
+
+
+def _check_flags(
+    first: argparse.Namespace, second: argparse.Namespace, finished: Sequence[Sequence[Path]]
+) -> None:
+    """Refuses flags that would have no effect."""
+    if not any(finished):
+        return
+    if second.seeds is not None or "seed" in second:
+        raise ConfigError("the seeds are those of the folder's runs; leave out --seeds and --seed")
+    given = [cli.training_settings(arguments) for arguments in (first, second)]
+    # Flags of the first side apply to a network on either side.
+    if finished[1] and ((finished[0] and given[1]) or given[0] != given[1]):
+        raise ConfigError(
+            f"the runs in {second.side} are finished; training flags do not apply to them"
+        )
 
 
 def _plan_runs(
-    recipes: dict[str, fm.Recipe], there: Sequence[Path], arguments: argparse.Namespace
-) -> dict[str, list[Plan]]:
-    """The runs of each recipe: as those that are there, or else as the flags say."""
-    dataset = cli.load_data(arguments)
-    settings = [files.read_json(workdir / files.CONFIG) for workdir in there]
+    first: argparse.Namespace, second: argparse.Namespace, finished: Sequence[list[Path]]
+) -> list[_Side]:
+    """Plans the runs of the sides that are networks."""
+    workdirs = finished[0] or finished[1]
+    settings = [files.read_json(workdir / files.CONFIG) for workdir in workdirs]
+    dataset = cli.load_data(second)
+    cli.check_excluded(first, dataset)
     if settings:
-        dataset = fm.select_classes(dataset, settings[0]["classes"])
         if dataset.sha256 != settings[0]["data_sha256"]:
-            raise fm.ConfigError(f"{there[0]} was trained on other data than {dataset.source}")
-        runs = [config.from_dict(one, place) for one, place in zip(settings, there, strict=True)]
-    else:
-        runs = [
-            fm.Run(
-                recipe=next(iter(recipes.values())),
-                seed=arguments.seed + index,
-                train_examples=arguments.train_examples,
-                workdir=arguments.workdir,
+            raise ConfigError(
+                f"{workdirs[0]} was trained on other data than {dataset.source}; name its data by "
+                "--sample or --data-dir"
             )
-            for index in range(arguments.seeds)
-        ]
-    return {
-        side: [
-            create_plan(
-                dataclasses.replace(
-                    run, recipe=recipe, workdir=arguments.workdir / side / f"seed-{run.seed}"
-                ),
-                dataset,
-            )
-            for run in runs
-        ]
-        for side, recipe in recipes.items()
-    }
+        dataset = fm.select_classes(dataset, settings[0]["classes"])
+    bases = [from_dict(one, workdir) for one, workdir in zip(settings, workdirs, strict=True)]
+    sides = []
+    for arguments, workdirs in zip((first, second), finished, strict=True):
+        plans = []
+        if not workdirs:
+            runs = _create_runs(arguments, second, bases)
+            folder = cli.name_workdir(second.workdir, runs[0], dataset, seeds=True)
+            workdirs = [folder / f"seed-{run.seed}" for run in runs]
+            plans = [
+                create_plan(dataclasses.replace(run, workdir=workdir), dataset)
+                for run, workdir in zip(runs, workdirs, strict=True)
+            ]
+        sides.append(_Side(workdirs, plans))
+    if sides[0].workdirs == sides[1].workdirs:
+        raise ConfigError("both sides have the same settings; give a flag after --against")
+    return sides
 
 
-def parse_recipe(text: str) -> fm.Recipe:
-    """A recipe from its name and what is other in it.
-
-    Example:
-      >>> parse_recipe("small_dropout,dropout=0.3,epochs=2").dropout
-      0.3
-    """
-    name, *settings = text.split(",")
-    if name not in fm.RECIPES:
-        raise fm.ConfigError(
-            f"{name!r} is neither a folder nor a recipe; the recipes are {', '.join(fm.RECIPES)}"
-        )
-    fields = {field.name: field for field in dataclasses.fields(fm.Recipe)}
-    changes: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or key not in fields:
-            raise fm.ConfigError(
-                f"{setting!r} is no setting of a recipe; write NAME=VALUE with one of "
-                f"{', '.join(fields)}"
-            )
-        absent = value == "none" and fields[key].default is None
-        changes[key] = None if absent else _value(value)
-    return dataclasses.replace(fm.RECIPES[name], **changes)
+def _create_runs(
+    arguments: argparse.Namespace, shared: argparse.Namespace, bases: Sequence[fm.Run]
+) -> list[fm.Run]:
+    """Returns a run for each seed: those of finished runs, or else those of the flags."""
+    create = functools.partial(cli.create_run, arguments, arguments.side, shared.workdir)
+    if bases:
+        return [create(base=base) for base in bases]
+    num_seeds = _NUM_SEEDS if shared.seeds is None else shared.seeds
+    if num_seeds < 1:
+        raise ConfigError(f"seeds is {num_seeds}; expected an integer of at least 1")
+    first_seed = getattr(shared, "seed", 0)
+    seeds = range(first_seed, first_seed + num_seeds)
+    return [dataclasses.replace(create(), seed=seed) for seed in seeds]
 
 
-def _value(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _table(comparison: dict[str, Any]) -> Table:
+def _facts(comparison: dict[str, Any]) -> dict[str, str]:
     difference, mcnemar = comparison["difference"], comparison["mcnemar"]
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for side in ("a", "b"):
-        accuracy = interval(comparison[side]["test_accuracy"])
-        table.add_row(f"test accuracy of {side}", accuracy)
-    table.add_row("they differ in", "\n".join(comparison["differs_in"]) or "nothing")
-    points = {name: _points(difference[name]) for name in ("mean", "low", "high")}
-    text = f"[bold]{points['mean']}[/bold] points"
+    facts = {
+        f"test accuracy of {side}": cli.format_accuracy(comparison[side]["test_accuracy"])
+        for side in ("a", "b")
+    }
+    facts["settings that differ"] = "\n".join(comparison["differs_in"]) or "none"
+    facts["b minus a"] = f"[bold]{_points(difference['mean'])} points[/bold]"
     if difference["low"] is not None:
-        text += f", 95% interval {points['low']} to {points['high']} (n = {difference['n']})"
-    table.add_row("b over a", text)
-    if comparison["sign_flip_p"] is not None:
-        table.add_row(
-            "sign-flip test over seeds",
-            f"p = {comparison['sign_flip_p']:.4f}; of so many seeds it is at least "
-            f"{comparison['sign_flip_smallest']:.4f}",
+        facts["b minus a"] += (
+            f", 95% interval {_points(difference['low'])} to {_points(difference['high'])} "
+            f"(n = {difference['n']})"
         )
-    table.add_row(
-        "McNemar's test over images",
-        f"p = {mcnemar['p']:.4f}; {mcnemar['only_a_right']:,} right for a alone, "
-        f"{mcnemar['only_b_right']:,} for b alone, over all seeds",
+    if comparison["sign_flip_p"] is not None:
+        facts["sign-flip test over seeds"] = (
+            f"p = {comparison['sign_flip_p']:.4f}; the smallest possible with this number of seeds "
+            f"is {comparison['sign_flip_smallest']:.4f}"
+        )
+    facts["McNemar's test over images"] = (
+        f"p = {mcnemar['p']:.4f}; only a correct: {mcnemar['only_a_right']:,}, only b correct: "
+        f"{mcnemar['only_b_right']:,}, over all seeds"
     )
-    effect = comparison["minimum_detectable_effect"]
-    if effect is not None:
-        table.add_row(
-            "minimum detectable difference",
-            f"{100 * effect:.2f} points, for a t test at 5% with a power of 80%",
+    if comparison["minimum_detectable_effect"] is not None:
+        facts["minimum detectable effect"] = (
+            f"{100 * comparison['minimum_detectable_effect']:.2f} points (80% power)"
         )
         needed = comparison["seeds_needed"]
-        table.add_row(
-            "to detect the observed difference",
-            "more than 10,000 seeds" if needed is None else f"{needed:,} seeds",
+        facts["seeds needed for this difference"] = (
+            "more than 10,000" if needed is None else f"{needed:,} (80% power)"
         )
-    return table
+    return facts
 
 
-def _points(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:+.2f}"
+def _points(fraction: float) -> str:
+    return f"{100 * fraction:+.2f}"
 
 
 if __name__ == "__main__":

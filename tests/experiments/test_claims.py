@@ -1,56 +1,58 @@
-"""The table of claims."""
+"""claims.py: verdicts and the table."""
 
-import dataclasses
 import json
 
 import pytest
 
 import fmnist_jax as fm
-from tests.conftest import ROOT, load_module
-
-
-@pytest.fixture(scope="module")
-def claims_py():
-    return load_module(ROOT / "experiments" / "claims.py")
+from fmnist_jax.recipes import CLAIMS
+from tests.experiments.conftest import SMALL
 
 
 @pytest.mark.parametrize(
     ("claim", "low", "high", "expected"),
     [
-        (0.9, 0.8, 0.95, "the claim is within"),
-        (0.9, 0.91, 0.95, "the claim is below"),
-        (0.9, 0.8, 0.89, "the claim is above"),
+        (0.9, 0.8, 0.95, "claim within"),
+        (0.9, 0.91, 0.95, "claim below"),
+        (0.9, 0.8, 0.89, "claim above"),
         (None, 0.8, 0.89, "no claim"),
         (0.9, float("nan"), float("nan"), "one run has no interval"),
     ],
 )
 def test_verdicts(claim, low, high, expected, claims_py):
-    recipe = dataclasses.replace(fm.RECIPES["same_3x3"], claimed_test_accuracy=claim)
-    assert claims_py.verdict(recipe, low, high) == expected
-    other = dataclasses.replace(recipe, not_comparable="other classes")
+    claim = CLAIMS["same_3x3"]._replace(test_accuracy=claim)
+    assert claims_py.verdict(claim, low, high) == expected
+    other = claim._replace(not_comparable="other classes")
     assert claims_py.verdict(other, low, high) == "not comparable: other classes"
 
 
-def test_claims_are_those_of_the_texts():
-    for recipe in fm.RECIPES.values():
-        claimed = recipe.claimed_test_accuracy
-        assert (claimed is None) == ("test" not in recipe.claim)
-        if claimed is not None:
-            assert f"{100 * claimed:g}%" in recipe.claim
+def test_claimed_accuracies_are_those_of_the_texts():
+    assert set(CLAIMS) == set(fm.RECIPES)
+    for claim in CLAIMS.values():
+        assert (claim.test_accuracy is None) == ("test" not in claim.text)
+        if claim.test_accuracy is not None:
+            assert f"{100 * claim.test_accuracy:g}%" in claim.text
 
 
-def test_the_command_writes_the_table(claims_py, tmp_path, capsys, monkeypatch):
-    quick = {
-        name: dataclasses.replace(recipe, epochs=1, batch_size=8, val_fraction=0.01)
-        for name, recipe in fm.RECIPES.items()
-    }
-    monkeypatch.setattr(claims_py.fm, "RECIPES", quick)
-    arguments = ["--arch", "valid_2x2", "--sample", "--train-examples", "16", "--seeds", "2"]
-    assert claims_py.main([*arguments, "--workdir", str(tmp_path)]) == 0
+def test_table_has_means_and_intervals(claims_py, tmp_path, capsys):
+    command = [*SMALL, "--arch", "valid_2x2", "--seeds", "2", "--workdir", str(tmp_path)]
+    assert claims_py.main(command) == 0
     assert "verdict" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "claims.json").read_text())
     assert row["verdict"] == "no claim"
-    assert row["test_accuracy"]["n"] == 2
-    text = (tmp_path / "claims.md").read_text()
-    assert text.startswith("| network | claimed |")
-    assert "no results" in text
+    assert row["classes"] == ["Bag", "Trouser"]
+    assert (row["recipe"]["epochs"], row["test_accuracy"]["n"]) == (1, 2)
+    lines = (tmp_path / "claims.md").read_text().splitlines()
+    assert lines[0].startswith("| network | claim |")
+    mean, low, high = (row["test_accuracy"][name] for name in ("mean", "low", "high"))
+    assert f"| 2 | {mean:.2%} ({low:.2%} to {high:.2%}) |" in lines[2]
+    assert lines[-1] == claims_py.cli.SAMPLE_NOTE
+
+
+def test_bad_settings_are_refused_before_training(claims_py, error_line, monkeypatch):
+    monkeypatch.setattr(fm, "fit_seeds", None)
+    arguments = ["--sample", "--arch", "small_dropout", "he_stack", "--dropout", "0.1"]
+    assert claims_py.main(arguments) == 2
+    assert "he_stack has no dropout" in error_line()
+    assert claims_py.main(["--sample", "--arch", "resnet"]) == 2
+    assert "unknown architecture 'resnet'" in error_line()

@@ -1,67 +1,100 @@
-"""The comparison command."""
+"""compare.py: which runs it trains, and what it prints."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-import fmnist_jax as fm
-from tests.conftest import ROOT, load_module
+from tests.experiments.conftest import SMALL
 
 
-@pytest.fixture(scope="module")
-def compare_py():
-    return load_module(ROOT / "experiments" / "compare.py")
+def test_flags_before_against_apply_to_both_sides(compare_py):
+    first, second = compare_py.parse(
+        ["same_3x3", "--epochs", "3", "--seeds", "2", "--against", "he_stack", "--batch-size", "8"]
+    )
+    a, b = (
+        compare_py.cli.create_run(arguments, arguments.side, Path("w")).recipe
+        for arguments in (first, second)
+    )
+    assert (a.arch, a.epochs, a.batch_size) == ("same_3x3", 3, 32)
+    assert (b.arch, b.epochs, b.batch_size) == ("he_stack", 3, 8)
+    assert second.seeds == 2
 
 
-def test_the_command_trains_recipes_and_compares(compare_py, tmp_path, capsys):
-    small = "valid_2x2,epochs=1,batch_size=8,val_fraction=0.01"
-    arguments = [
-        small, f"{small},dropout=0.0", "--sample", "--train-examples", "40", "--seeds", "2",
-        "--workdir", str(tmp_path),
-    ]  # fmt: skip
-    assert compare_py.main(arguments) == 0
-    output = capsys.readouterr().out
+def test_networks_and_folders_are_compared(compare_py, tmp_path, capsys):
+    sides = ["valid_2x2", *SMALL, "--against", "valid_2x2", "--learning-rate", "0.01"]
+    assert compare_py.main([*sides, "--seeds", "2", "--workdir", str(tmp_path / "one")]) == 0
+    output = " ".join(capsys.readouterr().out.split())
     for expected in (
-        "dropout: None in a, 0.0 in b",
-        "no results",
-        "b over a",
-        "sign-flip",
-        "McNemar",
-    ):
+        "b: valid_2x2, seed 1, 2 of 2", "recipe.learning_rate: 0.001 in a, 0.01 in b",
+        "b minus a", "sign-flip", "McNemar", compare_py.cli.SAMPLE_NOTE,
+    ):  # fmt: skip
         assert expected in output
-    comparison = json.loads((tmp_path / "comparison.json").read_text())
+    comparison = json.loads((tmp_path / "one" / "comparison.json").read_text())
     assert comparison["seeds"] == [0, 1]
     assert f"{100 * comparison['difference']['mean']:+.2f} points" in output
 
-    # The folders that it left can be compared as well.
-    folders = [str(tmp_path / name) for name in (small, f"{small},dropout=0.0")]
-    assert compare_py.main([*folders, "--workdir", str(tmp_path / "again")]) == 0
-    assert json.loads((tmp_path / "again" / "comparison.json").read_text()) == comparison
+    # Trained runs are reused.
+    assert compare_py.main([*sides, "--seeds", "2", "--workdir", str(tmp_path / "one")]) == 0
+    assert capsys.readouterr().out.count("This run is finished") == 4
 
-    # A recipe beside a folder is trained on the folder's seeds and as many images.
-    sides = [folders[0], "valid_2x2,epochs=1,batch_size=4,val_fraction=0.01", "--sample"]
-    assert compare_py.main([*sides, "--workdir", str(tmp_path / "third")]) == 0
-    third = json.loads((tmp_path / "third" / "comparison.json").read_text())
+    folders = {
+        json.loads(path.read_text())["recipe"]["learning_rate"]: path.parents[1]
+        for path in (tmp_path / "one").glob("*/seed-0/config.json")
+    }
+    a, b = folders[0.001], folders[0.01]
+    command = [str(a), "--against", str(b), "--workdir", str(tmp_path / "two")]
+    assert compare_py.main(command) == 0
+    assert json.loads((tmp_path / "two" / "comparison.json").read_text()) == comparison
+
+    # A network beside a folder is trained on its seeds, classes and numbers of images.
+    side = ["valid_2x2", "--sample", "--no-tta", "--epochs", "1", "--batch-size", "4"]
+    command = [str(a), "--against", *side, "--val-fraction", "0.01", "--schedule", "one_cycle"]
+    assert compare_py.main([*command, "--workdir", str(tmp_path / "three")]) == 0
+    third = json.loads((tmp_path / "three" / "comparison.json").read_text())
     assert third["seeds"] == [0, 1]
-    assert third["differs_in"] == ["recipe.batch_size: 8 in a, 4 in b"]
+    assert third["differs_in"] == ["recipe.schedule: cosine in a, one_cycle in b"]
 
 
 @pytest.mark.parametrize(
-    ("side", "message"),
+    ("sides", "message"),
     [
-        ("resnet", "'resnet' is neither a folder nor a recipe"),
-        ("same_3x3,width=3", "'width=3' is no setting of a recipe"),
-        ("same_3x3,epochs", "'epochs' is no setting of a recipe"),
-        ("same_3x3,epochs=0", "epochs is 0"),
+        (["resnet", "--against", "same_3x3"], "'resnet' is neither a folder nor a network"),
+        (["same_3x3", "--against", "resnet"], "'resnet' is neither a folder nor a network"),
+        (["same_3x3", "--against", "same_3x3"], "both sides have the same settings"),
+        (["same_3x3", "--against", "he_stack", "--epochs", "0"], "epochs is 0"),
+        (["same_3x3", "--against", "he_stack", "--dropout", "0.5"], "he_stack has no dropout"),
+        (["same_3x3", "--seeds", "0", "--against", "he_stack"], "seeds is 0"),
+        (["empty", "--against", "same_3x3"], "empty holds no finished run"),
+        (["run", "--against", "same_3x3", "--seeds", "2"], "leave out --seeds and --seed"),
+        (["run", "--against", "same_3x3", "--seed", "2"], "leave out --seeds and --seed"),
+        (["same_3x3", "--against", "run", "--epochs", "2"], "run are finished; training flags"),
+        (["run", "--epochs", "2", "--against", "run"], "run are finished; training flags"),
+        (["run", "--against", "same_3x3"], "was trained on other data"),
     ],
 )
-def test_the_command_refuses_what_is_no_recipe(side, message, compare_py, capsys, monkeypatch):
-    monkeypatch.setattr(fm, "fit", None)  # before anything is trained
-    for sides in ([side, "same_3x3"], ["same_3x3", side]):
-        assert compare_py.main([*sides, "--sample"]) == 2
-        assert message in capsys.readouterr().err.replace("\n", " ")
+def test_bad_input_is_refused_before_training(
+    sides, message, compare_py, tmp_path, monkeypatch, error_line
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare_py, "fit_plan", None)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "report.json").write_text("{}")
+    (tmp_path / "run" / "config.json").write_text('{"data_sha256": "0"}')
+    assert compare_py.main([*sides, "--sample"]) == 2
+    assert message in error_line()
 
 
-def test_none_is_a_word_or_nothing(compare_py):
-    recipe = compare_py.parse_recipe("deep_augmented,augmentation=none,image_size=none")
-    assert (recipe.augmentation, recipe.image_size) == ("none", None)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["same_3x3"], ["same_3x3", "--against"], ["same_3x3", "--against=he_stack"],
+        ["--against", "he_stack"],
+    ],
+)  # fmt: skip
+def test_bad_usage_exits_with_2(arguments, compare_py, capsys):
+    with pytest.raises(SystemExit) as caught:
+        compare_py.main(arguments)
+    assert caught.value.code == 2
+    assert "usage:" in capsys.readouterr().err

@@ -257,11 +257,3 @@ def test_a_second_process_in_a_folder_is_refused(harness, tmp_path):
     assert "Traceback" not in errors
     first.kill()
     first.communicate()
-
-
-@pytest.mark.slow
-def test_verify_resume(capsys, run_py):
-    assert run_py.main(["--verify-resume", "--arch", "valid_2x2"]) == 0
-    output = capsys.readouterr().out
-    assert "Equal to the last bit" in output
-    assert "latest checkpoint, step 12" in output

@@ -1,13 +1,12 @@
-"""What all competitors of `bench.py` share: the networks, the augmentation and the process.
+"""Shared by all competitors of `bench.py`: the networks, the augmentation and the process.
 
     python worker.py MODULE
 
-imports the module and then answers commands, one line of JSON each, until its input ends. The
-module has a class `Competitor`, made with `(images, labels, **settings)`, whose `train(steps)`
-blocks until at least so many updates are done and returns what it `Trained`.
+Imports the module and then executes commands from standard input, one JSON object per line. The
+module has a class `Competitor`, created with `(images, labels, case, **options)`, whose
+`train(num_steps)` takes at least that many steps, waits for them and returns `Trained`.
 
-Only the standard library and NumPy are needed here, because each framework has an environment of
-its own.
+Needs only the standard library and NumPy, because each framework has an environment of its own.
 """
 
 import functools
@@ -27,8 +26,27 @@ import numpy as np
 Initializer = Literal["glorot_uniform", "he_uniform", "normal_0.05"]
 
 
+class Case(NamedTuple):
+    """What all competitors train.
+
+    Attributes:
+      arch: name of the network.
+      batch_size: examples per step.
+      image_size: side of the network's input, in pixels.
+      num_images: number of training images.
+    """
+
+    arch: str
+    batch_size: int
+    image_size: int
+    num_images: int
+
+    def __str__(self) -> str:
+        return f"{self.arch}, batch size {self.batch_size:,}"
+
+
 class Conv(NamedTuple):
-    """Convolution, bias, ReLU and perhaps a 2x2 max pool."""
+    """Convolution, bias, ReLU and an optional 2x2 max pool."""
 
     features: int
     kernel_size: int = 3
@@ -38,13 +56,13 @@ class Conv(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Dropout while training."""
+    """Dropout in training."""
 
     rate: float
 
 
 class Dense(NamedTuple):
-    """A dense layer with bias; ReLU unless it is the last one. The first one flattens its input."""
+    """A dense layer with bias and optional ReLU. The first one flattens its input."""
 
     features: int
     relu: bool = True
@@ -59,22 +77,22 @@ class Optimizer(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What a call of `train` did.
+    """Result of a call of `Competitor.train`.
 
     Attributes:
-      steps: updates.
+      num_steps: steps taken.
       loss: their mean loss.
-      overhead: seconds of the call that are not the updates'.
+      overhead: seconds of the call that were not spent on steps.
     """
 
-    steps: int
+    num_steps: int
     loss: float
     overhead: float = 0.0
 
 
 Layers = tuple[Conv | Dropout | Dense, ...]
 
-# The networks of `fmnist_jax.nn.models`, for the competitors that cannot import it.
+# The networks of `fmnist_jax.nn.models`, for competitors that cannot import it.
 NETWORKS: dict[str, Layers] = {
     "small_dropout": (
         Conv(32, pool=True, init="normal_0.05"),
@@ -128,14 +146,14 @@ OPTIMIZERS = {
     "he_stack": Optimizer("sgd", 0.01),
     "deep_augmented": Optimizer("rmsprop", 1e-3),
 }
-# Its images are augmented, enlarged to `image_size` and have three equal channels.
+# Its images are augmented, resized to `image_size` and have three equal channels.
 AUGMENTED = "deep_augmented"
 
 
 def affine(
     draws: Sequence[Any], cos: Callable[[Any], Any], sin: Callable[[Any], Any]
 ) -> tuple[Any, ...]:
-    """Random rotation, shift, shear, zoom and flip as one affine map, in any framework.
+    """Composes random rotation, shift, shear, zoom and flip to one affine map, in any framework.
 
     Args:
       draws: seven arrays of shape [batch], uniform in [-1, 1].
@@ -143,14 +161,14 @@ def affine(
       sin: the framework's sine.
 
     Returns:
-      (a, b, c, d, e, f), each of shape [batch]: the pixel at (x, y) of the result is that at
+      (a, b, c, d, e, f), each of shape [batch]: the pixel at (x, y) of the result is the one at
       (ax + by + c, dx + ey + f) of the source, both from -1 to 1 across the image.
     """
     degree = math.pi / 180
     angle, shear = 40 * degree * draws[0], 0.2 * degree * draws[1]
     shift_x, shift_y = 0.4 * draws[2], 0.4 * draws[3]  # 0.2 of a side of length 2
     zoom_x, zoom_y = 1 + 0.2 * draws[4], 1 + 0.2 * draws[5]
-    flip = draws[6] + 1e-9  # never zero, and so its sign is 1 or -1
+    flip = draws[6] + 1e-9  # never zero, so its sign is 1 or -1
     scale_x = zoom_x * flip / abs(flip)
     c, s = cos(angle), sin(angle)
     height, slope = cos(shear), sin(shear)
@@ -165,8 +183,8 @@ def affine(
 
 
 def main() -> None:
-    """Answers commands from standard input until it ends."""
-    # What a library prints must not get between the replies.
+    """Executes commands from standard input until it ends."""
+    # Standard output is for replies only; what libraries print goes to standard error.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     module = importlib.import_module(sys.argv[1])
@@ -175,9 +193,11 @@ def main() -> None:
         command = json.loads(line)
         match command.pop("do"):
             case "prepare":
-                competitor = module.Competitor(*load(**command.pop("data")), **command)
+                case = Case(*command.pop("case"))
+                arrays = load(command.pop("path"), case.num_images)
+                competitor = module.Competitor(*arrays, case, **command)
                 reply = train(competitor, 1)
-                # From the start of the process, Python's own included.
+                # From the start of the process, including that of Python.
                 reply["seconds"] = time.time() - float(os.environ["BENCH_STARTED"])
             case "train":
                 reply = train(competitor, **command)
@@ -191,36 +211,37 @@ def main() -> None:
                     for package in metadata.distributions()
                     if package.name in names or package.name.startswith("tensorflow")
                 }
-            case "call":  # a function of the module that has nothing to do with a competitor
-                function = getattr(module, command.pop("function"))
-                reply = function(*load(**command.pop("data")), **command)
+            case "call":  # a function of the module
+                case = Case(*command["case"])
+                arrays = load(command["path"], case.num_images)
+                reply = getattr(module, command["function"])(*arrays, case)
         print(json.dumps(reply), file=replies)
 
 
-def train(competitor: Any, steps: int, calls: int = 1) -> dict[str, Any]:
-    """Trains and takes the time."""
+def train(competitor: Any, num_steps: int, num_calls: int = 1) -> dict[str, Any]:
+    """Calls `Competitor.train` and measures the time."""
     start = time.perf_counter()
-    results = [competitor.train(steps) for _ in range(calls)]
+    results = [competitor.train(num_steps) for _ in range(num_calls)]
     seconds = time.perf_counter() - start - sum(result.overhead for result in results)
     loss = float(np.mean([result.loss for result in results]))
     return {
-        "steps": sum(result.steps for result in results),
+        "steps": sum(result.num_steps for result in results),
         "seconds": seconds,
-        "loss": loss if math.isfinite(loss) else None,  # JSON has no other numbers
+        "loss": loss if math.isfinite(loss) else None,  # JSON has no NaN
     }
 
 
 @functools.cache
 def load(path: str, num_images: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first images, uint8[n, 28, 28], and labels, int32[n]."""
+    """Reads the first images, uint8[n, 28, 28], and labels, int32[n]."""
     with np.load(path) as arrays:
         return arrays["images"][:num_images], arrays["labels"][:num_images]
 
 
 def host_peak() -> float | None:
-    """Peak resident memory in MiB, where Linux tells it.
+    """Reads the peak resident memory in MiB from Linux; None elsewhere.
 
-    Not `ru_maxrss`: that starts at the memory of the process which started this one.
+    `ru_maxrss` would start at the memory of the parent process.
     """
     status = Path("/proc/self/status")
     if not status.exists():

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="import-not-found, import-untyped"
-"""Keras 3: `fit` on arrays in memory, on TensorFlow or JAX by the environment's KERAS_BACKEND.
+"""Keras 3: `fit` on arrays in memory, on TensorFlow or JAX (environment variable KERAS_BACKEND).
 
-The images of deep_augmented are augmented by one resampling. On TensorFlow that is a `tf.data`
-pipeline, which works ahead of the training; on JAX it is a layer at the head of the model.
+The images of deep_augmented are augmented by one resampling: on TensorFlow in a `tf.data` pipeline
+that prefetches, on JAX in a layer before the model.
 """
 
 import time
@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 import numpy as np
-from worker import AUGMENTED, NETWORKS, OPTIMIZERS, Conv, Dense, Dropout, Trained, affine
+from worker import AUGMENTED, NETWORKS, OPTIMIZERS, Case, Conv, Dense, Dropout, Trained, affine
 
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
 
@@ -18,16 +18,8 @@ ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
 class Competitor:
     """A compiled model and its data."""
 
-    def __init__(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray,
-        *,
-        arch: str,
-        batch_size: int,
-        image_size: int,
-        device: str,
-    ) -> None:
+    def __init__(self, images: np.ndarray, labels: np.ndarray, case: Case) -> None:
+        arch, batch_size, image_size, _ = case
         keras.utils.set_random_seed(0)
         whole = len(labels) // batch_size * batch_size
         images, labels = images[:whole, ..., None], labels[:whole]
@@ -35,7 +27,7 @@ class Competitor:
         self.data: dict[str, Any] = {"x": images, "y": labels, "batch_size": batch_size}
         self.model = _network(arch, image_size)
         if arch != AUGMENTED:
-            # Made a tensor once, and not anew by each `fit`.
+            # Converted once, and not by each `fit`.
             self.data["x"] = keras.ops.convert_to_tensor(images.astype(np.float32) / 255)
         elif ON_TENSORFLOW:
             self.data = {"x": _pipeline(images, labels, batch_size, image_size)}
@@ -43,7 +35,7 @@ class Competitor:
             inputs = keras.Input(images.shape[1:], dtype="uint8")
             self.model = keras.Model(inputs, self.model(Augment(image_size)(inputs)))
 
-        # A `tf.function` over several steps; on JAX it is a Python loop, which gains nothing.
+        # A `tf.function` over several steps. On JAX it is a Python loop, which gains nothing.
         self.steps_per_execution = (
             {"he_stack": 5, AUGMENTED: 1}.get(arch, 20) if ON_TENSORFLOW else 1
         )
@@ -51,15 +43,15 @@ class Competitor:
             optimizer=_optimizer(arch),
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             steps_per_execution=self.steps_per_execution,
-            # TensorFlow's XLA is ten times slower than its own kernels on a CPU.
-            jit_compile=not (ON_TENSORFLOW and device == "cpu"),
+            # On a CPU, TensorFlow's XLA is ten times as slow as its kernels.
+            jit_compile=not ON_TENSORFLOW or _has_gpu(),
         )
 
-    def train(self, steps: int) -> Trained:
-        """Trains; see `worker`. Whole executions only, so rather more steps than asked for."""
+    def train(self, num_steps: int) -> Trained:
+        """Trains (see `worker`) for whole executions, so possibly for more steps."""
         start, epochs = time.perf_counter(), _Epochs()
         at_once = self.steps_per_execution
-        executions, most = -(-steps // at_once), max(1, self.steps_per_epoch // at_once)
+        executions, most = -(-num_steps // at_once), max(1, self.steps_per_epoch // at_once)
         losses, done = [], 0
         while done < executions:
             count = min(executions - done, most)
@@ -72,11 +64,11 @@ class Competitor:
         return Trained(done * at_once, float(np.mean(losses)), elapsed - epochs.seconds)
 
     def device_peak(self) -> float | None:
-        """Peak device memory in MiB, where the backend tells it."""
+        """Returns the peak device memory in MiB, if the backend reports it."""
         if ON_TENSORFLOW:
             import tensorflow as tf
 
-            if not tf.config.list_physical_devices("GPU"):
+            if not _has_gpu():
                 return None
             return tf.config.experimental.get_memory_info("GPU:0")["peak"] / 2**20
         import jax
@@ -85,11 +77,17 @@ class Competitor:
         return statistics["peak_bytes_in_use"] / 2**20 if statistics else None
 
 
-class _Epochs(keras.callbacks.Callback):
-    """Counts the seconds inside epochs.
+def _has_gpu() -> bool:
+    import tensorflow as tf
 
-    What `fit` does before and after, which takes up to a second, its users pay for once, and not
-    for every two seconds of training as here.
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
+class _Epochs(keras.callbacks.Callback):
+    """Measures the seconds inside epochs.
+
+    `fit` takes up to a second before and after its epochs. Its users pay that once, but the
+    benchmark calls it for every two seconds of training.
     """
 
     def __init__(self) -> None:
@@ -106,7 +104,7 @@ class _Epochs(keras.callbacks.Callback):
 
 
 class Augment(keras.layers.Layer):
-    """uint8[batch, 28, 28, 1] to float32[batch, image_size, image_size, 3]."""
+    """Maps uint8[batch, 28, 28, 1] to float32[batch, image_size, image_size, 3]."""
 
     def __init__(self, image_size: int) -> None:
         super().__init__()
@@ -114,7 +112,7 @@ class Augment(keras.layers.Layer):
         self.seed_generator = keras.random.SeedGenerator(0)
 
     def call(self, images: Any) -> Any:
-        """Draws and applies a map for each image."""
+        """Applies a random map to each image."""
         pixels = keras.ops.cast(images, "float32") / 255
         pixels = keras.ops.image.resize(pixels, (self.image_size, self.image_size))
         draws = keras.random.uniform(
@@ -129,7 +127,7 @@ class Augment(keras.layers.Layer):
 
 
 def _in_pixels(maps: tuple[Any, ...], source: int, result: int) -> list[Any]:
-    """The maps of `affine` as the eight numbers of a projective one, in pixels of square images."""
+    """Converts maps of `affine` to the eight numbers of a projective map, in pixels."""
     ratio, offset = source / result, 1 / result - 1
 
     def row(x: Any, y: Any, shift: Any) -> list[Any]:
@@ -140,7 +138,7 @@ def _in_pixels(maps: tuple[Any, ...], source: int, result: int) -> list[Any]:
 
 
 def _pipeline(images: np.ndarray, labels: np.ndarray, batch_size: int, image_size: int) -> Any:
-    """A `tf.data.Dataset` of augmented batches, without end."""
+    """Returns an infinite `tf.data.Dataset` of augmented batches."""
     import tensorflow as tf
 
     pixels, classes = tf.constant(images), tf.constant(labels)
@@ -197,7 +195,7 @@ def _network(arch: str, image_size: int) -> keras.Sequential:
 
 
 def _initializer(name: str) -> Any:
-    # Keras' own default deviation for "random_normal" is 0.05.
+    # Keras' default standard deviation of "random_normal" is 0.05.
     return "random_normal" if name == "normal_0.05" else name
 
 

@@ -1,7 +1,6 @@
-"""The competitors of the benchmark: their environments, and a process for each."""
+"""The competitors of the benchmark: their Python environments and processes."""
 
 import contextlib
-import hashlib
 import json
 import os
 import signal
@@ -14,19 +13,23 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, NamedTuple
 
-PEERS = Path(__file__).parent / "peers"
+from worker import Case
+
+from fmnist_jax.digest import sha256_bytes
+
+FOLDER = Path(__file__).parent
 OURS = "fmnist_jax"
 
 
 class Competitor(NamedTuple):
-    """Where a competitor's code is.
+    """One way to train.
 
     Attributes:
-      module: in `peers`.
-      requirements: name of its environment; None is the one that this runs in.
-      options: of the module's `Competitor`.
+      module: name of its module in this folder.
+      requirements: name of its Python environment; None is that of this process.
+      options: keyword arguments of the module's `Competitor`.
       variables: environment variables of its process.
-      devices: where it takes part.
+      devices: platforms on which it takes part.
     """
 
     module: str
@@ -60,27 +63,34 @@ COMPETITORS = {
 
 
 class ChildError(RuntimeError):
-    """A competitor's process ended. The message is the end of what it printed."""
+    """A competitor's process failed. The message has the last lines that it printed."""
 
 
 class Child:
-    """A competitor's process, stopped unless it is answering.
+    """A competitor's process, suspended unless it executes a command.
 
     Args:
       name: a key of `COMPETITORS`.
       device: "cpu" or "gpu".
-      say: is told when packages are installed.
-      cache: folder in which JAX keeps what it compiles and looks for it; None is nowhere.
+      data: .npz file with `images` and `labels`.
+      say: receives a message when packages are installed.
+      cache: folder of JAX's persistent compilation cache; None disables it.
 
     Raises:
-      ChildError: if they cannot be.
+      ChildError: if packages cannot be installed.
     """
 
     def __init__(
-        self, name: str, device: str, say: Callable[[str], None], cache: str | None = None
+        self,
+        name: str,
+        device: str,
+        data: Path,
+        say: Callable[[str], None],
+        cache: str | None = None,
     ) -> None:
         python = _interpreter(name, device, say)
         competitor = COMPETITORS[name]
+        self._data = data
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`)
         variables = {
             "BENCH_STARTED": repr(time.time()),
@@ -97,13 +107,13 @@ class Child:
         if device == "cpu":
             variables["CUDA_VISIBLE_DEVICES"] = "-1"
         self._process = subprocess.Popen(  # noqa: S603 (our own command)
-            [python, PEERS / "worker.py", competitor.module],
+            [python, FOLDER / "worker.py", competitor.module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
             env=os.environ | variables,
-            # Ctrl-C is for this process alone, which then ends its children.
+            # Ctrl-C reaches only this process, which then ends its children.
             process_group=0,
         )
 
@@ -113,11 +123,19 @@ class Child:
         assert self._process.stdout is not None
         return self._process.stdin, self._process.stdout
 
+    def prepare(self, case: Case, options: Mapping[str, bool]) -> Any:
+        """Creates the competitor and takes its first step."""
+        return self.ask("prepare", case=case, path=str(self._data), **options)
+
+    def call(self, function: str, case: Case) -> Any:
+        """Calls a function of the competitor's module."""
+        return self.ask("call", function=function, case=case, path=str(self._data))
+
     def ask(self, do: str, **arguments: Any) -> Any:
         """Sends a command and waits for the reply.
 
         Raises:
-          ChildError: if the process ends before.
+          ChildError: if the process ends before it replies.
         """
         stdin, stdout = self._pipes
         with contextlib.suppress(BrokenPipeError):
@@ -138,20 +156,19 @@ class Child:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for stream in (*self._pipes, self._log):
-            with contextlib.suppress(BrokenPipeError):  # a command that it never read
+            with contextlib.suppress(BrokenPipeError):  # an unread command
                 stream.close()
 
 
 def _interpreter(name: str, device: str, say: Callable[[str], None]) -> Path:
-    """The competitor's interpreter; its packages are installed at first use."""
+    """Returns the competitor's interpreter; installs its packages at first use."""
     if COMPETITORS[name].requirements is None:
         return Path(sys.executable)
     environment = f"{COMPETITORS[name].requirements}-{device}"
-    requirements = PEERS / "requirements" / f"{environment}.txt"
+    requirements = FOLDER / "requirements" / f"{environment}.txt"
     content = requirements.read_bytes() + sys.version.encode()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    digest = hashlib.sha256(content).hexdigest()[:8]
-    folder = cache / "fmnist_jax" / "bench" / f"{environment}-{digest}"
+    folder = cache / "fmnist_jax" / "bench" / f"{environment}-{sha256_bytes(content)[:8]}"
     complete, python = folder / "complete", folder / "bin" / "python"
     if not complete.exists():
         say(f"installing {environment} into {folder}")

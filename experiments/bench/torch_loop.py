@@ -1,5 +1,5 @@
 # mypy: disable-error-code="import-not-found"
-"""PyTorch: the training images are one tensor, a batch is indexed out of a random permutation."""
+"""PyTorch: a Python loop over batches that are indexed from one tensor of images."""
 
 import contextlib
 import itertools
@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 (its users call it so)
+import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import nn
-from worker import AUGMENTED, NETWORKS, OPTIMIZERS, Conv, Dense, Dropout, Trained, affine
+from worker import AUGMENTED, NETWORKS, OPTIMIZERS, Case, Conv, Dense, Dropout, Trained, affine
 
 
 class Competitor:
     """A training loop.
 
     Attributes:
-      device: "cpu" or "gpu".
       channels_last: memory format of model and images.
       bf16: autocast to bfloat16.
       compiled: `torch.compile` of the model.
@@ -27,36 +26,33 @@ class Competitor:
         self,
         images: np.ndarray,
         labels: np.ndarray,
+        case: Case,
         *,
-        arch: str,
-        batch_size: int,
-        image_size: int,
-        device: str,
         channels_last: bool = False,
         bf16: bool = False,
         compiled: bool = False,
     ) -> None:
+        arch, self.batch_size, self.image_size, _ = case
         torch.manual_seed(0)
         torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as all competitors have it
-        self.device = torch.device("cuda" if device == "gpu" else "cpu")
+        torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as the other competitors
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         pixels = torch.from_numpy(images).float()[:, None] / 255
         self.images = pixels.to(self.device, memory_format=self.format)
         self.labels = torch.from_numpy(labels).long().to(self.device)
-        self.batch_size, self.image_size, self.bf16 = batch_size, image_size, bf16
-        self.augmented = arch == AUGMENTED
+        self.bf16, self.augmented = bf16, arch == AUGMENTED
 
-        self.model = _network(arch, image_size).to(self.device, memory_format=self.format)
+        self.model = _network(arch, self.image_size).to(self.device, memory_format=self.format)
         self.optimizer = _optimizer(arch, self.model.parameters())
         self.forward = torch.compile(self.model) if compiled else self.model
         self.loss = nn.CrossEntropyLoss()
         self.batches = self._batches()
 
-    def train(self, steps: int) -> Trained:
-        """Trains; see `worker`."""
+    def train(self, num_steps: int) -> Trained:
+        """Trains (see `worker`)."""
         total = torch.zeros((), device=self.device)
-        for batch in itertools.islice(self.batches, steps):
+        for batch in itertools.islice(self.batches, num_steps):
             images, labels = self.images[batch], self.labels[batch]
             if self.augmented:
                 images = self._augment(images)
@@ -66,10 +62,10 @@ class Competitor:
             loss.backward()
             self.optimizer.step()
             total += loss.detach()
-        return Trained(steps, total.item() / steps)
+        return Trained(num_steps, total.item() / num_steps)
 
     def device_peak(self) -> float | None:
-        """Peak device memory in MiB."""
+        """Returns the peak device memory in MiB; None on a CPU."""
         if self.device.type == "cpu":
             return None
         return torch.cuda.max_memory_allocated() / 2**20
@@ -115,7 +111,7 @@ def _network(arch: str, image_size: int) -> nn.Sequential:
                 if layer.relu:
                     modules.append(nn.ReLU())
     model = nn.Sequential(*modules)
-    model(torch.zeros(1, channels, image_size, image_size))  # gives the lazy layers their shapes
+    model(torch.zeros(1, channels, image_size, image_size))  # determines the shapes of lazy layers
 
     weighted = (module for module in model if hasattr(module, "weight"))
     described = (layer for layer in NETWORKS[arch] if not isinstance(layer, Dropout))
@@ -136,7 +132,7 @@ def _optimizer(arch: str, parameters: Iterator[nn.Parameter]) -> torch.optim.Opt
     match name:
         case "adam":
             return torch.optim.Adam(parameters, rate, eps=1e-7, fused=True)
-        case "rmsprop":  # has no fused form
+        case "rmsprop":  # which has no fused form
             return torch.optim.RMSprop(parameters, rate, alpha=0.9, eps=1e-7)
         case _:
             return torch.optim.SGD(parameters, rate, fused=True)

@@ -1,6 +1,6 @@
-"""Plain flax.linen and optax: a jitted step with a donated state in a Python loop, or a scan.
+"""Plain flax.linen and optax: a jitted step with donated state in a Python loop, or a scan.
 
-Only the augmentation is this library's, which is what a user of Linen would take as well.
+Only the augmentation is that of fmnist_jax.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from worker import AUGMENTED, NETWORKS, OPTIMIZERS, Conv, Dense, Dropout, Layers, Trained
+from worker import AUGMENTED, NETWORKS, OPTIMIZERS, Case, Conv, Dense, Dropout, Layers, Trained
 
 from fmnist_jax import AUGMENTATIONS
 
@@ -25,14 +25,14 @@ INITIALIZERS = {
 
 
 class Network(nn.Module):
-    """The layers in a row; parameters are named as in `fmnist_jax.nn.models`."""
+    """A sequence of layers; parameters are named as in `fmnist_jax.nn.models`."""
 
     layers: Layers
     dropout: Callable[..., nn.Module] = nn.Dropout
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """float32[batch, height, width, channels] to float32[batch, classes]."""
+        """Maps float32[batch, height, width, channels] to float32[batch, classes]."""
         for layer in self.layers:
             match layer:
                 case Conv():
@@ -58,26 +58,18 @@ class Network(nn.Module):
 def mean_loss(
     model: Network, params: Any, images: jax.Array, labels: jax.Array, key: jax.Array
 ) -> jax.Array:
-    """Cross-entropy of a batch, dropout on."""
+    """Mean cross-entropy of a batch, with dropout."""
     logits = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 class Competitor:
-    """A training loop; `scan` makes each call of `train` one program."""
+    """A training loop; with `scan`, each call of `train` is one program."""
 
     def __init__(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray,
-        *,
-        arch: str,
-        batch_size: int,
-        image_size: int,
-        device: str,
-        scan: bool = False,
+        self, images: np.ndarray, labels: np.ndarray, case: Case, *, scan: bool = False
     ) -> None:
-        del device  # JAX takes the one that it sees
+        arch, batch_size, image_size, _ = case
         self.data = jnp.asarray(images), jnp.asarray(labels)
         self.batch_size, self.scan = batch_size, scan
         self.batches = self._batches()
@@ -109,9 +101,9 @@ class Competitor:
         self._step = jax.jit(step, donate_argnums=0)
         self._scanned = jax.jit(scanned, donate_argnums=0)
 
-    def train(self, steps: int) -> Trained:
-        """Trains; see `worker`."""
-        batches = itertools.islice(self.batches, steps)
+    def train(self, num_steps: int) -> Trained:
+        """Trains (see `worker`)."""
+        batches = itertools.islice(self.batches, num_steps)
         if self.scan:
             self.state, losses = self._scanned(self.state, np.stack([*batches]), self.data)
         else:
@@ -120,7 +112,7 @@ class Competitor:
                 self.state, loss = self._step(self.state, examples, self.data)
                 several.append(loss)
             losses = np.array(jax.device_get(several))
-        return Trained(steps, float(losses.mean()))
+        return Trained(num_steps, float(losses.mean()))
 
     def _batches(self) -> Iterator[np.ndarray]:
         generator = np.random.default_rng(0)
@@ -132,9 +124,14 @@ class Competitor:
             )
 
     def device_peak(self) -> float | None:
-        """Peak device memory in MiB, where the device tells it."""
-        statistics = jax.devices()[0].memory_stats()
-        return statistics["peak_bytes_in_use"] / 2**20 if statistics else None
+        """Returns the peak device memory in MiB, if the device reports it."""
+        return device_peak()
+
+
+def device_peak() -> float | None:
+    """Returns the peak memory of JAX's device in MiB, if the device reports it."""
+    statistics = jax.devices()[0].memory_stats()
+    return statistics["peak_bytes_in_use"] / 2**20 if statistics else None
 
 
 def _optimizer(arch: str) -> optax.GradientTransformation:

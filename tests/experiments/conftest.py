@@ -1,0 +1,39 @@
+"""The commands as modules, and flags of the smallest run."""
+
+import pytest
+
+from tests.conftest import ROOT, load_module
+
+# 8 training, 12 validation and 200 test images. All tests share its compiled program.
+SMALL = (
+    "--sample", "--classes", "bag,trouser", "--train-examples", "8", "--batch-size", "4",
+    "--epochs", "1", "--val-fraction", "0.01", "--no-tta",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def claims_py():
+    return load_module(ROOT / "experiments" / "claims.py")
+
+
+@pytest.fixture(scope="session")
+def compare_py():
+    return load_module(ROOT / "experiments" / "compare.py")
+
+
+@pytest.fixture(scope="session")
+def audit_py():
+    return load_module(ROOT / "experiments" / "audit.py")
+
+
+@pytest.fixture
+def error_line(capsys):
+    """Returns the error that a command printed, which is one line."""
+
+    def read():
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: ")
+        assert len(captured.err.splitlines()) == 1
+        return captured.err
+
+    return read

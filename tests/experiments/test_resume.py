@@ -1,0 +1,32 @@
+"""run.py --verify-resume."""
+
+import pytest
+import resume
+from rich.console import Console
+
+import fmnist_jax as fm
+
+
+@pytest.mark.parametrize(
+    "found", [{"a: x": "1", "a: y": "2"}, {"a: x": "1"}, {"a: x": "1", "a: y": "3"}]
+)
+def test_any_difference_is_reported(found, capsys):
+    expected = {"a: x": "1", "a: y": "2"}
+    is_equal = resume._print_comparison(EXPECTED, found, Console(), 0.0)
+    assert is_equal == (found == EXPECTED)
+    assert ("different: a: y" in capsys.readouterr().out) == (not is_equal)
+
+
+def test_failed_run_raises():
+    recipe = fm.RECIPES["valid_2x2"]
+    with pytest.raises(fm.errors.VerificationError, match=r"status 2 before .*unrecognized"):
+        resume.verify(recipe, Console(quiet=True), ["--unknown"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", fm.ARCHS)
+def test_killed_runs_resume_to_identical_bits(arch, run_py, capsys):
+    assert run_py.main(["--verify-resume", "--arch", arch]) == 0
+    output = capsys.readouterr().out
+    assert "Bitwise identical" in output
+    assert "step 12" in " ".join(output.split())
