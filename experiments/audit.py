@@ -31,7 +31,8 @@ from fmnist_jax.analysis import duplicates
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.report.audit import write_audit
 from fmnist_jax.runs import files
-from fmnist_jax.studies import label_issues
+from fmnist_jax.studies.cross_validation import cross_validate, train_epochs
+from fmnist_jax.studies.label_issues import LabelIssues, find_label_issues
 
 ARCH = "small_dropout"  # the fastest of the networks that reach 91%
 NUM_SEEDS = 3  # trainings with and without the label issues
@@ -106,7 +107,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         lines = [
             f"# label issues of {len(dataset.train_labels)} training images: positions in "
             f"{source}, largest margin first; data SHA-256 {dataset.sha256}",
-            *(str(issue["index"]) for issue in labels["suspects"]),
+            *(str(issue["index"]) for issue in labels["issues"]),
         ]
         files.write_bytes(workdir / "label_issues.txt", ("\n".join(lines) + "\n").encode())
     files.write_json(workdir / "audit.json", audit)
@@ -217,11 +218,11 @@ def audit_labels(
     labels, names = dataset.train_labels, dataset.class_names
     model = fm.create_model(ARCH, num_classes=len(names))
     progress.say(f"Cross-validating {ARCH} with {folds} folds ...")
-    crossed = label_issues.cross_validate(
+    crossed = cross_validate(
         seed, dataset.train_images, labels, dataset.test_images,
         model=model, folds=folds, epochs=epochs, progress=progress,
     )  # fmt: skip
-    found = label_issues.find_suspects(crossed.logits, labels)
+    found = find_label_issues(crossed.logits, labels)
     is_issue = np.zeros(len(labels), bool)
     is_issue[found.indices] = True
 
@@ -235,7 +236,7 @@ def audit_labels(
                 f"Training {number + 1} of {NUM_SEEDS} {name} the label issues, "
                 f"{len(examples):,} images ..."
             )
-            *_, state = label_issues.train_epochs(
+            *_, state = train_epochs(
                 (seed + number) % 2**32, images, device_labels, examples, model=model, epochs=epochs
             )
             accuracy = fm.evaluate(state.variables, *test, model=model).means()["accuracy"]
@@ -247,7 +248,7 @@ def audit_labels(
     probabilities = ensemble[np.arange(len(is_correct)), dataset.test_labels]
     indices = np.flatnonzero(probabilities < DOUBTFUL)
     indices = indices[np.argsort(probabilities[indices], kind="stable")]
-    doubtful = label_issues.Suspects(
+    doubtful = LabelIssues(
         indices, dataset.test_labels[indices], ensemble[indices].argmax(axis=1),
         probabilities[indices], ensemble[indices].max(axis=1),
     )  # fmt: skip
@@ -257,30 +258,30 @@ def audit_labels(
         "epochs": epochs,
         "seed": seed,
         "out_of_fold_accuracy": float((crossed.logits.argmax(axis=1) == labels).mean()),
-        "suspects": [
+        "issues": [
             row | {"forgotten": int(crossed.forgotten[row["index"]])} for row in _rows(found, names)
         ],
         "forgotten": {
-            "suspects": _mean(crossed.forgotten[is_issue]),
+            "issues": _mean(crossed.forgotten[is_issue]),
             "others": _mean(crossed.forgotten[~is_issue]),
             "never_forgotten": int((crossed.learned & (crossed.forgotten == 0)).sum()),
             "never_learned": int((~crossed.learned).sum()),
-            "never_learned_suspects": int((~crossed.learned & is_issue).sum()),
+            "never_learned_issues": int((~crossed.learned & is_issue).sum()),
         },
         "test_accuracy": accuracies,
         "ensemble_test_accuracy": float(is_correct.mean()),
-        "ensemble_test_accuracy_without_doubted": _mean(is_correct[probabilities >= DOUBTFUL]),
-        "doubted_below": DOUBTFUL,
-        "doubted_test_images": _rows(doubtful, names),
+        "ensemble_test_accuracy_without_doubtful": _mean(is_correct[probabilities >= DOUBTFUL]),
+        "doubtful_below": DOUBTFUL,
+        "doubtful_test_images": _rows(doubtful, names),
     }
 
 
-def _rows(found: label_issues.Suspects, names: Sequence[str]) -> list[dict[str, Any]]:
+def _rows(found: LabelIssues, names: Sequence[str]) -> list[dict[str, Any]]:
     return [
         {
             "index": int(index),
             "label": names[given],
-            "taken_for": names[other],
+            "predicted": names[other],
             "label_probability": float(given_probability),
             "other_probability": float(other_probability),
         }

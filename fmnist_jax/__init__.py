@@ -4,7 +4,6 @@ These are the names that most programs need; everything else is in the subpackag
 """
 
 from fmnist_jax import errors as errors
-
 from fmnist_jax.config import Recipe as Recipe
 from fmnist_jax.config import Run as Run
 from fmnist_jax.data.augment import AUGMENTATIONS as AUGMENTATIONS

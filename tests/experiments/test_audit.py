@@ -1,4 +1,4 @@
-"""The command that looks at the data, as a person calls it."""
+"""The command audit.py."""
 
 import json
 import re
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import fmnist_jax as fm
-from fmnist_jax.studies import label_issues as suspects
+from fmnist_jax.data.dataset import CLASS_NAMES
+from fmnist_jax.studies.cross_validation import train_epochs
 from tests.conftest import ROOT, load_module
 from tests.small import Linear
 
@@ -19,7 +20,7 @@ def audit_py():
     return load_module(ROOT / "experiments" / "audit.py")
 
 
-def test_a_tiny_audit_from_end_to_end(audit_py, tiny, tmp_path, monkeypatch, capsys):
+def test_audit_end_to_end(audit_py, tiny, tmp_path, monkeypatch, capsys):
     train = tiny.train_images.copy()
     train[7], train[20] = tiny.test_images[3], tiny.test_images[11][:, ::-1]
     labels = np.arange(60) % 10
@@ -52,13 +53,13 @@ def test_a_tiny_audit_from_end_to_end(audit_py, tiny, tmp_path, monkeypatch, cap
     ]
 
     found = audit["labels"]
-    indices = [suspect["index"] for suspect in found["suspects"]]
-    margins = [s["label_probability"] - s["other_probability"] for s in found["suspects"]]
+    indices = [issue["index"] for issue in found["issues"]]
+    margins = [s["label_probability"] - s["other_probability"] for s in found["issues"]]
     assert margins == sorted(margins)
-    for suspect in found["suspects"]:
-        assert suspect["label"] == fm.CLASS_NAMES[labels[suspect["index"]]] != suspect["taken_for"]
-    lines = (tmp_path / "a" / "suspects.txt").read_text().splitlines()
-    assert lines[0].startswith("# suspected labels of 60 training images")
+    for issue in found["issues"]:
+        assert issue["label"] == CLASS_NAMES[labels[issue["index"]]] != issue["predicted"]
+    lines = (tmp_path / "a" / "label_issues.txt").read_text().splitlines()
+    assert lines[0].startswith("# label issues of 60 training images")
     assert [int(line) for line in lines[1:]] == indices
     assert [len(values) for values in found["test_accuracy"].values()] == [3, 3]
 
@@ -75,31 +76,30 @@ def test_a_tiny_audit_from_end_to_end(audit_py, tiny, tmp_path, monkeypatch, cap
     assert 'class="warning"' not in page
 
 
-def test_with_and_without_are_those_trainings(audit_py, tiny, monkeypatch):
-    """The numbers are those of networks trained here by hand."""
+def test_accuracies_match_separate_training(audit_py, tiny, monkeypatch):
     assert audit_py.ARCH in fm.ARCHS
     monkeypatch.setattr(fm, "create_model", lambda name, num_classes: Linear(num_classes))
-    found = audit_py.doubt(tiny, 2, 1, 3, fm.Silence())
-    left = [suspect["index"] for suspect in found["suspects"]]
+    found = audit_py.audit_labels(tiny, 2, 1, 3, fm.NullProgress())
+    left = [issue["index"] for issue in found["issues"]]
     model = Linear()
     for name, examples in (("with", np.arange(60)), ("without", np.delete(np.arange(60), left))):
-        (state,) = suspects.train_epochs(
+        (state,) = train_epochs(
             4, tiny.train_images, tiny.train_labels, examples.astype(np.int32), model=model,
             epochs=1,
         )  # fmt: skip
-        logits = np.asarray(fm.predict(state.params, tiny.test_images, model=model))
+        logits = np.asarray(fm.predict(state.variables, tiny.test_images, model=model))
         accuracy = (logits.argmax(axis=1) == tiny.test_labels).mean()
         np.testing.assert_allclose(found["test_accuracy"][name][1], accuracy)
 
 
-def test_the_sample_without_training(audit_py, tmp_path):
+def test_audit_without_training(audit_py, tmp_path):
     arguments = ["--sample", "--skip-training", "--workdir", str(tmp_path)]
     assert audit_py.main(arguments) == 0
     audit = json.loads((tmp_path / "audit.json").read_text())
     assert audit["labels"] is None
     assert audit["exact_duplicates"] == []
     assert [split["images"] for split in audit["splits"].values()] == [6000, 1000]
-    assert not (tmp_path / "suspects.txt").exists()
+    assert not (tmp_path / "label_issues.txt").exists()
     page = (tmp_path / "audit.html").read_text()
     assert "Audit of the embedded sample" in page
     assert "Label issues" not in page
@@ -115,7 +115,7 @@ def test_the_sample_without_training(audit_py, tmp_path):
         (["--sample", "--epochs", "0"], "epochs is 0"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(arguments, message, audit_py, tmp_path, capsys):
+def test_invalid_input_prints_one_line(arguments, message, audit_py, tmp_path, capsys):
     workdir = [] if "--workdir" in arguments else ["--workdir", str(tmp_path)]
     assert audit_py.main([*arguments, *workdir]) == 2
     captured = capsys.readouterr()

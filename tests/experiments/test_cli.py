@@ -5,6 +5,7 @@ import dataclasses
 import doctest
 import importlib
 from pathlib import Path
+from typing import Any
 
 import cli
 import pytest
@@ -14,13 +15,13 @@ from fmnist_jax.errors import ConfigError
 from fmnist_jax.runs.plan import create_plan
 
 # A value other than the default for each training flag.
-RECIPE_VALUES = {
+RECIPE_VALUES: dict[str, Any] = {
     "epochs": 3, "batch_size": 7, "optimizer": "sgd", "learning_rate": 0.5,
     "schedule": "one_cycle", "weight_decay": 0.25, "dropout": 0.125, "label_smoothing": 0.5,
     "augmentation": "geometric", "augmentation_strength": 2.0, "dtype": "bfloat16",
     "image_size": 64, "val_fraction": 0.5,
 }  # fmt: skip
-RUN_VALUES = {
+RUN_VALUES: dict[str, Any] = {
     "seed": 9, "train_examples": 5, "checkpoint_every": "3st", "keep_every": "2ep",
 }  # fmt: skip
 

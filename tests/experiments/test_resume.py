@@ -6,12 +6,11 @@ from rich.console import Console
 
 import fmnist_jax as fm
 
+EXPECTED = {"a: x": "1", "a: y": "2"}
 
-@pytest.mark.parametrize(
-    "found", [{"a: x": "1", "a: y": "2"}, {"a: x": "1"}, {"a: x": "1", "a: y": "3"}]
-)
+
+@pytest.mark.parametrize("found", [EXPECTED, {"a: x": "1"}, {"a: x": "1", "a: y": "3"}])
 def test_any_difference_is_reported(found, capsys):
-    expected = {"a: x": "1", "a: y": "2"}
     is_equal = resume._print_comparison(EXPECTED, found, Console(), 0.0)
     assert is_equal == (found == EXPECTED)
     assert ("different: a: y" in capsys.readouterr().out) == (not is_equal)

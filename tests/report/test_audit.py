@@ -28,7 +28,7 @@ def pixels(images, base):
 
 def audit_of(data, *, labels=True):
     """The content of audit.json; all numbers are arbitrary."""
-    issue: dict[str, Any] = {"label": "Bag", "taken_for": "Coat"}
+    issue: dict[str, Any] = {"label": "Bag", "predicted": "Coat"}
     issue |= {"label_probability": 0.0123, "other_probability": 0.9876}
     return {
         "data": {"source": data.source, "sha256": data.sha256, "sample": data.sample},
@@ -65,18 +65,18 @@ def audit_of(data, *, labels=True):
             "epochs": 5,
             "seed": 2**32 - 1,
             "out_of_fold_accuracy": 0.87654,
-            "suspects": [issue | {"index": i, "forgotten": i - 5} for i in (5, 6)],
+            "issues": [issue | {"index": i, "forgotten": i - 5} for i in (5, 6)],
             "forgotten": {
-                "suspects": 1.2345,
+                "issues": 1.2345,
                 "others": None,
                 "never_learned": 555,
-                "never_learned_suspects": 66,
+                "never_learned_issues": 66,
             },
             "test_accuracy": {"with": [0.8, 0.9], "without": [0.82, 0.89]},
             "ensemble_test_accuracy": 0.91234,
-            "ensemble_test_accuracy_without_doubted": 0.92345,
-            "doubted_below": 0.015625,
-            "doubted_test_images": [issue | {"index": 9}],
+            "ensemble_test_accuracy_without_doubtful": 0.92345,
+            "doubtful_below": 0.015625,
+            "doubtful_test_images": [issue | {"index": 9}],
         }
         if labels
         else None,
@@ -143,8 +143,8 @@ def test_hostile_text_is_escaped(data, tmp_path):
     data = dataclasses.replace(data, class_names=(hostile, "b", "c"), source=hostile)
     audit = audit_of(data)
     for row in (
-        audit["exact_duplicates"][0][0], audit["labels"]["suspects"][0],
-        audit["labels"]["doubted_test_images"][0], audit["splits"]["train"]["by_class"][0],
+        audit["exact_duplicates"][0][0], audit["labels"]["issues"][0],
+        audit["labels"]["doubtful_test_images"][0], audit["splits"]["train"]["by_class"][0],
     ):  # fmt: skip
-        row.update({key: hostile for key in ("label", "name", "taken_for") if key in row})
+        row.update({key: hostile for key in ("label", "name", "predicted") if key in row})
     check_self_contained(read_page(write_audit(tmp_path, audit, data, DISTANCES)))

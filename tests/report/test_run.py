@@ -9,6 +9,7 @@ import fmnist_jax as fm
 from fmnist_jax.recipes import CLAIMS
 from fmnist_jax.report import run
 from fmnist_jax.runs import files
+from fmnist_jax.runs.replay import Replay
 from tests.report.conftest import CLASSES, check_self_contained, read_page, write_run
 
 
@@ -200,9 +201,7 @@ def test_most_confused_pairs():
 
 def test_replayed_batch_is_drawn(tmp_path):
     rng = np.random.default_rng(0)
-    replay = fm.Replay(
-        12, np.arange(9), rng.random((9, 8, 8)), np.arange(9) % 3, rng.random(9), 1.0
-    )
+    replay = Replay(12, np.arange(9), rng.random((9, 8, 8)), np.arange(9) % 3, rng.random(9), 1.0)
     path = run.write_replay(tmp_path, replay, CLASSES)
     assert path == tmp_path / "plots" / "replay-12.png"
     plain = path.read_bytes()

@@ -29,7 +29,7 @@ EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir"
 
 def main() -> None:
     instant, *flags = sys.argv[1:]
-    models.ARCHS = {**models.ARCHS, "small_dropout": Small}  # type: ignore[assignment]
+    models.ARCHS = {**models.ARCHS, "small_dropout": Small}
     name, _, count = instant.partition(":")
     workdir = flags[flags.index("--workdir") + 1]
     sys.argv = [str(RUN), *flags]

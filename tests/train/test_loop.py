@@ -37,16 +37,24 @@ def arrays(tiny):
     return jnp.asarray(tiny.train_images), jnp.asarray(tiny.train_labels)
 
 
-def run(arrays, calls, epochs=2, config=CONFIG, hyperparams=HYPERPARAMS, **streams):
+def run(arrays, calls, epochs=2, config=CONFIG, hyperparams=HYPERPARAMS, **changed):
     """Trains with each epoch cut into calls of these numbers of steps."""
-    streams = fm.create_streams(3)._replace(**streams)
+    streams = fm.create_streams(3)._replace(**changed)
     state, sums = fm.create_train_state(streams.init, config), []
     for epoch in range(epochs):
         order = fm.epoch_order(streams.shuffle, epoch, jnp.arange(len(arrays[1])))
         total = metrics.zeros()
         for num_steps in calls:
             state, total = fm.train_steps(
-                state, *arrays, order, streams, num_steps, hyperparams, total, config=config
+                state,
+                arrays[0],
+                arrays[1],
+                order,
+                streams,
+                num_steps,
+                hyperparams,
+                total,
+                config=config,
             )
         sums.append(total)
     return jax.device_get((state, sums))
@@ -84,7 +92,7 @@ def test_every_example_counts_once_per_epoch(arrays):
 def test_the_last_batch_is_padded_with_the_first_examples(arrays):
     order = jnp.arange(60)[::-1]
     examples, batch = batches.read_batch(
-        *arrays, order, jnp.int32(7), fm.create_streams(0), batch_size=BATCH
+        arrays[0], arrays[1], order, jnp.int32(7), fm.create_streams(0), batch_size=BATCH
     )
     np.testing.assert_array_equal(examples, [*range(11, -1, -1), 59, 58, 57, 56])
     np.testing.assert_array_equal(batch.mask, np.arange(16) < 12)
@@ -116,10 +124,9 @@ def test_train_epoch_resumes_inside_an_epoch(arrays):
     expected, sums = run(arrays, [4])
     streams = fm.create_streams(3)
     state, total = fm.create_train_state(streams.init, CONFIG), None
-    arguments = (*arrays, jnp.arange(60), streams, HYPERPARAMS)
     for stop in (3, 4, 8):  # the first call takes three steps, the second the rest of the epoch
         calls = train_epoch(
-            state, *arguments, total, config=CONFIG,
+            state, arrays[0], arrays[1], jnp.arange(60), streams, HYPERPARAMS, total, config=CONFIG,
             next_num_steps=functools.partial(min, stop - int(state.step)),
         )  # fmt: skip
         state, total = next(calls)
@@ -158,7 +165,9 @@ def test_the_loop_can_be_mapped_over_seeds_and_hyperparameters(transform, arrays
         streams = fm.create_streams(seed)
         state = fm.create_train_state(streams.init, CONFIG)
         order = fm.epoch_order(streams.shuffle, 0, jnp.arange(60))
-        state, total = fm.train_steps(state, *arrays, order, streams, 2, hyperparams, config=CONFIG)
+        state, total = fm.train_steps(
+            state, arrays[0], arrays[1], order, streams, 2, hyperparams, config=CONFIG
+        )
         return state.params, total.loss
 
     arguments = (

@@ -74,6 +74,7 @@ def test_weight_decay_follows_keras(name):
 def test_schedules_follow_optax(name, reference):
     expected = reference(200)
     schedule = fm.create_schedule(name)
+    assert schedule is not None
     for step in (0, 1, 30, 59, 60, 61, 100, 199, 200):
         np.testing.assert_allclose(
             0.5 * schedule(jnp.float32(step / 200)), expected(step), rtol=1e-5, atol=1e-7
@@ -108,7 +109,7 @@ def test_learning_rates_can_be_vmapped():
 
 def test_unknown_names_and_missing_learning_rates_are_refused():
     with pytest.raises(ConfigError, match="unknown optimizer 'lion'; choose one of adam"):
-        fm.create_optimizer("lion")  # type: ignore[arg-type]
+        fm.create_optimizer("lion")
     with pytest.raises(ConfigError, match="unknown schedule 'step'; choose one of constant"):
         fm.create_schedule("step")  # type: ignore[arg-type]
     tx = fm.create_optimizer("adam")

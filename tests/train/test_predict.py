@@ -43,14 +43,15 @@ def test_every_image_counts_once(variables, sample):
 
 def test_one_program_serves_any_number_of_images(variables, sample, monkeypatch):
     monkeypatch.setattr(predict_lib, "_CALL_SIZE", 20)
-    traces = []
+    traces: list[None] = []
 
     class Counted(Small):
         def apply(self, *args, **kwargs):
             traces.append(None)
             return super().apply(*args, **kwargs)
 
-    model, done = Counted(), []
+    model = Counted()
+    done: list[int] = []
     for num_images in (45, 20, 31):
         logits = fm.predict(
             variables, sample.test_images[:num_images], model=model, batch_size=10,

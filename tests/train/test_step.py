@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -62,7 +63,7 @@ def test_gradients_are_those_of_the_mean_loss(microbatch_size, getkey, tiny):
     @jax.jit
     @jax.value_and_grad
     def expected(params):
-        logits = Small().apply({"params": params}, batch.images, train=False)
+        logits: Any = Small().apply({"params": params}, batch.images, train=False)
         return jnp.sum(batch.mask * cross_entropy(logits, batch.labels)) / 9
 
     loss, expected_grads = expected(state.params)
@@ -176,4 +177,4 @@ def test_invalid_batches_and_sizes_are_refused(getkey, tiny):
         fm.train_step(state, batch, getkey(), config=config)
     for name in ("batch_size", "microbatch_size"):
         with pytest.raises(ValueError, match=f"{name} is 0; expected at least 1"):
-            dataclasses.replace(config, **{name: 0})
+            dataclasses.replace(config, **{name: 0})  # type: ignore[arg-type]
