@@ -112,8 +112,8 @@ def create_schedule(name: ScheduleName) -> Schedule | None:
       ConfigError: if the name is unknown.
 
     Example:
-      >>> float(create_schedule("cosine")(jnp.float32(0.5)))
-      0.5
+      >>> print(f"{create_schedule('cosine')(jnp.float32(0.5)):.3f}")
+      0.500
     """
     if name not in _SCHEDULES:
         raise ConfigError(f"unknown schedule {name!r}; choose one of {', '.join(_SCHEDULES)}")

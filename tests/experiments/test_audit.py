@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -10,14 +9,7 @@ import pytest
 import fmnist_jax as fm
 from fmnist_jax.data.dataset import CLASS_NAMES
 from fmnist_jax.studies.cross_validation import train_epochs
-from tests.conftest import ROOT, load_module
 from tests.small import Linear
-
-
-@pytest.fixture(scope="module")
-def audit_py():
-    sys.modules.pop("audit", None)
-    return load_module(ROOT / "experiments" / "audit.py")
 
 
 def test_audit_end_to_end(audit_py, tiny, tmp_path, monkeypatch, capsys):

@@ -1,17 +1,18 @@
-"""The benchmark: what it concludes from its rounds, and a small one of its own."""
+"""bench.py, on one small network."""
 
 import contextlib
 import itertools
 import json
 
 import pytest
+import summary
 
 from tests.conftest import ROOT, load_module
 
 
 @pytest.fixture(scope="module")
 def bench():
-    return load_module(ROOT / "experiments" / "bench.py")
+    return load_module(ROOT / "experiments" / "bench" / "bench.py")
 
 
 def record(speeds, *, losses=None, problem=None):
@@ -23,7 +24,7 @@ def record(speeds, *, losses=None, problem=None):
     return {"rounds": rounds, "first_loss": 2.3, "problem": problem}
 
 
-def test_the_best_peer_is_the_fastest_that_is_right(bench):
+def test_best_peer_is_the_fastest_without_a_problem():
     result = {
         "case": {"batch_size": 128},
         "competitors": {
@@ -33,24 +34,23 @@ def test_the_best_peer_is_the_fastest_that_is_right(bench):
             "wrong": record([900.0, 900.0, 900.0], problem="disqualified: the loss is not finite"),
         },
     }
-    assert bench._best_peer(result) == "fast"
-    # Round by round, not of the medians.
-    assert bench._ratios(result, "fast") == pytest.approx([2, 3, 2])
+    assert summary.best_peer(result) == "fast"
+    assert summary.ratios(result, "fast") == pytest.approx([2, 3, 2])
 
 
 @pytest.mark.parametrize(
     ("losses", "problem"),
     [([2.2, 2.1], None), ([2.2, None], "not finite"), ([2.2, 2.4], "not lower")],
 )
-def test_a_wrong_answer_disqualifies(bench, losses, problem):
-    found = bench._wrong_answer(record([100.0, 100.0], losses=losses))
+def test_wrong_losses_are_found(bench, losses, problem):
+    found = bench.wrong_losses(record([100.0, 100.0], losses=losses))
     assert (found is None) if problem is None else (problem in found)
 
 
-def test_a_small_benchmark(bench, sample, tmp_path, monkeypatch, capsys):
+def test_small_benchmark(bench, sample, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench.fm, "load_fashion_mnist", lambda: sample)
     arguments = ["--arch", "valid_2x2", "--batch-size", "8", "--rounds", "2", "--seconds", "0.2"]
-    arguments += ["--competitor", "fmnist_jax", "linen", "--output", str(tmp_path), "--start"]
+    arguments += ["--competitor", "fmnist_jax", "linen", "--workdir", str(tmp_path), "--start"]
     numbers = itertools.count()
 
     def make_folder():
@@ -64,18 +64,18 @@ def test_a_small_benchmark(bench, sample, tmp_path, monkeypatch, capsys):
     ours, linen = (result["competitors"][name] for name in ("fmnist_jax", "linen"))
     assert len(ours["rounds"]) == len(linen["rounds"]) == 2
     assert len(ours["first_step_seconds"]) == len(linen["first_step_seconds"]) == 2
-    # The first is for the images.
+    # The first folder has the images.
     for number in (1, 2):
         assert list((tmp_path / f"folder-{number}").glob("jit_*-cache"))
     assert ours["difference"]["loss"] < 1e-5
-    # Forward 0.37, 2.36 and 0.59 MFLOP for the layers, twice that backward but for the images'
-    # gradient, and what is no product on top.
+    # The layers take 0.37, 2.36 and 0.59 MFLOP forward, and twice that backward, less the gradient
+    # of the images. Other operations come on top.
     assert 9.6e6 < result["flops_per_step"] / 8 < 13e6
     assert (tmp_path / "bench.png").stat().st_size > 5000
     assert "times the best peer, linen" in capsys.readouterr().out
 
 
-def test_bad_usage_is_one_message(bench, capsys):
+def test_invalid_flag_prints_one_message(bench, capsys):
     with pytest.raises(SystemExit) as stop:
         bench.main(["--rounds", "0"])
     assert stop.value.code == 2

@@ -18,7 +18,7 @@ def test_any_difference_is_reported(found, capsys):
 
 def test_failed_run_raises():
     recipe = fm.RECIPES["valid_2x2"]
-    with pytest.raises(fm.errors.VerificationError, match=r"status 2 before .*unrecognized"):
+    with pytest.raises(fm.errors.VerificationError, match=r"(?s)status 2 before .*unrecognized"):
         resume.verify(recipe, Console(quiet=True), ["--unknown"])
 
 

@@ -1,4 +1,4 @@
-"""Compiled programs that outlive the process."""
+"""The persistent compilation cache."""
 
 import json
 import os
@@ -41,24 +41,29 @@ def run_program(directory: Path) -> dict:
     return json.loads(done.stdout)
 
 
-def test_a_later_process_takes_what_an_earlier_one_compiled(tmp_path):
+@pytest.fixture(autouse=True)
+def _no_cache_directory(monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+
+
+def test_programs_are_cached_across_processes(tmp_path):
     first = run_program(tmp_path)
-    kept = sorted(Path(first["folder"]).glob("*-cache"))
+    entries = sorted(Path(first["folder"]).glob("*-cache"))
     assert first["hits"] == 0
-    assert kept
+    assert entries
     second = run_program(tmp_path)
-    assert second["hits"] == len(kept)
-    assert sorted(Path(second["folder"]).glob("*-cache")) == kept
+    assert second["hits"] == len(entries)
+    assert sorted(Path(second["folder"]).glob("*-cache")) == entries
     assert second["result"] == first["result"]
 
-    # What is damaged is compiled anew, and kept anew.
-    for number, path in enumerate(kept):
+    # Damaged entries are recompiled and replaced.
+    for number, path in enumerate(entries):
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2] if number % 2 else b"")
     third = run_program(tmp_path)
     assert third["hits"] == 0
     assert third["result"] == first["result"]
-    assert run_program(tmp_path)["hits"] == len(kept)
+    assert run_program(tmp_path)["hits"] == len(entries)
 
 
 @pytest.fixture
@@ -72,7 +77,7 @@ def folder(tmp_path):
     return call
 
 
-def test_versions_processors_and_flags_have_folders_of_their_own(folder, monkeypatch):
+def test_folder_depends_on_versions_processor_and_flags(folder, monkeypatch):
     folders = {folder(), folder()}
     assert len(folders) == 1
     monkeypatch.setattr(metadata, "version", lambda name: f"{name} 0.99")
@@ -92,14 +97,14 @@ def test_versions_processors_and_flags_have_folders_of_their_own(folder, monkeyp
     assert len(folders) == (4 if Path("/proc/cpuinfo").exists() else 3)
 
 
-def test_a_folder_that_jax_has_already_stays(tmp_path):
+def test_existing_cache_directory_is_unchanged(tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
     assert enable_compilation_cache(tmp_path / "other") == tmp_path / "mine"
 
 
-@pytest.mark.parametrize(("flags", "kept"), [([], True), (["--no-cache"], False)])
-def test_the_command_line_keeps_what_it_compiles(flags, kept, tmp_path):
+@pytest.mark.parametrize(("flags", "cached"), [([], True), (["--no-cache"], False)])
+def test_no_cache_flag_disables_the_cache(flags, cached, tmp_path):
     command = [sys.executable, ROOT / "experiments" / "run.py", "--sample", "--dry-run", *flags]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     subprocess.run(command, env=environment, capture_output=True, timeout=300, check=True)
-    assert bool(list(tmp_path.glob("fmnist_jax/compiled-*/*-cache"))) == kept
+    assert bool(list(tmp_path.glob("fmnist_jax/compiled-*/*-cache"))) == cached
