@@ -12,9 +12,9 @@ README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:.*rank promotion.*")
-def test_python_runs(tmp_path, monkeypatch, capsys, sample):
+def test_python_runs(tmp_path, monkeypatch, capsys, tiny):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fm, "load_fashion_mnist", lambda: sample)
+    monkeypatch.setattr(fm, "load_fashion_mnist", lambda: tiny)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(blocks) == 1
     exec(compile(blocks[0], "README.md", "exec"), {})

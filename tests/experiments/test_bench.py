@@ -47,6 +47,7 @@ def test_wrong_losses_are_found(bench, losses, problem):
     assert (found is None) if problem is None else (problem in found)
 
 
+@pytest.mark.slow
 def test_small_benchmark(bench, sample, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench.fm, "load_fashion_mnist", lambda: sample)
     arguments = ["--arch", "valid_2x2", "--batch-size", "8", "--rounds", "2", "--seconds", "0.2"]

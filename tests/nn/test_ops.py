@@ -53,48 +53,48 @@ SHAPES = [
     [(ops.conv2d, plain_conv), (ops.conv2d_max_pool, plain_conv_pool)],
     ids=["conv2d", "conv2d_max_pool"],
 )
-class TestConvolution:
-    def test_value_and_gradients_are_those_of_lax(
-        self, fast, plain, images_shape, kernel_shape, padding, getkey
-    ):
-        images, kernel = draw(getkey(), *images_shape), draw(getkey(), *kernel_shape)
+def test_convolution_and_its_gradients_are_those_of_lax(
+    fast, plain, images_shape, kernel_shape, padding, getkey
+):
+    images, kernel = draw(getkey(), *images_shape), draw(getkey(), *kernel_shape)
 
-        shape = jax.eval_shape(lambda: plain(images, kernel, padding)).shape
-        cotangent = draw(getkey(), *shape)
+    shape = jax.eval_shape(lambda: plain(images, kernel, padding)).shape
+    cotangent = draw(getkey(), *shape)
 
-        def value_and_gradients(conv):
-            result, vjp = jax.vjp(lambda x, w: conv(x, w, padding), images, kernel)
-            return conv(images, kernel, padding), result, vjp(cotangent)
+    def value_and_gradients(conv):
+        result, vjp = jax.vjp(lambda x, w: conv(x, w, padding), images, kernel)
+        return conv(images, kernel, padding), result, vjp(cotangent)
 
-        result, expected = (
-            jax.jit(value_and_gradients, static_argnums=0)(f) for f in (fast, plain)
+    result, expected = (jax.jit(value_and_gradients, static_argnums=0)(f) for f in (fast, plain))
+    chex.assert_trees_all_equal_shapes(result, expected)
+    # Tiles of 4x4 round to 2e-6 of the largest value.
+    large = min(images_shape[1:3]) >= 22
+    atol = 2e-6 * float(jnp.max(jnp.abs(expected[0]))) if large else 1e-5
+    chex.assert_trees_all_close(result[:2], expected[:2], rtol=1e-5, atol=atol)
+    chex.assert_trees_all_close(result[2], expected[2], rtol=1e-5, atol=1e-4)
+
+
+# One channel, tiles of 2x2 with either kernel, no tiles, tiles of 4x4.
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize(
+    ("images_shape", "kernel_shape"), [SHAPES[index] for index in (0, 1, 2, 6, 11)]
+)
+@pytest.mark.parametrize("conv", [ops.conv2d, ops.conv2d_max_pool])
+def test_gradients_are_finite_differences_in_float64(conv, images_shape, kernel_shape, padding):
+    with jax.enable_x64(True):
+        generator = np.random.default_rng(0)
+        images, kernel = (
+            jnp.asarray(generator.standard_normal(shape)) for shape in (images_shape, kernel_shape)
         )
-        chex.assert_trees_all_equal_shapes(result, expected)
-        # Tiles of 4x4 round to 2e-6 of the largest value.
-        large = min(images_shape[1:3]) >= 22
-        atol = 2e-6 * float(jnp.max(jnp.abs(expected[0]))) if large else 1e-5
-        chex.assert_trees_all_close(result[:2], expected[:2], rtol=1e-5, atol=atol)
-        chex.assert_trees_all_close(result[2], expected[2], rtol=1e-5, atol=1e-4)
-
-    def test_gradients_are_finite_differences_in_float64(
-        self, fast, plain, images_shape, kernel_shape, padding
-    ):
-        del plain
-        with jax.enable_x64(True):
-            generator = np.random.default_rng(0)
-            images, kernel = (
-                jnp.asarray(generator.standard_normal(shape))
-                for shape in (images_shape, kernel_shape)
-            )
-            function = jax.jit(lambda x, w: jnp.sum(jnp.sin(fast(x, w, padding))))
-            gradients = jax.jit(jax.grad(function, argnums=(0, 1)))(images, kernel)
-            directions = [generator.standard_normal(x.shape) for x in (images, kernel)]
-            ahead, behind = (
-                function(images + step * directions[0], kernel + step * directions[1])
-                for step in (1e-6, -1e-6)
-            )
-            slope = sum(jnp.vdot(g, d) for g, d in zip(gradients, directions, strict=True))
-            np.testing.assert_allclose(slope, (ahead - behind) / 2e-6, rtol=1e-6, atol=1e-6)
+        function = jax.jit(lambda x, w: jnp.sum(jnp.sin(conv(x, w, padding))))
+        gradients = jax.jit(jax.grad(function, argnums=(0, 1)))(images, kernel)
+        directions = [generator.standard_normal(x.shape) for x in (images, kernel)]
+        ahead, behind = (
+            function(images + step * directions[0], kernel + step * directions[1])
+            for step in (1e-6, -1e-6)
+        )
+        slope = sum(jnp.vdot(g, d) for g, d in zip(gradients, directions, strict=True))
+        np.testing.assert_allclose(slope, (ahead - behind) / 2e-6, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("side", "limit"), [(12, 1e-6), (26, 3e-6)], ids=["2x2", "4x4"])

@@ -1,4 +1,4 @@
-"""The command, killed at any instant and started again, is bitwise identical."""
+"""A run that is killed at any instant and resumed ends bitwise identical."""
 
 import os
 import random
@@ -20,7 +20,7 @@ from fmnist_jax.runs import files
 
 CHILD = Path(__file__).parent / "crash_child.py"
 
-# Two epochs of four updates, a checkpoint every three, dropout and augmentation on.
+# Two epochs of four steps, a checkpoint every three, dropout and augmentation on.
 FLAGS = [
     "--arch", "small_dropout", "--sample", "--epochs", "2", "--batch-size", "8",
     "--train-examples", "32", "--val-fraction", "0.02", "--augmentation", "geometric",
@@ -134,7 +134,9 @@ def test_five_hundred_kills(seed, harness):
     print(harness.kill_often(100, seed=seed), "and not a bit differs")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_stops(number, harness, tmp_path):
     process = harness.start(tmp_path / "run", "never", "--epochs", "1000")
     checkpoints = tmp_path / "run" / files.CHECKPOINTS
@@ -150,6 +152,7 @@ def test_a_signal_saves_and_stops(number, harness, tmp_path):
     assert f"Stopped after step {step:,} of 4,000; the state is saved" in errors
 
 
+@pytest.mark.slow
 def test_a_signal_during_an_evaluation_stops_after_it(harness, tmp_path):
     process = harness.start(tmp_path / "run", "hang-evaluate:1")
     assert any(line == "hanging\n" for line in process.stdout)
@@ -160,6 +163,7 @@ def test_a_signal_during_an_evaluation_stops_after_it(harness, tmp_path):
     harness.check(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_second_signal_stops_at_once(harness, tmp_path):
     process = harness.start(tmp_path / "run", "hang-train_steps:3")
     assert any(line == "hanging\n" for line in process.stdout)
@@ -172,6 +176,7 @@ def test_a_second_signal_stops_at_once(harness, tmp_path):
     harness.check(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_signal_that_is_ignored_stays_ignored(harness, tmp_path):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     process = harness.start(tmp_path / "run", "never")  # as a job in the background

@@ -149,7 +149,10 @@ def test_bfloat16_is_for_the_network_alone(name, getkey, sample, monkeypatch):
 
     def step(dtype):
         changed = dataclasses.replace(config, dtype=dtype)
-        return jax.jit(lambda: fm.train_step(state, batch, key, config=changed))()
+        # A function of its own, because the compared step has the same arguments.
+        return jax.jit(lambda *arguments: fm.train_step(*arguments, config=changed))(
+            state, batch, key
+        )
 
     exact, exact_metrics = step(jnp.float32)
     half, half_metrics = step(jnp.bfloat16)

@@ -1,7 +1,6 @@
 """The persistent compilation cache."""
 
 import json
-import os
 import subprocess
 import sys
 from importlib import metadata
@@ -11,7 +10,6 @@ import jax
 import pytest
 
 from fmnist_jax.xla.cache import enable_compilation_cache
-from tests.conftest import ROOT
 
 PROGRAM = """
 import collections, json, sys, warnings
@@ -103,8 +101,13 @@ def test_existing_cache_directory_is_unchanged(tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "cached"), [([], True), (["--no-cache"], False)])
-def test_no_cache_flag_disables_the_cache(flags, cached, tmp_path):
-    command = [sys.executable, ROOT / "experiments" / "run.py", "--sample", "--dry-run", *flags]
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    subprocess.run(command, env=environment, capture_output=True, timeout=300, check=True)
-    assert bool(list(tmp_path.glob("fmnist_jax/compiled-*/*-cache"))) == cached
+def test_no_cache_flag_disables_the_cache(flags, cached, run_py, tmp_path, monkeypatch):
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    try:
+        assert run_py.main(["--list", *flags]) == 0
+        assert jax.config.jax_enable_compilation_cache == cached  # type: ignore[attr-defined]
+        assert bool(jax.config.jax_compilation_cache_dir) == cached  # type: ignore[attr-defined]
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
