@@ -17,7 +17,7 @@ from jax import lax
 
 from fmnist_jax.nn import cpu
 from fmnist_jax.nn.cpu import Pads
-from fmnist_jax.xla.noinline import fence
+from fmnist_jax.xla.noinline import fence, fenced_transpose
 
 Padding = Literal["SAME", "VALID"]
 
@@ -142,7 +142,8 @@ def _matmul_backward(residuals, cotangent):
     inputs, kernel = residuals
     # XLA:CPU multiplies few rows with a transposed matrix slowly: 60 against 150 GFLOP/s for
     # [32, 256] and [1568, 256], including the transposition.
-    return cotangent @ _fence(kernel.T), inputs.T @ cotangent
+    transposed = _by_platform(fenced_transpose, jnp.transpose, kernel)
+    return cotangent @ transposed, inputs.T @ cotangent
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)

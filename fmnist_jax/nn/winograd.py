@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fmnist_jax.xla.noinline import fence
+from fmnist_jax.xla.noinline import fence, fenced_transpose
 
 # The polynomials of data and kernel are multiplied by their values at these points and at infinity.
 # The points of a tile and a kernel of these sides decide about rounding: on standard normal values
@@ -139,7 +139,9 @@ def tile_gradients(
     # GFLOP/s for two of [2304, 64], the transposition counted in.
     sums = jnp.stack(
         [
-            jnp.stack([fence(_matrix(d).T) @ _matrix(c) for d, c in zip(*rows, strict=True)])
+            jnp.stack(
+                [fenced_transpose(_matrix(d)) @ _matrix(c) for d, c in zip(*rows, strict=True)]
+            )
             for rows in zip(data, outer, strict=True)
         ]
     )
