@@ -46,4 +46,4 @@ class CheckpointWarning(UserWarning):
 
 
 class EnvironmentWarning(UserWarning):
-    """A run was resumed in an environment that may change its results."""
+    """The environment changed since a run began, or its compiler lacks an option."""

@@ -14,7 +14,7 @@ from types import ModuleType
 # Before anything imports Keras: the reference runs on JAX, so no TensorFlow is needed.
 os.environ["KERAS_BACKEND"] = "jax"
 # Most of the time goes into compilation, a third of it into LLVM's optimizations, which change
-# neither XLA's program nor what is tested. The slow tests of the gate run with an empty value.
+# neither XLA's program nor what is tested. The gate runs the slow tests with an empty value.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax

@@ -1,11 +1,15 @@
 """`platform_jit`: `jax.jit` with the compiler options of the default backend."""
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import jaxlib
+
+from fmnist_jax.errors import EnvironmentWarning
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -22,6 +26,35 @@ COMPILER_OPTIONS: dict[str, dict[str, str | bool | int]] = {
 _QUICK_OPTIONS: dict[str, dict[str, str | bool | int]] = {
     "cpu": {"xla_backend_optimization_level": 1}
 }
+
+
+@functools.cache
+def supported_options(backend: str) -> dict[str, str | bool | int]:
+    """Returns those of `COMPILER_OPTIONS` that the compiler of this backend knows.
+
+    Options are experimental: a version of XLA may drop one. Each is tried once on an empty program.
+
+    Args:
+      backend: as `jax.default_backend()` returns it.
+
+    Warns:
+      EnvironmentWarning: if an option is unknown. It is left out.
+    """
+    supported = {}
+    for name, value in COMPILER_OPTIONS.get(backend, {}).items():
+        try:
+            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "No such compile option" not in str(error):
+                raise
+            message = (
+                f"XLA of jaxlib {jaxlib.__version__} has no compiler option {name}; it is left "
+                "out, and programs may be slower"
+            )
+            warnings.warn(message, EnvironmentWarning, stacklevel=2)
+        else:
+            supported[name] = value
+    return supported
 
 
 def platform_jit(
@@ -78,7 +111,7 @@ class PlatformJit(Generic[P, R]):
     def _outer(self) -> Any:
         # Created by the first call, because asking for the default backend initializes it.
         backend = jax.default_backend()
-        options = COMPILER_OPTIONS.get(backend, {})
+        options = supported_options(backend)
         if self._quick:
             options = options | _QUICK_OPTIONS.get(backend, {})
         return jax.jit(

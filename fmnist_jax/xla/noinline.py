@@ -1,16 +1,39 @@
 """`fence` and `noinline`: calls that XLA:CPU does not inline, so it does not fuse across them."""
 
+import contextlib
+import functools
+import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import jax
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.experimental.xla_metadata import set_xla_metadata
+
+from fmnist_jax.errors import EnvironmentWarning
+
+try:
+    from jax.experimental.xla_metadata import set_xla_metadata
+except ImportError:
+    set_xla_metadata = None  # type: ignore[assignment]
 
 T = TypeVar("T")
 
 _barrier = jax.jit(lax.optimization_barrier)
+
+
+@functools.cache
+def _not_inlined() -> Callable[[], AbstractContextManager[Any]]:
+    """Returns a function whose contexts mark the calls that are traced in them."""
+    if set_xla_metadata is None:
+        message = (
+            f"jax {jax.__version__} has no set_xla_metadata; programs may be slower on a CPU, and "
+            "rounding may differ between them"
+        )
+        warnings.warn(message, EnvironmentWarning, stacklevel=2)
+        return contextlib.nullcontext
+    return functools.partial(set_xla_metadata, inlineable="false")
 
 
 def fence(arrays: T) -> T:
@@ -31,7 +54,7 @@ def fence(arrays: T) -> T:
       >>> fence(jnp.arange(3))
       Array([0, 1, 2], dtype=int32)
     """
-    with set_xla_metadata(inlineable="false"):
+    with _not_inlined()():
         return jax.tree.map(_barrier, arrays)
 
 
@@ -74,5 +97,5 @@ def noinline(function: Callable[..., T], *arrays: Any) -> T:
       >>> noinline(jnp.add, 1.0, 2.0)
       Array(3., dtype=float32, weak_type=True)
     """
-    with set_xla_metadata(inlineable="false"):
+    with _not_inlined()():
         return jax.jit(function)(*arrays)

@@ -260,15 +260,27 @@ def test_the_compiled_loop_has_only_fast_operations(name, sample, tmp_path):
     assert cost["bytes accessed"] / batch_size <= accessed * 1e6
 
 
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("name", fm.RECIPES)
+def test_the_loop_lowers_for_accelerators_without_a_custom_call(name, platform, sample, tmp_path):
+    plan = create_plan(fm.Run(recipe=fm.RECIPES[name], workdir=tmp_path), sample)
+    lowered = trace_loop(plan).lower(lowering_platforms=(platform,))
+    assert "custom_call" not in lowered.as_text()
+
+
 def compile_loop(plan, **changes):
+    return trace_loop(plan, **changes).lower().compile()
+
+
+def trace_loop(plan, **changes):
     shapes = jax.tree.map(
         lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype),
         (plan.dataset.train_images, plan.dataset.train_labels, plan.train_examples),
     )
-    return train_steps.lower(
+    return train_steps.trace(
         plan.abstract_state, *shapes, plan.streams, jnp.int32(1), plan.hyperparams,
         metrics.zeros(), config=dataclasses.replace(plan.config, **changes),
-    ).compile()  # fmt: skip
+    )  # fmt: skip
 
 
 def test_model_optimizer_and_loss_can_be_your_own(arrays):
