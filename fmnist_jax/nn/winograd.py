@@ -71,7 +71,7 @@ def matrices(tile: int, kernel: int) -> Matrices:
 
 
 def tile_outputs(images: jax.Array, kernel: jax.Array, tiles: tuple[int, int], tile: int) -> Grid:
-    """Cross-correlates, without padding, and returns each position of the tiles by itself.
+    """Cross-correlates, without padding; returns one array for each position in a tile.
 
     Args:
       images: float[batch, height, width, channels]; read as zero beyond its last row and column.
@@ -183,7 +183,7 @@ def _reads_content(images: jax.Array, kernel: int, tile: int, tiles: Sequence[in
 
 
 def _stored(arrays: Any, tile: int) -> Any:
-    """Stores what much is made of; with tiles of 2x2 it is computed anew as fast."""
+    """Fences arrays with many consumers; for tiles of 2x2 recomputing them is as fast."""
     return fence(arrays) if tile > 2 else arrays
 
 

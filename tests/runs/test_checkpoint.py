@@ -406,3 +406,14 @@ def test_the_manifest_lists_arrays_and_files(tmp_path):
         if path.is_file()
     }
     assert set(content["files"]) == there - {"manifest.json"}
+
+
+def test_a_full_disk_is_found_before_anything_is_written(tmp_path, monkeypatch):
+    checkpoints = save(tmp_path, 1)
+    usage = shutil.disk_usage(tmp_path)
+    # The kernel alone has 2,400 bytes.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2000))
+    monkeypatch.setattr(checkpoint_lib, "_write_arrays", None)
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoints.save(2, trees(2)[2], {"step": 2}, score=0.5)
+    assert names(tmp_path) == {"1"}
