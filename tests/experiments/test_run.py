@@ -151,7 +151,7 @@ def test_interrupt_before_training_ends_the_process(tmp_path):
 
 
 def test_interrupt_saves_and_the_same_command_resumes(run_py, tmp_path, capsys):
-    flags = [*SMALL, "--arch", "valid_2x2", "--epochs", "60", "--workdir", str(tmp_path)]
+    flags = [*SMALL, "--arch", "valid_2x2", "--epochs", "30", "--workdir", str(tmp_path)]
     process = subprocess.Popen(
         [*RUN, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -165,4 +165,4 @@ def test_interrupt_saves_and_the_same_command_resumes(run_py, tmp_path, capsys):
 
     assert run_py.main(flags) == 0
     assert "Resuming after step" in capsys.readouterr().out
-    assert json.loads((tmp_path / "report.json").read_text())["steps"] == 120
+    assert json.loads((tmp_path / "report.json").read_text())["steps"] == 60

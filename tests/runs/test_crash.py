@@ -117,7 +117,9 @@ def harness(tmp_path_factory, cache_home):
     return Harness(tmp_path_factory.mktemp("crash"), cache_home)
 
 
-@pytest.mark.parametrize("instant", ["rename:2", "train_steps:4"])
+@pytest.mark.parametrize(
+    "instant", ["rename:2", pytest.param("train_steps:4", marks=pytest.mark.slow)]
+)
 def test_a_killed_run_resumes_bitwise_identically(instant, harness, tmp_path):
     assert harness.kill(tmp_path / "run", instant)
     harness.check(tmp_path / "run")
@@ -208,6 +210,7 @@ def test_a_run_without_undamaged_checkpoint_does_not_start_over(gone, harness, t
     assert {name.replace("damaged-", "") for name in after} == before
 
 
+@pytest.mark.slow
 def test_the_comparison_detects_another_run(harness, tmp_path):
     process = harness.start(tmp_path / "run", "never", "--seed", "1")
     process.communicate(timeout=TIMEOUT)
@@ -229,6 +232,7 @@ def test_a_signal_during_compilation_stops_at_once(harness, tmp_path):
     assert not (tmp_path / "run" / files.CHECKPOINTS).exists()
 
 
+@pytest.mark.slow
 def test_training_continues_on_a_full_disk(harness, tmp_path):
     workdir = tmp_path / "run"
     harness.kill(workdir, "evaluate:1")
