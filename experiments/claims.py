@@ -47,7 +47,7 @@ def create_parser() -> argparse.ArgumentParser:
         "--arch",
         nargs="+",
         metavar="NAME",
-        help="default: all; on a CPU without deep_augmented, which would take days",
+        help="default: those of the projects; on a CPU without deep_augmented, which takes days",
     )
     parser.add_argument(
         "--seeds", type=int, metavar="N", default=5, help="runs of each recipe (%(default)s)"
@@ -65,7 +65,7 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
-    archs = arguments.arch or list(fm.RECIPES)
+    archs = arguments.arch or list(CLAIMS)
     if arguments.arch is None and jax.default_backend() == "cpu":
         archs.remove("deep_augmented")
     runs = [cli.create_run(arguments, arch, arguments.workdir) for arch in archs]
@@ -73,8 +73,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     for run in runs:
         create_plan(run, dataset)  # refuses settings that do not fit before any training
     rows = []
-    for run in runs:
-        console.print(f"[bold]{run.recipe.arch}[/bold]")
+    for name, run in zip(archs, runs, strict=True):
+        console.print(f"[bold]{name}[/bold]")
         workdir = cli.name_workdir(arguments.workdir, run, dataset, seeds=True)
         summary = fm.fit_seeds(
             dataclasses.replace(run, workdir=workdir),
@@ -82,7 +82,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
             arguments.seeds,
             progress=fm.ConsoleProgress(console),
         ).report
-        rows.append(_row(summary))
+        rows.append(_row(name, summary))
         # After each recipe, so that an interrupted command leaves a table.
         files.write_json(arguments.workdir / "claims.json", rows)
         files.write_bytes(arguments.workdir / "claims.md", _markdown(rows).encode())
@@ -116,11 +116,11 @@ def verdict(claim: Claim, low: float, high: float) -> str:
     return "claim below" if accuracy < low else "claim above"
 
 
-def _row(summary: dict[str, Any]) -> dict[str, Any]:
-    accuracy, claim = summary["test_accuracy"], CLAIMS[summary["arch"]]
+def _row(name: str, summary: dict[str, Any]) -> dict[str, Any]:
+    accuracy, claim = summary["test_accuracy"], CLAIMS.get(name, Claim(source=""))
     low, high = stats.prediction_interval(accuracy["values"])
     return {
-        "network": summary["arch"],
+        "network": name,
         "recipe": summary["recipe"],
         "classes": summary["data"]["classes"],
         "claim": claim.text,

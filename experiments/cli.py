@@ -76,7 +76,7 @@ def create_run(
 
     Args:
       arguments: with the flags of `add_training_flags`.
-      arch: key of `fmnist_jax.RECIPES`.
+      arch: name of a recipe, a key of `fmnist_jax.RECIPES`.
       workdir: folder of the run.
       base: settings of the run that no flag gives; the recipe is not taken from it.
 

@@ -114,7 +114,8 @@ def _train(plan: Plan, console: Console) -> None:
     for name in ("val_accuracy", "train_accuracy", "tta_accuracy"):
         if report[name] is not None:
             facts[name.replace("_", " ")] = f"{report[name]:.2%}"
-    facts["claim of the Keras project"] = CLAIMS[report["arch"]].text
+    if report["arch"] in CLAIMS:
+        facts["claim of the Keras project"] = CLAIMS[report["arch"]].text
     facts["time"] = (
         f"{report['train_seconds']:,.0f} s of training at {report['images_per_second']:,.0f} "
         f"images/s, {report['compile_seconds']:.1f} s of compilation"
@@ -170,15 +171,16 @@ def _print_recipes(console: Console) -> None:
     for heading in ("--arch", "recipe", "Keras project", "claim"):
         table.add_column(heading, overflow="fold")
     for name, recipe in fm.RECIPES.items():
-        claim = CLAIMS[name]
-        table.add_row(name, ", ".join(_settings(recipe)), claim.source, claim.text)
+        claim = CLAIMS.get(name)
+        project = (claim.source, claim.text) if claim else ("", "")
+        table.add_row(name, ", ".join(_settings(recipe)), *project)
     console.print(table)
 
 
 def _print_plan(plan: Plan, console: Console) -> None:
     run, dataset = plan.run, plan.dataset
     facts = {
-        "network": f"[bold]{run.recipe.arch}[/bold], after {CLAIMS[run.recipe.arch].source}",
+        "network": f"[bold]{run.recipe.arch}[/bold]",
         "data": f"{dataset.source}: {len(plan.train_examples):,} training, "
         f"{len(plan.val_examples):,} validation, {len(dataset.test_labels):,} test images; "
         f"{len(dataset.class_names)} classes",

@@ -14,10 +14,10 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 
 from fmnist_jax.errors import ConfigError
 
-OptimizerName = Literal["adam", "rmsprop", "sgd"]
-ScheduleName = Literal["constant", "cosine", "one_cycle"]
+OptimizerName = Literal["adam", "rmsprop", "sgd", "muon"]
+ScheduleName = Literal["constant", "cosine", "one_cycle", "linear"]
 DtypeName = Literal["float32", "bfloat16"]
-AugmentationName = Literal["none", "keras", "geometric"]
+AugmentationName = Literal["none", "keras", "geometric", "shift", "shift_erase"]
 StreamName = Literal["init", "split", "shuffle", "augment", "dropout"]
 
 _ABSENT = "absent"
@@ -38,13 +38,17 @@ class Recipe:
       arch: name of the network, a key of `fmnist_jax.ARCHS`.
       epochs: passes over the training split, at least 1.
       batch_size: examples per step, at least 1.
-      optimizer: "adam", "rmsprop" or "sgd" (momentum 0.9), in Keras' formulas.
+      microbatch_size: examples that go through the network at once; with batch normalization, which
+        sees each microbatch alone, it changes the training. None leaves it to the device.
+      optimizer: "adam", "rmsprop" or "sgd" (momentum 0.9), in Keras' formulas, or "muon".
       learning_rate: peak of the schedule, above 0.
-      schedule: "constant", "cosine" or "one_cycle", over the whole run.
+      schedule: "constant", "cosine", "one_cycle" or "linear" (to zero), over the whole run.
       weight_decay: decoupled, on kernels only, at least 0; None is none.
       dropout: one rate in [0, 1) for all dropout layers; None leaves each layer its own.
       label_smoothing: fraction of the target spread over all classes, in [0, 1); None is none.
-      augmentation: "none", "keras" (as in `ImageDataGenerator`) or "geometric".
+      augmentation: "none", "keras" (as in `ImageDataGenerator`), "geometric", "shift" (by at most
+        one pixel, and mirrored in every second epoch), or "shift_erase" (a random rectangle as
+        well).
       augmentation_strength: scales every range of the augmentation, at least 0; None is 1.
       dtype: "float32", or "bfloat16" for accelerators; the network computes in it during training.
         Parameters and evaluation are float32.
@@ -65,7 +69,8 @@ class Recipe:
     arch: str
     epochs: int = _flag("passes over the training images")
     batch_size: int = _flag("examples per step", 128)
-    optimizer: OptimizerName = _flag("optimizer, in Keras' formulas", "adam")
+    microbatch_size: int | None = _flag("examples that go through the network at once", None)
+    optimizer: OptimizerName = _flag("optimizer", "adam")
     learning_rate: float = _flag("peak of the schedule", 1e-3)
     schedule: ScheduleName = _flag("learning rate schedule over the whole run", "constant")
     weight_decay: float | None = _flag("decoupled weight decay of the kernels", None)
@@ -80,8 +85,15 @@ class Recipe:
     def __post_init__(self) -> None:
         _check_count("epochs", self.epochs)
         _check_count("batch_size", self.batch_size)
-        if self.image_size is not None:
-            _check_count("image_size", self.image_size)
+        for name in ("microbatch_size", "image_size"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
+        size = self.microbatch_size
+        if size is not None and size < self.batch_size and self.batch_size % size:
+            raise ConfigError(
+                f"microbatch_size is {size}, but batch_size is {self.batch_size}; expected a "
+                "divisor of it"
+            )
         _check_choice("optimizer", self.optimizer, OptimizerName)
         _check_choice("schedule", self.schedule, ScheduleName)
         _check_choice("dtype", self.dtype, DtypeName)

@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 
-from fmnist_jax.nn.models import Conv, Dense, Dropout, flatten
+from fmnist_jax.nn.layers import Conv, Dense, Dropout, flatten
 
 
 class Small(nn.Module):

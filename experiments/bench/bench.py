@@ -35,7 +35,7 @@ import numpy as np
 from competitors import COMPETITORS, OURS, Child, ChildError
 from rich.console import Console
 from summary import STYLE, draw_growth, draw_results, print_growth, print_result
-from worker import AUGMENTED, Case
+from worker import AUGMENTED, NETWORKS, Case
 
 import fmnist_jax as fm
 from fmnist_jax.errors import DataError
@@ -215,7 +215,7 @@ def create_parser() -> argparse.ArgumentParser:
         usage="%(prog)s [options]",
         description="Measures the training speed beside other frameworks.",
     )
-    parser.add_argument("--arch", nargs="+", choices=list(fm.RECIPES), default=list(fm.RECIPES))
+    parser.add_argument("--arch", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument(
         "--batch-size",
         nargs="+",

@@ -3,7 +3,6 @@
 Only the augmentation is that of fmnist_jax.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 import optax
 from worker import AUGMENTED, NETWORKS, OPTIMIZERS, Case, Conv, Dense, Dropout, Layers, Trained
 
-from fmnist_jax import AUGMENTATIONS
+from fmnist_jax.data.augment import RandomAffine
 
 INITIALIZERS = {
     "glorot_uniform": nn.initializers.glorot_uniform(),
@@ -75,7 +74,7 @@ class Competitor:
         self.batches = self._batches()
 
         model, tx = Network(NETWORKS[arch]), _optimizer(arch)
-        augmentation = dataclasses.replace(AUGMENTATIONS["keras"], image_size=image_size)
+        augmentation = RandomAffine(keras_shear=True, image_size=image_size)
         shape = (1, image_size, image_size, 3 if arch == AUGMENTED else 1)
         params = model.init(jax.random.key(0), jnp.zeros(shape), train=False)["params"]
         self.state = params, tx.init(params), jax.random.key(1)
@@ -85,7 +84,7 @@ class Competitor:
             key, augment_key, dropout_key = jax.random.split(key, 3)
             images, labels = data[0][examples], data[1][examples]
             if arch == AUGMENTED:
-                pixels = augmentation(jax.random.split(augment_key, batch_size), images)
+                pixels = augmentation(augment_key, jnp.int32(0), examples, images)
                 pixels = jnp.repeat(pixels, 3, axis=-1)
             else:
                 pixels = images[..., None].astype(jnp.float32) / 255

@@ -14,7 +14,8 @@ from linen_loop import Network, device_peak, mean_loss
 from worker import AUGMENTED, NETWORKS, OPTIMIZERS, Case, Trained
 
 import fmnist_jax as fm
-from fmnist_jax.data.batches import example_keys, scale
+from fmnist_jax.data.augment import RandomAffine
+from fmnist_jax.data.batches import scale
 from fmnist_jax.nn import ops
 from fmnist_jax.xla.jit import platform_jit
 
@@ -78,7 +79,7 @@ def _config(case: Case) -> fm.StepConfig:
         model=fm.create_model(case.arch, image_size=case.image_size),
         tx=tx,
         batch_size=case.batch_size,
-        augment=dataclasses.replace(fm.AUGMENTATIONS["keras"], image_size=case.image_size),
+        augment=RandomAffine(keras_shear=True, image_size=case.image_size),
     )
 
 
@@ -148,8 +149,8 @@ def compare_steps(images: np.ndarray, labels: np.ndarray, case: Case) -> dict[st
         if augment is None:
             pixels = scale(ours.images[examples])
         else:
-            keys = example_keys(streams.augment, jnp.int32(0), examples)
-            pixels = jnp.repeat(augment(keys, ours.images[examples]), 3, axis=-1)
+            pixels = augment(streams.augment, jnp.int32(0), examples, ours.images[examples])
+            pixels = jnp.repeat(pixels, 3, axis=-1)
         key = jax.random.fold_in(streams.dropout, state.step)
         loss, grads = jax.value_and_grad(mean_loss, argnums=1)(
             model, state.params, pixels, ours.labels[examples], key

@@ -1,4 +1,4 @@
-"""Random rotation, shift, shear, zoom, flip and resize as one affine map and one resample.
+"""Random augmentation of training images: affine maps, or shifts by whole pixels and erasing.
 
 All functions are pure and traceable. Coordinates are (row, column) in pixels,
 with pixel centres at whole numbers.
@@ -7,10 +7,57 @@ with pixel centres at whole numbers.
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+
+# Of the training images.
+_PIXEL_MEAN = 0.2860
+
+# In place of an epoch, for draws that hold for a whole run.
+_NO_EPOCH = 2**31 - 1
+
+
+class Augmentation(Protocol):
+    """A random augmentation; hashable, so that it can be fixed at compile time.
+
+    Attributes:
+      image_size: side of the square result in pixels; None keeps the images' own.
+      flip: whether images are mirrored.
+    """
+
+    @property
+    def image_size(self) -> int | None: ...  # noqa: D102
+    @property
+    def flip(self) -> bool: ...  # noqa: D102
+
+    def __call__(
+        self,
+        key: jax.Array,
+        epoch: jax.Array,
+        examples: jax.Array,
+        images: jax.Array,
+        strength: float | jax.Array = 1.0,
+    ) -> jax.Array:
+        """Augments the images of an epoch. What an image becomes depends on nothing but its number.
+
+        Args:
+          key: the augment stream of the run.
+          epoch: int32[], counted from 0.
+          examples: int32[batch], the numbers of the images in the training data.
+          images: uint8[batch, side, side].
+          strength: scales every range; 0 changes nothing but the size. It may be traced.
+
+        Returns:
+          float32[batch, image_size, image_size, 1], values in [0, 1].
+        """
+        ...
+
+
+def example_keys(key: jax.Array, epoch: int | jax.Array, examples: jax.Array) -> jax.Array:
+    """Derives one key per example of an epoch from the augment stream, the same in any batch."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, epoch), examples)
 
 
 class Transform(NamedTuple):
@@ -53,9 +100,9 @@ class RandomAffine:
       image_size: side of the square result in pixels; None keeps the images' own.
 
     Example:
-      >>> keys = jax.random.split(jax.random.key(0), 2)
       >>> images = jnp.zeros((2, 28, 28), jnp.uint8)
-      >>> dataclasses.replace(AUGMENTATIONS["keras"], image_size=40)(keys, images).shape
+      >>> augment = RandomAffine(image_size=40)
+      >>> augment(jax.random.key(0), jnp.int32(0), jnp.arange(2), images).shape
       (2, 40, 40, 1)
     """
 
@@ -68,19 +115,18 @@ class RandomAffine:
     image_size: int | None = None
 
     def __call__(
-        self, keys: jax.Array, images: jax.Array, strength: float | jax.Array = 1.0
+        self,
+        key: jax.Array,
+        epoch: jax.Array,
+        examples: jax.Array,
+        images: jax.Array,
+        strength: float | jax.Array = 1.0,
     ) -> jax.Array:
-        """Draws a transform for each key and applies it.
+        """Draws a transform for each image and applies it (see `Augmentation`).
 
-        Args:
-          keys: typed PRNG keys of shape [batch], each used here and nowhere else.
-          images: uint8[batch, side, side].
-          strength: scales every range and the probability of a flip; 0 only resizes. It may be
-            traced.
-
-        Returns:
-          float32[batch, image_size, image_size, 1], values in [0, 1].
+        The strength also scales the probability of a flip.
         """
+        keys = example_keys(key, epoch, examples)
         transforms = jax.vmap(self.draw, (0, None))(keys, jnp.asarray(strength, jnp.float32))
         return apply(transforms, images, keras_shear=self.keras_shear, image_size=self.image_size)
 
@@ -98,6 +144,86 @@ class RandomAffine:
             column_zoom=1 + self.zoom * draws[5],
             flip=jnp.where(self.flip & (side < jnp.minimum(strength, 1) - 1), 1.0, 0.0),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomShift:
+    """Random shift by whole pixels, alternating mirror images, and random erasing.
+
+    Pixels that a shift uncovers are 0, the background of Fashion-MNIST.
+
+    Attributes:
+      shift: largest shift of rows and of columns in pixels, in either direction.
+      flip: whether an image is mirrored left to right in every second epoch, which of the two is
+        drawn ("alternating flip", Jordan 2024): two epochs show an image both ways.
+      erase: probability that a rectangle is set to the mean pixel (random erasing, Zhong et al.
+        2017).
+      erase_area: smallest and largest area of the rectangle, as a fraction of the image.
+      erase_aspect: smallest ratio of the rectangle's sides; the largest is its inverse.
+      image_size: None; images keep their own size.
+
+    Example:
+      >>> images = jnp.arange(9, dtype=jnp.uint8).reshape(1, 3, 3)
+      >>> key, example = jax.random.key(1), jnp.array([0])
+      >>> for epoch in range(2):
+      ...     pixels = RandomShift(shift=1)(key, jnp.int32(epoch), example, images)
+      ...     print((255 * pixels[0, :, :, 0]).round().astype(int).tolist())
+      [[1, 2, 0], [4, 5, 0], [7, 8, 0]]
+      [[0, 5, 4], [0, 8, 7], [0, 0, 0]]
+    """
+
+    shift: int = 2
+    flip: bool = True
+    erase: float = 0.0
+    erase_area: tuple[float, float] = (0.02, 0.4)
+    erase_aspect: float = 0.3
+    image_size: None = None
+
+    def __call__(
+        self,
+        key: jax.Array,
+        epoch: jax.Array,
+        examples: jax.Array,
+        images: jax.Array,
+        strength: float | jax.Array = 1.0,
+    ) -> jax.Array:
+        """Draws a shift, a flip and a rectangle for each image (see `Augmentation`)."""
+        strength = jnp.asarray(strength, jnp.float32)
+        keys = example_keys(key, _NO_EPOCH, examples)
+        is_odd = jax.vmap(lambda key: jax.random.bits(key, (), jnp.uint32) % 2)(keys)
+        mirrored = (is_odd.astype(jnp.int32) + epoch) % 2 == 1
+        mirrored &= self.flip & (strength > 0)
+        draws = jax.vmap(lambda key: jax.random.uniform(key, (7,)))(
+            example_keys(key, epoch, examples)
+        )
+        pixels = jax.vmap(self._transformed, (0, 0, 0, None))(images, mirrored, draws, strength)
+        return pixels[..., None]
+
+    def _transformed(
+        self, image: jax.Array, mirrored: jax.Array, draws: jax.Array, strength: jax.Array
+    ) -> jax.Array:
+        height, width = image.shape
+        most = jnp.round(strength * self.shift)
+        shift = jnp.floor(draws[:2] * (2 * most + 1) - most).astype(jnp.int32)
+        rows, columns = jnp.arange(height) - shift[0], jnp.arange(width) - shift[1]
+        columns = jnp.where(mirrored, width - 1 - columns, columns)
+        # An index behind the image reads 0, a negative one would count from the end.
+        rows, columns = (jnp.where(index < 0, 2**30, index) for index in (rows, columns))
+        pixels = image.at[rows[:, None], columns[None, :]].get(mode="fill", fill_value=0)
+        pixels = pixels.astype(jnp.float32) / 255
+        if self.erase == 0:
+            return pixels
+        low, high = self.erase_area
+        area = height * width * strength * (low + (high - low) * draws[2])
+        aspect = self.erase_aspect ** (2 * draws[3] - 1)
+        sides = jnp.sqrt(area * jnp.stack([aspect, 1 / aspect]))
+        corner = draws[4:6] * (jnp.array(image.shape) - sides)
+        inside = [
+            (jnp.arange(size) >= start) & (jnp.arange(size) < start + length)
+            for size, start, length in zip(image.shape, corner, sides, strict=True)
+        ]
+        erased = inside[0][:, None] & inside[1][None, :] & (draws[6] < self.erase)
+        return jnp.where(erased, _PIXEL_MEAN, pixels)
 
 
 def apply(
@@ -162,6 +288,11 @@ def _resample(image: jax.Array, matrix: jax.Array, image_size: int) -> jax.Array
 
 # The ranges are those of Keras' `ImageDataGenerator(rotation_range=40, width_shift_range=.2,
 # height_shift_range=.2, shear_range=.2, zoom_range=.2, horizontal_flip=True)`.
-AUGMENTATIONS: Mapping[str, RandomAffine] = MappingProxyType(
-    {"keras": RandomAffine(keras_shear=True), "geometric": RandomAffine()}
+AUGMENTATIONS: Mapping[str, RandomAffine | RandomShift] = MappingProxyType(
+    {
+        "keras": RandomAffine(keras_shear=True),
+        "geometric": RandomAffine(),
+        "shift": RandomShift(),
+        "shift_erase": RandomShift(erase=0.5),
+    }
 )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fmnist_jax.data.augment import RandomAffine
+from fmnist_jax.data.augment import Augmentation
 from fmnist_jax.rng import Streams
 from fmnist_jax.xla.jit import platform_jit
 from fmnist_jax.xla.noinline import noinline
@@ -39,7 +39,7 @@ def read_batch(
     streams: Streams,
     *,
     batch_size: int,
-    augment: RandomAffine | None = None,
+    augment: Augmentation | None = None,
     strength: float | jax.Array | None = None,
 ) -> tuple[jax.Array, Batch]:
     """Gathers the batch of one step.
@@ -66,8 +66,9 @@ def read_batch(
     if augment is None:
         pixels = scale(images[examples])
     else:
-        keys = example_keys(streams.augment, epoch, examples)
-        pixels = augmented(keys, images[examples], strength, augment=augment)
+        pixels = augmented(
+            streams.augment, epoch, examples, images[examples], strength, augment=augment
+        )
     return examples, Batch(pixels, labels[examples], positions < len(order))
 
 
@@ -96,21 +97,20 @@ def epoch_order(key: jax.Array, epoch: int | jax.Array, examples: jax.Array) -> 
     return jax.random.permutation(jax.random.fold_in(key, epoch), examples)
 
 
-def example_keys(key: jax.Array, epoch: jax.Array, examples: jax.Array) -> jax.Array:
-    """Derives one key per example of an epoch from the augment stream, the same in any batch."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, epoch), examples)
-
-
 def augmented(
-    keys: jax.Array,
+    key: jax.Array,
+    epoch: jax.Array,
+    examples: jax.Array,
     images: jax.Array,
     strength: float | jax.Array | None = None,
     *,
-    augment: RandomAffine,
+    augment: Augmentation,
 ) -> jax.Array:
     """Calls `augment` such that every program computes the same bits as the training loop."""
     return lax.platform_dependent(
-        keys,
+        key,
+        epoch,
+        examples,
         images,
         jnp.float32(1.0 if strength is None else strength),
         cpu=functools.partial(noinline, augment),

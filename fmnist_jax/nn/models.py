@@ -1,10 +1,9 @@
-"""The five networks, one class each. This is the only file that imports flax.
+"""The networks of the five Keras projects, one class each, and all networks by name.
 
 Every network maps images, float32[batch, height, width, channels] with values in [0, 1], to logits,
 float32[batch, num_classes]. `train=True` turns dropout on and then needs `rngs={"dropout": key}`.
 Networks with dropout take `dropout`, one rate for all their layers in place of their own; it may be
 traced.
-Kernels start as Keras' `glorot_uniform` and biases at zero unless a class says otherwise.
 """
 
 from collections.abc import Mapping
@@ -13,15 +12,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from fmnist_jax.errors import ConfigError
-from fmnist_jax.nn import ops
+from fmnist_jax.nn.layers import Conv, Dense, Dropout, Rate, flatten, resize
+from fmnist_jax.nn.resnet import ResNet20
+from fmnist_jax.nn.sprint import Sprint, SprintNarrow
 
-Initializer = jax.nn.initializers.Initializer
-Rate = float | jax.Array
-
-glorot_uniform = nn.initializers.glorot_uniform()  # Keras' default, Glorot and Bengio 2010
 he_uniform = nn.initializers.he_uniform()  # He et al. 2015; std sqrt(2 / fan_in)
 small_normal = nn.initializers.normal(0.05)  # Keras' "random_normal"
 
@@ -112,79 +108,6 @@ class DeepAugmented(nn.Module):
         return Dense(self.num_classes)(x)
 
 
-class Conv(nn.Module):
-    """Convolution, optional 2x2 max pool, bias, ReLU.
-
-    Bias and ReLU never change which of four values is the largest, so pooling first gives what
-    pooling last gives, on a quarter of the elements.
-
-    Attributes:
-      in_channels: the kernel's input channels where they differ from the images'. A kernel of three
-        channels over one grey image repeated three times is the sum of its channels over the image.
-    """
-
-    features: int
-    kernel_size: int = 3
-    padding: ops.Padding = "VALID"
-    pool: bool = False
-    in_channels: int | None = None
-    kernel_init: Initializer = glorot_uniform
-
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        channels = self.in_channels or images.shape[-1]
-        shape = (self.kernel_size, self.kernel_size, channels, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        if images.shape[-1] == 1:
-            kernel = kernel.sum(axis=2, keepdims=True)
-        convolve = ops.conv2d_max_pool if self.pool else ops.conv2d
-        x = convolve(images, kernel, self.padding)
-        return nn.relu(ops.add_bias(x, bias))
-
-
-class Dense(nn.Module):
-    """Dense layer with bias."""
-
-    features: int
-    kernel_init: Initializer = glorot_uniform
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        return ops.add_bias(ops.matmul(x, kernel), bias)
-
-
-class Dropout(nn.Module):
-    """`ops.dropout` with a key from the "dropout" stream, at its own rate or the one given."""
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, rate: Rate | None = None) -> jax.Array:
-        if not train:
-            return x
-        return ops.dropout(self.make_rng("dropout"), x, self.rate if rate is None else rate)
-
-
-def flatten(x: jax.Array) -> jax.Array:
-    """float[batch, ...] to float[batch, features], channels fastest, as in Keras."""
-    if 0 in x.shape[1:]:
-        raise ConfigError(
-            "the images are too small: convolutions and pooling leave nothing of them"
-        )
-    return x.reshape(x.shape[0], -1)
-
-
-def resize(images: jax.Array, side: int) -> jax.Array:
-    """float[batch, height, width, channels] to float[batch, side, side, channels], bilinearly."""
-    batch, height, width, channels = images.shape
-    if (height, width) == (side, side):
-        return images
-    return jax.image.resize(images, (batch, side, side, channels), "bilinear")
-
-
 ARCHS: Mapping[str, type[nn.Module]] = MappingProxyType(
     {
         "small_dropout": SmallDropout,
@@ -192,6 +115,9 @@ ARCHS: Mapping[str, type[nn.Module]] = MappingProxyType(
         "same_3x3": Same3x3,
         "he_stack": HeStack,
         "deep_augmented": DeepAugmented,
+        "sprint": Sprint,
+        "sprint_narrow": SprintNarrow,
+        "resnet20": ResNet20,
     }
 )
 

@@ -1,9 +1,9 @@
-"""Convolution, max pooling, dense product, bias and dropout, fast inside a compiled loop.
+"""Convolution, pooling, dense product, bias, batch normalization and dropout, fast in a loop.
 
 GPUs and TPUs compute the plain XLA operations, which this module holds; CPUs compute the forms in
 `cpu`. Both return the same values up to rounding.
 
-Convolution, pooling, product and bias are `custom_vjp` functions: reverse mode, `vmap` and `jit`
+All but dropout are `custom_vjp` functions: reverse mode, `vmap` and `jit`
 compose, forward mode (`jvp`) is not supported.
 """
 
@@ -116,6 +116,43 @@ conv2d_max_pool.defvjp(_conv2d_max_pool_forward, _conv2d_max_pool_backward)
 
 
 @jax.custom_vjp
+def global_max_pool(activations: jax.Array) -> jax.Array:
+    """Takes the maximum over height and width.
+
+    If values tie, the gradient goes to the first in reading order. JAX's gradient of a maximum
+    compares it with recomputed activations; where XLA rounds these in another way, none is equal,
+    and the gradient is 0 / 0.
+
+    Args:
+      activations: float[batch, height, width, features].
+
+    Returns:
+      float[batch, features].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> global_max_pool(jnp.arange(4.0).reshape(1, 2, 2, 1)).tolist()
+      [[3.0]]
+    """
+    return _global_max_pool_forward(activations)[0]
+
+
+def _global_max_pool_forward(activations):
+    pixels = _fence(activations).reshape(len(activations), -1, activations.shape[-1])
+    return pixels.max(axis=1), (jnp.argmax(pixels, axis=1), activations.shape)
+
+
+def _global_max_pool_backward(residuals, cotangent):
+    winner, (batch, height, width, features) = residuals
+    position = jnp.arange(height * width).reshape(1, -1, 1)
+    gradient = jnp.where(winner[:, None] == position, cotangent[:, None], 0)
+    return (gradient.reshape(batch, height, width, features),)
+
+
+global_max_pool.defvjp(_global_max_pool_forward, _global_max_pool_backward)
+
+
+@jax.custom_vjp
 def matmul(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
     """Multiplies the inputs of a dense layer with its kernel.
 
@@ -165,7 +202,7 @@ def add_bias(activations: jax.Array, bias: jax.Array) -> jax.Array:
       >>> add_bias(jnp.zeros((2, 2)), jnp.array([1.0, 2.0])).tolist()
       [[1.0, 2.0], [1.0, 2.0]]
     """
-    return activations + bias.reshape((1,) * (activations.ndim - 1) + bias.shape)
+    return activations + _like(bias, activations)
 
 
 def _add_bias_forward(activations, bias):
@@ -177,6 +214,84 @@ def _add_bias_backward(_, cotangent):
 
 
 add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
+@jax.custom_vjp
+def batch_norm(
+    activations: jax.Array, scale: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalizes each feature over all other axes, then scales and shifts it.
+
+    Args:
+      activations: float[..., features].
+      scale: float[features], the standard deviation of the outputs.
+      bias: float[features], their mean.
+
+    Returns:
+      float[..., features]; and the mean and the variance of the activations, float32[features]
+      each, for moving averages: no gradient passes through these two.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> activations = jnp.array([[1.0], [3.0]])
+      >>> outputs, mean, var = batch_norm(activations, jnp.ones(1), jnp.zeros(1))
+      >>> outputs.round(2).tolist(), mean.tolist(), var.tolist()
+      ([[-1.0], [1.0]], [2.0], [1.0])
+    """
+    return _batch_norm_forward(activations, scale, bias)[0]
+
+
+def normalize(
+    activations: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array
+) -> jax.Array:
+    """Does what `batch_norm` does, with a given mean and variance, float32[features] each."""
+    mean, slope, bias = (
+        _like(values, activations)
+        for values in (mean, scale * lax.rsqrt(var + _NORM_EPSILON), bias)
+    )
+    return (activations - mean) * slope + bias
+
+
+def _batch_norm_forward(activations, scale, bias):
+    activations = _fence(activations)
+    mean = _mean_rows(activations)
+    var = _mean_rows(jnp.square(activations - _like(mean, activations)))
+    outputs = normalize(activations, mean, var, scale, bias)
+    return (outputs, mean, var), (activations, mean, var, scale)
+
+
+def _batch_norm_backward(residuals, cotangents):
+    activations, mean, var, scale = residuals
+    cotangent = _fence(cotangents[0])
+    normalized = normalize(activations, mean, var, jnp.ones_like(mean), jnp.zeros_like(mean))
+    bias_gradient = _mean_rows(cotangent)
+    scale_gradient = _mean_rows(cotangent * normalized)
+    bias_part, scale_part, slope = (
+        _like(values, cotangent)
+        for values in (bias_gradient, scale_gradient, scale * lax.rsqrt(var + _NORM_EPSILON))
+    )
+    gradient = slope * (cotangent - bias_part - normalized * scale_part)
+    rows = cotangent.size // cotangent.shape[-1]
+    return gradient, *(
+        (rows * mean).astype(scale.dtype) for mean in (scale_gradient, bias_gradient)
+    )
+
+
+batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
+
+# PyTorch's; Keras has 1e-3, airbench94 1e-12.
+_NORM_EPSILON = 1e-5
+
+
+def _mean_rows(array):
+    """Returns float32[features], the mean over all axes but the last."""
+    sums = _by_platform(cpu.sum_rows, _sum_rows, array.astype(jnp.float32))
+    return sums / (array.size // array.shape[-1])
+
+
+def _like(values, array):
+    """Gives one value per feature the dtype and the number of axes of the array."""
+    return values.astype(array.dtype).reshape((1,) * (array.ndim - 1) + values.shape)
 
 
 def dropout(key: jax.Array, activations: jax.Array, rate: float | jax.Array) -> jax.Array:

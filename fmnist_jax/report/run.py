@@ -120,24 +120,28 @@ def read_history(workdir: Path) -> list[dict[str, Any]]:
 
 
 def changed_settings(report: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Lists the settings of a run that differ from its architecture's recipe.
+    """Lists the settings of a run that differ from the recipe of its network.
 
     Returns:
-      Name, the recipe's value and the run's value of each.
+      Name, the recipe's value and the run's value of each; of several recipes for the network, for
+      the one with the fewest differences.
 
     Example:
       >>> recipe = dataclasses.asdict(RECIPES["same_3x3"]) | {"epochs": 3}
       >>> changed_settings({"arch": "same_3x3", "recipe": recipe})
       [('epochs', 10, 3)]
     """
-    if report["arch"] not in RECIPES:
-        return []
-    recipe = dataclasses.asdict(RECIPES[report["arch"]])
-    return [
-        (name, recipe.get(name), value)
-        for name, value in report["recipe"].items()
-        if recipe.get(name) != value
+    recipes = [dataclasses.asdict(recipe) for recipe in RECIPES.values()]
+    changes = [
+        [
+            (n, recipe.get(n), value)
+            for n, value in report["recipe"].items()
+            if recipe.get(n) != value
+        ]
+        for recipe in recipes
+        if recipe["arch"] == report["arch"]
     ]
+    return min(changes, key=len, default=[])
 
 
 def most_confused(report: dict[str, Any], num_pairs: int = 8) -> list[tuple[str, str, int]]:

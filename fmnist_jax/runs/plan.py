@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmnist_jax.config import Interval, Run, to_dict
-from fmnist_jax.data.augment import AUGMENTATIONS, RandomAffine
+from fmnist_jax.data.augment import AUGMENTATIONS, Augmentation, RandomAffine
 from fmnist_jax.data.batches import steps_per_epoch
 from fmnist_jax.data.dataset import Dataset
 from fmnist_jax.data.split import stratified_split
@@ -167,6 +167,7 @@ def create_plan(run: Run, dataset: Dataset) -> Plan:
         augment=_create_augment(run),
         schedule=create_schedule(recipe.schedule),
         dtype=recipe.dtype,
+        microbatch_size=recipe.microbatch_size,
     )
     plan = Plan(run, dataset, streams, train_examples, val_examples, config)
     _check_keep_every(plan)
@@ -201,11 +202,14 @@ def loop_cost(plan: Plan) -> Cost:
     return measure(plan.config)._replace(flops=measure(whole).flops)
 
 
-def _create_augment(run: Run) -> RandomAffine | None:
+def _create_augment(run: Run) -> Augmentation | None:
     recipe = run.recipe
     if recipe.augmentation == "none":
         return None
-    augment = dataclasses.replace(AUGMENTATIONS[recipe.augmentation], image_size=recipe.image_size)
+    augment = AUGMENTATIONS[recipe.augmentation]
+    if not isinstance(augment, RandomAffine):
+        return augment  # the network resizes the images
+    augment = dataclasses.replace(augment, image_size=recipe.image_size)
     strength = recipe.augmentation_strength or 0
     if strength * augment.zoom >= 1:
         raise ConfigError(

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fmnist_jax.data.augment import RandomAffine
-from fmnist_jax.data.batches import augmented, example_keys
+from fmnist_jax.data.augment import Augmentation
+from fmnist_jax.data.batches import augmented
 from fmnist_jax.runs import environment, files
 from fmnist_jax.runs.plan import Plan
 from fmnist_jax.train.predict import NUM_VIEWS, predict, predict_tta
@@ -164,12 +164,11 @@ def _augmented(
     images: jax.Array,
     strength: float | jax.Array | None,
     *,
-    augment: RandomAffine,
+    augment: Augmentation,
 ) -> jax.Array:
     """Returns float32[example, epoch, side, side]: the images of the first five epochs."""
 
     def of_epoch(epoch: jax.Array) -> jax.Array:
-        keys = example_keys(key, epoch, examples)
-        return augmented(keys, images, strength, augment=augment)[..., 0]
+        return augmented(key, epoch, examples, images, strength, augment=augment)[..., 0]
 
     return lax.map(of_epoch, jnp.arange(5)).swapaxes(0, 1)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from fmnist_jax.data.augment import RandomAffine
+from fmnist_jax.data.augment import Augmentation
 from fmnist_jax.data.batches import Batch
 from fmnist_jax.train import metrics as metrics_lib
 from fmnist_jax.train.metrics import Metrics, cross_entropy
@@ -54,7 +54,7 @@ class StepConfig:
     tx: optax.GradientTransformation
     batch_size: int = 128
     loss: LossFn = cross_entropy
-    augment: RandomAffine | None = None
+    augment: Augmentation | None = None
     schedule: Schedule | None = None
     dtype: Any = jnp.float32
     microbatch_size: int | None = None
@@ -212,27 +212,29 @@ def compute_grads(
             state.params, state.model_state, batch, key, hyperparams, num_examples
         )
         return grads, model_state, losses, logits
-    if state.model_state:
+    if state.model_state and len(batch.labels) % size:
         raise ValueError(
-            f"microbatch_size is {size}, but the model has {', '.join(state.model_state)}, which "
-            "depend on the whole batch; use None"
+            f"microbatch_size is {size} for batches of {len(batch.labels)}, but the model has "
+            f"{', '.join(state.model_state)}, which would see the padding of the last microbatch; "
+            "use a divisor of the batch size"
         )
 
     microbatches = _split(batch, size)
     keys = jax.random.split(key, len(microbatches.labels))
 
-    def add(sums: Any, microbatch: tuple[Batch, jax.Array]) -> Any:
-        grads, (_, losses, logits) = grad(
-            state.params, state.model_state, *microbatch, hyperparams, num_examples
+    def add(carry: Any, microbatch: tuple[Batch, jax.Array]) -> Any:
+        sums, model_state = carry
+        grads, (model_state, losses, logits) = grad(
+            state.params, model_state, *microbatch, hyperparams, num_examples
         )
-        return jax.tree.map(jnp.add, sums, grads), (losses, logits)
+        return (jax.tree.map(jnp.add, sums, grads), model_state), (losses, logits)
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    grads, outputs = lax.scan(add, zeros, (microbatches, keys))
+    (grads, model_state), outputs = lax.scan(add, (zeros, state.model_state), (microbatches, keys))
     losses, logits = jax.tree.map(
         lambda array: array.reshape(-1, *array.shape[2:])[: len(batch.labels)], outputs
     )
-    return grads, state.model_state, losses, logits
+    return grads, model_state, losses, logits
 
 
 def _mean_loss(

@@ -8,10 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
+import scipy.stats
 from keras.src.legacy.preprocessing.image import ImageDataGenerator
 
 from fmnist_jax.data import augment
-from fmnist_jax.data.augment import AUGMENTATIONS, Transform
+from fmnist_jax.data.augment import (
+    AUGMENTATIONS,
+    RandomAffine,
+    RandomShift,
+    Transform,
+)
 
 IDENTITY = {
     "rotation": 0.0,
@@ -107,9 +113,10 @@ def test_resize_of_training_is_the_resize_of_evaluation(sample):
     np.testing.assert_allclose(transformed(image, image_size=150), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", AUGMENTATIONS)
+@pytest.mark.parametrize("name", ["keras", "geometric"])
 def test_draws_are_even_over_their_ranges(name, getkey):
     random_affine = AUGMENTATIONS[name]
+    assert isinstance(random_affine, RandomAffine)
     draws = jax.vmap(random_affine.draw)(jax.random.split(getkey(), 20_000))
     shear = np.deg2rad(0.2) if name == "keras" else 0.2
     ranges = {
@@ -133,33 +140,43 @@ def test_draws_are_even_over_their_ranges(name, getkey):
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_an_image_depends_on_its_own_key_alone(name, getkey, sample):
-    random_affine = dataclasses.replace(AUGMENTATIONS[name], image_size=40)
-    keys, images = jax.random.split(getkey(), 5), jnp.asarray(sample.train_images[:5])
-    batch = jax.jit(random_affine)(keys, images)
-    chex.assert_shape(batch, (5, 40, 40, 1))
+def test_an_image_depends_on_its_number_and_the_epoch_alone(name, getkey, sample):
+    augmentation, side = AUGMENTATIONS[name], 28
+    if isinstance(augmentation, RandomAffine):
+        augmentation, side = dataclasses.replace(augmentation, image_size=40), 40
+    key, examples = getkey(), jnp.array([7, 2, 9, 1, 3])
+    images = jnp.asarray(sample.train_images[examples])
+    compiled = jax.jit(augmentation)
+    batch = compiled(key, jnp.int32(4), examples, images)
+    chex.assert_shape(batch, (5, side, side, 1))
     chex.assert_type(batch, jnp.float32)
     assert 0 <= batch.min() <= batch.max() <= 1
-    alone = jax.jit(random_affine)(keys[3:4], images[3:4])
+    alone = compiled(key, jnp.int32(4), examples[3:4], images[3:4])
     chex.assert_trees_all_close(alone[0], batch[3], atol=1e-6)
-    assert not np.allclose(random_affine(keys[:1], images[3:4])[0], batch[3], atol=1e-2)
+    # Some of the others may be drawn alike: a shift has few values.
+    others = [
+        compiled(key, jnp.int32(epoch), examples[number : number + 1], images[3:4])
+        for epoch, number in ((5, 3), (6, 3), (8, 3), (4, 0), (4, 1), (4, 2))
+    ]
+    assert sum(not np.allclose(other[0], batch[3], atol=1e-2) for other in others) >= 3
 
 
 def test_equal_settings_are_one_compiled_program(getkey, sample):
-    keys, images = jax.random.split(getkey(), 2), jnp.asarray(sample.train_images[:2])
+    images = jnp.asarray(sample.train_images[:2])
 
     @chex.assert_max_traces(n=1)
-    def apply(keys, images, random_affine):
-        return random_affine(keys, images)
+    def apply(key, images, augmentation):
+        return augmentation(key, jnp.int32(0), jnp.arange(2), images)
 
     compiled = jax.jit(apply, static_argnums=2)
     for _ in range(3):
-        compiled(keys, images, dataclasses.replace(AUGMENTATIONS["keras"]))
+        compiled(getkey(), images, dataclasses.replace(AUGMENTATIONS["keras"]))
 
 
 def test_the_strength_is_a_share_of_every_range(getkey):
     keys = jax.random.split(getkey(), 4000)
     ranges = AUGMENTATIONS["geometric"]
+    assert isinstance(ranges, RandomAffine)
     full, half, none = (
         jax.vmap(lambda key, s=strength: ranges.draw(key, s))(keys) for strength in (1.0, 0.5, 0.0)
     )
@@ -171,7 +188,66 @@ def test_the_strength_is_a_share_of_every_range(getkey):
         np.testing.assert_array_equal(getattr(none, name), middle)
     for result, share in ((full, 0.5), (half, 0.25), (none, 0.0)):
         assert abs(np.mean(result.flip) - share) < 5 * np.sqrt(0.25 / 4000)
-    images = jax.random.bits(getkey(), (2, 28, 28), jnp.uint8)
-    np.testing.assert_allclose(
-        jax.jit(ranges)(keys[:2], images, 0.0)[..., 0], np.asarray(images) / 255, atol=1e-6
-    )
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_without_strength_nothing_changes(name, getkey):
+    images = jax.random.bits(getkey(), (8, 28, 28), jnp.uint8)
+    result = jax.jit(AUGMENTATIONS[name])(getkey(), jnp.int32(0), jnp.arange(8), images, 0.0)
+    np.testing.assert_allclose(result[..., 0], np.asarray(images) / 255, atol=1e-6)
+
+
+def shifted(image, rows, columns):
+    """The image moved down and to the right, on a black background."""
+    padded = np.pad(image, 4)
+    return np.roll(padded, (rows, columns), (0, 1))[4:-4, 4:-4]
+
+
+def test_shifts_are_even_and_flips_alternate(getkey):
+    image = np.asarray(jax.random.bits(getkey(), (28, 28), jnp.uint8))
+    candidates = {
+        (rows, columns, flip): shifted(image[:, ::-1] if flip else image, rows, columns)
+        for rows in range(-2, 3)
+        for columns in range(-2, 3)
+        for flip in (False, True)
+    }
+    places = {value.tobytes(): place for place, value in candidates.items()}
+    key, examples = getkey(), jnp.arange(2000)
+    images = jnp.broadcast_to(jnp.asarray(image), (2000, 28, 28))
+    augmented = jax.jit(RandomShift(shift=2))
+    draws = []
+    for epoch in range(2):
+        pixels = augmented(key, jnp.int32(epoch), examples, images)[..., 0]
+        pixels = np.asarray(jnp.round(255 * pixels).astype(jnp.uint8))
+        draws.append(np.array([places[value.tobytes()] for value in pixels]))
+    first, second = draws
+    np.testing.assert_array_equal(first[:, 2], 1 - second[:, 2])
+    assert abs(first[:, 2].mean() - 0.5) < 4 * np.sqrt(0.25 / 2000)
+    for draw in draws:
+        counts = np.array([
+            np.sum((draw[:, 0] == rows) & (draw[:, 1] == columns))
+            for rows in range(-2, 3)
+            for columns in range(-2, 3)
+        ])  # fmt: skip
+        assert scipy.stats.chisquare(counts).pvalue > 1e-4
+    assert abs(np.corrcoef(first[:, 0], second[:, 0])[0, 1]) < 0.1
+
+
+def test_erased_rectangles_have_the_area_and_the_sides_of_the_paper(getkey):
+    augmentation = RandomShift(shift=0, flip=False, erase=0.5)
+    images = jnp.full((4000, 100, 100), 255, jnp.uint8)
+    pixels = jax.jit(augmentation)(getkey(), jnp.int32(0), jnp.arange(4000), images)[..., 0]
+    erased = np.asarray(pixels) < 1
+    assert abs(erased.any((1, 2)).mean() - 0.5) < 4 * np.sqrt(0.25 / 4000)
+    np.testing.assert_allclose(np.asarray(pixels)[erased], 0.286, rtol=1e-6)
+    heights, widths = erased.any(2).sum(1), erased.any(1).sum(1)
+    np.testing.assert_array_equal(heights * widths, erased.sum((1, 2)))  # rectangles
+    some = heights > 0
+    # A side is a whole number of pixels, up to one off.
+    areas = erased.sum((1, 2))[some] / 1e4
+    assert 0.015 < areas.min() < 0.03
+    assert 0.37 < areas.max() < 0.42
+    np.testing.assert_allclose(areas.mean(), 0.21, atol=0.01)
+    ratios = np.log(heights[some] / widths[some])
+    assert np.abs(ratios).max() < np.log(1 / 0.3) + 0.15
+    np.testing.assert_allclose(ratios.mean(), 0, atol=0.05)

@@ -27,7 +27,7 @@ def test_verdicts(claim, low, high, expected, claims_py):
 
 
 def test_claimed_accuracies_are_those_of_the_texts():
-    assert set(CLAIMS) == set(fm.RECIPES)
+    assert set(CLAIMS) <= set(fm.RECIPES)
     for claim in CLAIMS.values():
         assert (claim.test_accuracy is None) == ("test" not in claim.text)
         if claim.test_accuracy is not None:

@@ -195,6 +195,18 @@ def test_pool_sends_the_gradient_of_a_tie_to_the_first():
         np.testing.assert_array_equal(gradient, plain)
 
 
+def test_global_max_pool_sends_the_gradient_of_a_tie_to_the_first(getkey):
+    x = jnp.round(2 * draw(getkey(), 5, 3, 4, 6))  # with many ties
+    cotangent = draw(getkey(), 5, 6)
+    outputs, pullback = jax.vjp(ops.global_max_pool, x)
+    (gradient,) = pullback(cotangent)
+    pixels = np.asarray(x).reshape(5, 12, 6)
+    np.testing.assert_array_equal(outputs, pixels.max(1))
+    expected = np.zeros_like(pixels)
+    np.put_along_axis(expected, pixels.argmax(1)[:, None], np.asarray(cotangent)[:, None], 1)
+    np.testing.assert_array_equal(gradient, expected.reshape(x.shape))
+
+
 def test_dense_layer_and_its_gradients_are_those_of_numpy(getkey):
     inputs, kernel, bias = draw(getkey(), 5, 3), draw(getkey(), 3, 4), draw(getkey(), 4)
     result, vjp = jax.vjp(lambda x, w, b: ops.add_bias(ops.matmul(x, w), b), inputs, kernel, bias)
@@ -211,6 +223,34 @@ def test_bias_gradient_is_the_sum_over_all_but_the_features(shape, getkey):
     _, vjp = jax.vjp(lambda b: ops.add_bias(jnp.zeros(shape), b), jnp.zeros(shape[-1]))
     expected = np.float64(cotangent).reshape(-1, shape[-1]).sum(axis=0)
     np.testing.assert_allclose(vjp(cotangent)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (3, 4, 5, 2)])
+def test_batch_norm_and_its_gradient_are_those_of_autodiff(shape, getkey):
+    arrays = [2 + 3 * draw(getkey(), *shape), *(draw(getkey(), shape[-1]) for _ in range(2))]
+    cotangent = draw(getkey(), *shape)
+    axes = tuple(range(len(shape) - 1))
+
+    def plain(x, scale, bias):
+        mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+        with jax.numpy_rank_promotion("allow"):
+            return (x - mean) / jnp.sqrt(var + 1e-5) * scale + bias
+
+    with jax.enable_x64(True):
+        *exact, exact_cotangent = (
+            jnp.asarray(np.asarray(array), jnp.float64) for array in (*arrays, cotangent)
+        )
+        expected, pullback = jax.vjp(plain, *exact)
+        expected_gradients = pullback(exact_cotangent)
+    (outputs, mean, var), pullback = jax.vjp(ops.batch_norm, *arrays)
+    gradients = pullback((cotangent, jnp.zeros_like(mean), jnp.zeros_like(var)))
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(mean, np.asarray(exact[0]).mean(axes), rtol=1e-5)
+    np.testing.assert_allclose(var, np.asarray(exact[0]).var(axes), rtol=1e-5)
+    inputs = (arrays[0], mean, var, *arrays[1:])
+    np.testing.assert_allclose(ops.normalize(*inputs), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("platform", "plain"), [("cpu", False), ("cuda", True), ("tpu", True)])

@@ -13,6 +13,7 @@ import pytest
 
 import fmnist_jax as fm
 from fmnist_jax.data import batches
+from fmnist_jax.data.augment import example_keys
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.runs.plan import create_plan
 from fmnist_jax.train import metrics
@@ -108,11 +109,7 @@ def test_the_loop_repeats_the_step(arrays):
     assert CONFIG.augment is not None
     for index in range(3):
         examples = order[index * BATCH : (index + 1) * BATCH]
-        keys = [
-            jax.random.fold_in(jax.random.fold_in(streams.augment, 0), int(example))
-            for example in examples
-        ]
-        images = CONFIG.augment(jnp.stack(keys), arrays[0][examples])
+        images = CONFIG.augment(streams.augment, jnp.int32(0), examples, arrays[0][examples])
         batch = fm.Batch(images, arrays[1][examples], jnp.ones(BATCH, bool))
         key = jax.random.fold_in(streams.dropout, index)
         expected, _ = train_step(expected, batch, key, HYPERPARAMS, config=CONFIG)
@@ -149,7 +146,7 @@ def test_only_the_streams_in_use_matter(arrays):
 
 def test_an_example_has_the_same_key_in_any_batch():
     key = jax.random.key(0)
-    keys = batches.example_keys(key, jnp.int32(3), jnp.array([7, 2, 9]))
+    keys = example_keys(key, jnp.int32(3), jnp.array([7, 2, 9]))
     alone = jax.random.fold_in(jax.random.fold_in(key, 3), 2)
     np.testing.assert_array_equal(jax.random.key_data(keys[1]), jax.random.key_data(alone))
 

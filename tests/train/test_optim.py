@@ -38,6 +38,58 @@ def test_thirty_steps_are_bitwise_those_of_keras(name):
     np.testing.assert_array_equal(np.asarray(params), np.asarray(variable.value))
 
 
+def muon_in_float64(matrix):
+    """Three Newton-Schulz steps with the coefficients of Jordan et al. 2024."""
+    x = matrix / np.linalg.norm(matrix)
+    for _ in range(3):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x
+
+
+def test_muon_is_the_published_update():
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (3, 3, 2, 5), "wide": (1, 1, 4, 9), "dense": (6, 3), "bias": (5,)}
+    params = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    ours = jax.tree.map(lambda param: jnp.asarray(param, jnp.float32), params)
+    tx = fm.create_optimizer("muon")
+    opt_state, learning_rate = tx.init(ours), 0.1
+    momentum = jax.tree.map(np.zeros_like, params)
+    for step in range(5):
+        grads = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+        updates, opt_state = tx.update(
+            jax.tree.map(lambda grad: jnp.asarray(grad, jnp.float32), grads),
+            opt_state, ours, learning_rate=learning_rate,
+        )  # fmt: skip
+        ours = optax.apply_updates(ours, updates)
+        for name, grad in grads.items():
+            if grad.ndim == 4:
+                # Means with bias correction, as in optax; the scale has no effect.
+                momentum[name] = 0.6 * momentum[name] + 0.4 * grad
+                direction = 0.6 * momentum[name] / (1 - 0.6 ** (step + 2))
+                direction += 0.4 * grad / (1 - 0.6 ** (step + 1))
+                filters = direction.reshape(-1, grad.shape[-1]).T
+                param = params[name] * np.sqrt(grad.shape[-1]) / np.linalg.norm(params[name])
+                direction = muon_in_float64(filters).T.reshape(grad.shape)
+                params[name] = param - learning_rate * direction
+            else:
+                momentum[name] = 0.85 * momentum[name] + grad
+                rate = learning_rate * (0.1 if grad.ndim == 2 else 1)
+                params[name] = params[name] - rate * (grad + 0.85 * momentum[name])
+    chex.assert_trees_all_close(ours, params, rtol=1e-4, atol=1e-5)
+
+
+def test_muon_makes_the_singular_values_alike():
+    tx, rng = fm.create_optimizer("muon"), np.random.default_rng(0)
+    grad = jnp.asarray(rng.normal(size=(3, 3, 4, 8)), jnp.float32)
+    params = {"kernel": jnp.ones_like(grad) / 6}  # of norm sqrt(8): not rescaled
+    updates, _ = tx.update({"kernel": grad}, tx.init(params), params, learning_rate=1.0)
+    left, before, right = np.linalg.svd(np.asarray(grad).reshape(36, 8), full_matrices=False)
+    after = np.diag(left.T @ -np.asarray(updates["kernel"]).reshape(36, 8) @ right.T)
+    assert before.max() / before.min() > 2
+    assert 0.6 < after.min() <= after.max() < 1.3
+
+
 @pytest.mark.parametrize("name", ["adam", "sgd"])
 def test_weight_decay_follows_keras(name):
     rng = np.random.default_rng(0)
@@ -69,6 +121,7 @@ def test_weight_decay_follows_keras(name):
     [
         ("cosine", lambda total: optax.cosine_decay_schedule(0.5, total)),
         ("one_cycle", lambda total: optax.cosine_onecycle_schedule(total, 0.5)),
+        ("linear", lambda total: optax.linear_schedule(0.5, 0.0, total)),
     ],
 )
 def test_schedules_follow_optax(name, reference):

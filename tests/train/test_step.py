@@ -130,10 +130,38 @@ def test_batch_statistics_follow_a_plain_flax_loop(tiny):
     )
 
 
-def test_batch_statistics_and_microbatches_exclude_each_other(getkey, tiny):
+def test_batch_statistics_pass_from_microbatch_to_microbatch(getkey, tiny):
     config = fm.StepConfig(model=Normalized(), tx=optax.sgd(0.1), microbatch_size=4)
+    state, batch = fm.create_train_state(getkey(), config), make_batch(tiny, 12)
+    result, _ = train_step(state, batch, getkey(), config=config)
+
+    def loss(params, batch_stats, part):
+        logits, updated = Normalized().apply(
+            {"params": params, "batch_stats": batch_stats},
+            batch.images[part], train=True, mutable=["batch_stats"],
+        )  # fmt: skip
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels[part])
+        return losses.mean(), updated["batch_stats"]
+
+    batch_stats, grads = state.model_state["batch_stats"], []
+    for start in (0, 4, 8):
+        grad, batch_stats = jax.grad(loss, has_aux=True)(
+            state.params, batch_stats, slice(start, start + 4)
+        )
+        grads.append(grad)
+    params = jax.tree.map(lambda p, a, b, c: p - 0.1 * (a + b + c) / 3, state.params, *grads)
+    chex.assert_trees_all_close(result.params, params, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(
+        result.model_state["batch_stats"], dict(batch_stats), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_batch_statistics_do_not_see_the_padding_of_a_microbatch(getkey, tiny):
+    config = fm.StepConfig(model=Normalized(), tx=optax.sgd(0.1), microbatch_size=3)
     state = fm.create_train_state(getkey(), config)
-    with pytest.raises(ValueError, match="microbatch_size is 4, but the model has batch_stats"):
+    with pytest.raises(
+        ValueError, match="microbatch_size is 3 for batches of 8, but the model has"
+    ):
         fm.train_step(state, make_batch(tiny, 8), getkey(), config=config)
 
 

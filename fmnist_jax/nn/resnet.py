@@ -1,0 +1,57 @@
+"""ResNet-20 (He et al. 2016) for 28 x 28 images."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fmnist_jax.nn import ops
+from fmnist_jax.nn.layers import BatchNorm, Dense, he_normal_fan_out
+
+
+class ResNet20(nn.Module):
+    """Three stages of three residual blocks with 16, 32 and 64 filters, global mean.
+
+    The first block of a later stage halves height and width by taking every second pixel, and fills
+    the new channels of its shortcut with zeros (option A of the paper).
+    """
+
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        x = nn.relu(NormConv(16)(images, train=train))
+        for stage, width in enumerate((16, 32, 64)):
+            for block in range(3):
+                stride = 2 if stage > 0 and block == 0 else 1
+                x = Block(width, stride)(x, train=train)
+        return Dense(self.num_classes)(x.mean(axis=(1, 2)))
+
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut."""
+
+    features: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        shortcut = x[:, :: self.stride, :: self.stride]
+        channels = self.features - x.shape[-1]
+        shortcut = jnp.pad(shortcut, [(0, 0)] * 3 + [(channels // 2, channels - channels // 2)])
+        y = nn.relu(NormConv(self.features, self.stride)(x, train=train))
+        y = NormConv(self.features)(y, train=train)
+        return nn.relu(shortcut + y)
+
+
+class NormConv(nn.Module):
+    """3 x 3 convolution, padded and without bias, and batch statistics with a scale."""
+
+    features: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        shape = (3, 3, x.shape[-1], self.features)
+        kernel = self.param("kernel", he_normal_fan_out, shape, jnp.float32)
+        x = ops.conv2d(x, kernel, "SAME")[:, :: self.stride, :: self.stride]
+        return BatchNorm(use_scale=True)(x, train=train)
