@@ -324,14 +324,15 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     return 1 if problems else 0
 
 
-def _exit(number: int, _: FrameType | None) -> None:
+def raise_exit(number: int, _: FrameType | None) -> None:
+    """Handles a signal by an exception."""
     sys.exit(128 + number)
 
 
 if __name__ == "__main__":
     # An exception, so that the children end with this process. A competitor's process is suspended
     # most of the time and would never end by itself.
-    signal.signal(signal.SIGTERM, _exit)
+    signal.signal(signal.SIGTERM, raise_exit)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _exit)
+        signal.signal(signal.SIGINT, raise_exit)
     sys.exit(main())

@@ -77,6 +77,38 @@ class Competitor:
         return statistics["peak_bytes_in_use"] / 2**20 if statistics else None
 
 
+def curve(
+    arrays: dict[str, np.ndarray], recipe: dict[str, Any], seed: int
+) -> list[tuple[float, float]]:
+    """Trains a recipe with Adam; returns seconds and test accuracy after each epoch."""
+    train = arrays["train_examples"]
+    images, labels = arrays["images"][train], arrays["labels"][train]
+    case = Case(recipe["arch"], recipe["batch_size"], images.shape[1], len(labels))
+    competitor = Competitor(images, labels, case)
+    model, steps = competitor.model, competitor.steps_per_epoch
+    keras.utils.set_random_seed(seed)
+    model.set_weights(_network(case.arch, case.image_size).get_weights())
+    rate = keras.optimizers.schedules.CosineDecay(recipe["learning_rate"], steps * recipe["epochs"])
+    at_once = competitor.steps_per_execution
+    model.compile(
+        optimizer=keras.optimizers.Adam(rate), loss=model.loss, metrics=["accuracy"],
+        steps_per_execution=at_once, jit_compile=model.jit_compile,
+    )  # fmt: skip
+    # Traced and initialized by one execution, which is undone.
+    initial = model.get_weights()
+    model.fit(**competitor.data, steps_per_epoch=at_once, verbose=0)
+    model.set_weights(initial)
+    for variable in model.optimizer.variables:
+        variable.assign(keras.ops.zeros_like(variable))
+    test_images = arrays["test_images"][..., None].astype(np.float32) / 255
+    timer, points = _Epochs(), []
+    for _ in range(recipe["epochs"]):
+        model.fit(**competitor.data, verbose=0, callbacks=[timer])
+        _, accuracy = model.evaluate(test_images, arrays["test_labels"], batch_size=1000, verbose=0)
+        points.append((timer.seconds, float(accuracy)))
+    return points
+
+
 def _has_gpu() -> bool:
     import tensorflow as tf
 

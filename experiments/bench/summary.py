@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+import numpy as np
 from competitors import OURS
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -108,6 +109,29 @@ def draw_results(results: Sequence[dict[str, Any]]) -> Figure:
         chart.spines[["top", "right", "left"]].set_visible(False)
         chart.tick_params(axis="y", length=0)
     charts[-1].set_xlabel("speed relative to the best peer; numbers are images/s")
+    return figure
+
+
+def draw_curves(curves: dict[str, list[Any]], targets: Sequence[float]) -> Figure:
+    """Draws test accuracy over seconds of training: the mean, and a band from lowest to highest."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, seeds) in enumerate(curves.items()):
+        points = np.array(seeds)  # [seed, epoch, 2]
+        seconds, accuracy = points[..., 0].mean(0), 100 * points[..., 1]
+        color = f"C{number}"
+        axes.plot(seconds, accuracy.mean(0), color=color, label=name)
+        axes.plot(seconds[-1:], accuracy.mean(0)[-1:], "o", color=color, markersize=4)
+        axes.fill_between(seconds, accuracy.min(0), accuracy.max(0), color=color, alpha=0.2, lw=0)
+    for target in targets:
+        axes.axhline(100 * target, color=_PEER_COLOR, linewidth=0.8, zorder=0)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(86, 95)
+    axes.set_xlabel("seconds of training")
+    axes.set_ylabel("test accuracy, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right", fontsize=8)
     return figure
 
 

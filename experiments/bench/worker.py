@@ -211,6 +211,10 @@ def main() -> None:
                     for package in metadata.distributions()
                     if package.name in names or package.name.startswith("tensorflow")
                 }
+            case "curve":  # seconds and accuracy after each epoch of a whole training
+                trainer = importlib.import_module(command.pop("module"))
+                with np.load(command.pop("path")) as arrays:
+                    reply = trainer.curve(dict(arrays), **command)
             case "call":  # a function of the module
                 case = Case(*command["case"])
                 arrays = load(command["path"], case.num_images)

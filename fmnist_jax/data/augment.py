@@ -172,7 +172,7 @@ class RandomShift:
       [[0, 5, 4], [0, 8, 7], [0, 0, 0]]
     """
 
-    shift: int = 2
+    shift: int = 1
     flip: bool = True
     erase: float = 0.0
     erase_area: tuple[float, float] = (0.02, 0.4)
@@ -293,6 +293,6 @@ AUGMENTATIONS: Mapping[str, RandomAffine | RandomShift] = MappingProxyType(
         "keras": RandomAffine(keras_shear=True),
         "geometric": RandomAffine(),
         "shift": RandomShift(),
-        "shift_erase": RandomShift(erase=0.5),
+        "shift_erase": RandomShift(erase=0.5),  # the paper's probability
     }
 )

@@ -1,9 +1,10 @@
-"""bench.py, on one small network."""
+"""bench.py and time_to_accuracy.py, on small networks."""
 
 import contextlib
 import itertools
 import json
 
+import numpy as np
 import pytest
 import summary
 
@@ -13,6 +14,11 @@ from tests.conftest import ROOT, load_module
 @pytest.fixture(scope="module")
 def bench():
     return load_module(ROOT / "experiments" / "bench" / "bench.py")
+
+
+@pytest.fixture(scope="module")
+def time_to_accuracy():
+    return load_module(ROOT / "experiments" / "bench" / "time_to_accuracy.py")
 
 
 def record(speeds, *, losses=None, problem=None):
@@ -81,3 +87,25 @@ def test_invalid_flag_prints_one_message(bench, capsys):
         bench.main(["--rounds", "0"])
     assert stop.value.code == 2
     assert "--rounds must be at least 1" in capsys.readouterr().err
+
+
+def test_an_accuracy_is_reached_by_the_mean_over_seeds(time_to_accuracy):
+    curves = [[(1.0, 0.5), (2.0, 0.7), (3.0, 0.9)], [(1.2, 0.8), (2.4, 0.9), (3.6, 0.8)]]
+    assert time_to_accuracy.first_reached(curves, 0.75) == pytest.approx(2.2)
+    assert time_to_accuracy.first_reached(curves, 0.65) == pytest.approx(1.1)
+    assert time_to_accuracy.first_reached(curves, 0.95) is None
+
+
+@pytest.mark.slow
+def test_time_to_accuracy_on_a_few_images(time_to_accuracy, sample, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(time_to_accuracy.fm, "load_fashion_mnist", lambda: sample)
+    arguments = ["--curve", "fmnist_jax, sprint_91", "--seeds", "2", "--epochs", "2"]
+    assert time_to_accuracy.main([*arguments, "--workdir", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "time_to_accuracy.json").read_text())
+    (curves,) = report["curves"].values()
+    seconds, accuracies = np.moveaxis(np.array(curves), -1, 0)
+    assert seconds.shape == (2, 2)
+    assert np.all(np.diff(seconds) > 0)
+    assert np.all(accuracies > 0.3)
+    assert (tmp_path / "time_to_accuracy.png").stat().st_size > 5000
+    assert "fmnist_jax, sprint_91" in capsys.readouterr().out
