@@ -58,11 +58,11 @@ def outcome(workdir: Path) -> dict[str, str]:
     return {name: _sha256(item) for name, item in items.items()}
 
 
-def verify(recipe: fm.Recipe, console: Console, flags: Sequence[str] = ()) -> bool:
+def verify(arch: str, console: Console, flags: Sequence[str] = ()) -> bool:
     """Trains, kills, resumes and compares.
 
     Args:
-      recipe: its network is trained.
+      arch: name of a recipe; its network is trained.
       console: receives progress and result.
       flags: further flags of both runs.
 
@@ -73,8 +73,8 @@ def verify(recipe: fm.Recipe, console: Console, flags: Sequence[str] = ()) -> bo
       VerificationError: if a run fails.
     """
     started = time.monotonic()
-    name = recipe.arch
-    if recipe.image_size is not None:
+    name = arch
+    if fm.RECIPES[arch].image_size is not None:
         flags = [*flags, "--image-size", str(IMAGE_SIZE)]
         name += f" at {IMAGE_SIZE} x {IMAGE_SIZE} pixels"
     with contextlib.ExitStack() as stack:
@@ -82,7 +82,7 @@ def verify(recipe: fm.Recipe, console: Console, flags: Sequence[str] = ()) -> bo
         straight, killed = Path(folder) / "straight", Path(folder) / "killed"
 
         def start(workdir: Path) -> subprocess.Popen[str]:
-            command = [sys.executable, str(RUN), "--arch", recipe.arch, *FLAGS, *flags]
+            command = [sys.executable, str(RUN), "--arch", arch, *FLAGS, *flags]
             return subprocess.Popen(
                 [*command, "--quiet", "--workdir", str(workdir)], stderr=subprocess.PIPE, text=True
             )

@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     run = cli.create_run(arguments, arguments.arch, arguments.workdir or Path("runs"))
     if arguments.verify_resume:
         flags = ["--no-cache"] if arguments.no_cache else []
-        return 0 if resume.verify(run.recipe, console, flags) else 1
+        return 0 if resume.verify(arguments.arch, console, flags) else 1
     dataset = cli.load_data(arguments)
     if arguments.replay is not None:
         return _replay(arguments, dataset, console)

@@ -23,9 +23,13 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import fmnist_jax as fm
+from fmnist_jax.recipes import CLAIMS
 from fmnist_jax.xla.jit import platform_jit
 
 ROOT = Path(__file__).parent.parent
+
+# A recipe of each network; the two widths of the sprint network count as one.
+ONE_PER_NETWORK = [*CLAIMS, "sprint_93", pytest.param("resnet20", marks=pytest.mark.slow)]
 
 # A background job is started with SIGINT ignored, and so would be the processes of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""Adam, RMSprop and momentum SGD in Keras' formulas, and learning rate schedules.
+"""Adam, RMSprop and momentum SGD in Keras' formulas, Muon, and learning rate schedules.
 
 Each optimizer is an optax transformation whose `update` takes the learning rate and the weight
 decay as extra arguments. Both may be traced: one compiled program serves every value, and `vmap`
@@ -47,7 +47,9 @@ def create_optimizer(name: OptimizerName) -> optax.GradientTransformationExtraAr
 
     Args:
       name: "adam" (beta 0.9 and 0.999, epsilon 1e-7), "rmsprop" (rho 0.9, epsilon 1e-7 inside the
-        root) or "sgd" (momentum 0.9). The numbers are Keras' defaults but for the momentum.
+        root) or "sgd" (momentum 0.9), with Keras' defaults but for the momentum; or "muon" (Jordan
+        et al. 2024) for convolution kernels, beside SGD with Nesterov momentum for all else. It
+        needs the parameters in `update`: kernels are rescaled first, as in airbench94.
 
     Returns:
       An optax transformation. Its `update` takes `learning_rate`, float32[], and optionally
@@ -102,9 +104,9 @@ def create_schedule(name: ScheduleName) -> Schedule | None:
     """Creates a learning rate schedule.
 
     Args:
-      name: "constant"; "cosine", half a cosine from 1 to 0; or "one_cycle" (Smith and Topin 2018,
-        with fast.ai's cosine form): from 1/25 up to 1 in the first 30 % of the run, then down to
-        1/250,000.
+      name: "constant"; "linear", from 1 to 0; "cosine", half a cosine from 1 to 0; or "one_cycle"
+        (Smith and Topin 2018, with fast.ai's cosine form): from 1/25 up to 1 in the first 30 % of
+        the run, then down to 1/250,000.
 
     Returns:
       A function from the fraction of the run that is done, float32[] in [0, 1], to the fraction
@@ -161,7 +163,7 @@ def _muon(grads: optax.Updates, state: Any, params: optax.Params, learning_rate:
             return -learning_rate * rate * direction
         # Filters are scaled to a root mean square norm of 1 before they move, as in airbench94.
         norm = jnp.sqrt(jnp.sum(jnp.square(param)) / param.shape[-1])
-        return param / norm - param - learning_rate * direction
+        return param / jnp.maximum(norm, 1e-12) - param - learning_rate * direction
 
     return jax.tree.map(update, params, directions), state
 

@@ -5,7 +5,7 @@ import resume
 from rich.console import Console
 
 import fmnist_jax as fm
-from fmnist_jax.recipes import CLAIMS
+from tests.conftest import ONE_PER_NETWORK
 
 EXPECTED = {"a: x": "1", "a: y": "2"}
 
@@ -18,13 +18,12 @@ def test_any_difference_is_reported(found, capsys):
 
 
 def test_failed_run_raises():
-    recipe = fm.RECIPES["valid_2x2"]
     with pytest.raises(fm.errors.VerificationError, match=r"(?s)status 2 before .*unrecognized"):
-        resume.verify(recipe, Console(quiet=True), ["--unknown"])
+        resume.verify("valid_2x2", Console(quiet=True), ["--unknown"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [*CLAIMS, "sprint_93", "resnet20"])
+@pytest.mark.parametrize("arch", ONE_PER_NETWORK)
 def test_killed_runs_resume_to_identical_bits(arch, run_py, capsys):
     assert run_py.main(["--verify-resume", "--arch", arch]) == 0
     output = capsys.readouterr().out

@@ -13,17 +13,13 @@ import pytest
 
 import fmnist_jax as fm
 from fmnist_jax.recipes import CLAIMS
-from tests.conftest import ROOT
+from tests.conftest import ONE_PER_NETWORK, ROOT
 from tests.experiments.conftest import SMALL
 
 RUN = [sys.executable, str(ROOT / "experiments" / "run.py")]
 
 
-# One of the two widths of the sprint network.
-RECIPES = [*CLAIMS, "sprint_93", pytest.param("resnet20", marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("arch", RECIPES)
+@pytest.mark.parametrize("arch", ONE_PER_NETWORK)
 def test_every_network_trains(arch, run_py, tmp_path, capsys):
     flags = ["--image-size", "48"] if arch == "deep_augmented" else []
     command = ["--arch", arch, *SMALL, "--epochs", "2", *flags, "--workdir", str(tmp_path)]
