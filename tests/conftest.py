@@ -28,8 +28,12 @@ from fmnist_jax.xla.jit import platform_jit
 
 ROOT = Path(__file__).parent.parent
 
-# A recipe of each network; the two widths of the sprint network count as one.
-ONE_PER_NETWORK = [*CLAIMS, "sprint_93", pytest.param("resnet20", marks=pytest.mark.slow)]
+# A recipe of each network.
+ONE_PER_NETWORK = [
+    *CLAIMS,
+    "sprint_91",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("sprint_93", "resnet20")),
+]
 
 # A background job is started with SIGINT ignored, and so would be the processes of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)

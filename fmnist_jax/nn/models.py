@@ -3,7 +3,8 @@
 Every network maps images, float32[batch, height, width, channels] with values in [0, 1], to logits,
 float32[batch, num_classes]. `train=True` turns dropout on and then needs `rngs={"dropout": key}`.
 Networks with dropout take `dropout`, one rate for all their layers in place of their own; it may be
-traced.
+traced. Networks with batch normalization have the collection "batch_stats", which `train=True`
+updates.
 """
 
 from collections.abc import Mapping

@@ -43,8 +43,9 @@ class StepConfig:
       dtype: the model computes in it, from parameters and images that are cast to it; bfloat16 is
         for accelerators. Parameters, updates, loss and metrics stay float32.
       microbatch_size: examples that go through the model at once; their gradients are summed. The
-        update is the same but for rounding and for dropout, where each microbatch has its own
-        key. None chooses (`train_steps`) or takes the whole batch (`train_step`).
+        update is the same but for rounding, for dropout, where each microbatch has its own key,
+        and for batch normalization, which sees each microbatch alone. None chooses
+        (`train_steps`) or takes the whole batch (`train_step`).
 
     Raises:
       ValueError: if a size is below 1.
@@ -168,8 +169,8 @@ def train_step(
 
     Raises:
       TypeError: if the images are not float.
-      ValueError: if the loss does not return one value per example, or a model with other
-        variables than parameters is to be split into microbatches.
+      ValueError: if the loss does not return one value per example, or the batch of a model with
+        other variables than parameters cannot be split into equal microbatches.
       ConfigError: if the optimizer needs a learning rate and none is given.
     """
     grads, model_state, losses, logits = compute_grads(

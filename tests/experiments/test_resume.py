@@ -5,7 +5,7 @@ import resume
 from rich.console import Console
 
 import fmnist_jax as fm
-from tests.conftest import ONE_PER_NETWORK
+from fmnist_jax.recipes import CLAIMS
 
 EXPECTED = {"a: x": "1", "a: y": "2"}
 
@@ -23,7 +23,7 @@ def test_failed_run_raises():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ONE_PER_NETWORK)
+@pytest.mark.parametrize("arch", [*CLAIMS, "sprint_93"])
 def test_killed_runs_resume_to_identical_bits(arch, run_py, capsys):
     assert run_py.main(["--verify-resume", "--arch", arch]) == 0
     output = capsys.readouterr().out

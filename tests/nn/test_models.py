@@ -120,9 +120,10 @@ def test_parameter_count(name):
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", fm.ARCHS)
 def test_logits_shape_and_dtype(name, batch, getkey):
-    model, variables, side = create(name)
-
+    model, side = fm.create_model(name), 150 if name == "deep_augmented" else 28
     images = jax.ShapeDtypeStruct((batch, side, side, 1), jnp.float32)
+    init = functools.partial(model.init, train=False)
+    variables = jax.eval_shape(init, jax.random.key(0), images)
     for options in ({"train": False}, {"train": True, "dropout": getkey()}):
         logits = apply.eval_shape(model, variables, images, **options)
         chex.assert_shape(logits, (batch, 10))
