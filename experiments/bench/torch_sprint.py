@@ -61,7 +61,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(filters, {"lr": lr})
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """Updates the filters."""
         for group in self.param_groups:
             for param in group["params"]:
