@@ -52,7 +52,7 @@ _SPRINT = Recipe(
     arch="sprint",
     epochs=8,
     batch_size=1000,
-    microbatch_size=125,  # the fastest of 63, 125, 250 and 500
+    microbatch_size=125,  # as fast as 63, faster than 250 and 500
     optimizer="muon",
     learning_rate=0.12,
     schedule="linear",
@@ -63,7 +63,7 @@ _SPRINT = Recipe(
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         **{recipe.arch: recipe for recipe in _PROJECTS},
-        # In three epochs no image needs to change: without augmentation, validation was better.
+        # One run each on validation images: 92.10% without augmentation, 91.78% with flips.
         "sprint_91": dataclasses.replace(
             _SPRINT, arch="sprint_narrow", epochs=3, learning_rate=0.2, augmentation="none"
         ),

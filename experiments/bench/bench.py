@@ -234,7 +234,6 @@ def create_parser() -> argparse.ArgumentParser:
         default=2.0,
         help="training of each competitor per round (%(default)s)",
     )
-    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: that of JAX")
     parser.add_argument(
         "--start",
         action="store_true",
@@ -245,6 +244,13 @@ def create_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="measure how the time per image grows with sizes instead",
     )
+    add_place_flags(parser)
+    return parser
+
+
+def add_place_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say where to measure and where the results go."""
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: that of JAX")
     parser.add_argument(
         "--workdir",
         type=Path,
@@ -252,7 +258,6 @@ def create_parser() -> argparse.ArgumentParser:
         default=Path("runs/bench"),
         help="folder of the results (%(default)s)",
     )
-    return parser
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import time
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -15,8 +16,9 @@ from worker import AUGMENTED, NETWORKS, OPTIMIZERS, Case, Trained
 
 import fmnist_jax as fm
 from fmnist_jax.data.augment import RandomAffine
-from fmnist_jax.data.batches import scale, steps_per_epoch
+from fmnist_jax.data.batches import scale
 from fmnist_jax.nn import ops
+from fmnist_jax.runs.plan import create_plan
 from fmnist_jax.train import metrics
 from fmnist_jax.xla.jit import platform_jit
 
@@ -88,39 +90,27 @@ def curve(
     arrays: dict[str, np.ndarray], recipe: dict[str, Any], seed: int
 ) -> list[tuple[float, float]]:
     """Trains what `run.py` trains; returns seconds and test accuracy after each epoch."""
-    settings, streams = fm.Recipe(**recipe), fm.create_streams(seed)
-    images, labels = jnp.asarray(arrays["images"]), jnp.asarray(arrays["labels"])
-    examples = jnp.asarray(arrays["train_examples"])
-    config = fm.StepConfig(
-        model=fm.create_model(settings.arch),
-        tx=fm.create_optimizer(settings.optimizer),
-        batch_size=settings.batch_size,
-        augment=fm.AUGMENTATIONS.get(settings.augmentation),
-        schedule=fm.create_schedule(settings.schedule),
-        microbatch_size=settings.microbatch_size,
+    dataset = fm.Dataset(
+        arrays["images"], arrays["labels"], arrays["test_images"], arrays["test_labels"]
     )
-    total_steps = settings.epochs * steps_per_epoch(len(examples), config.batch_size)
-    hyperparams = fm.Hyperparams(
-        jnp.float32(settings.learning_rate),
-        jnp.int32(total_steps),
-        label_smoothing=jnp.float32(settings.label_smoothing or 0),
-    )
-    state = fm.create_train_state(streams.init, config)
+    plan = create_plan(fm.Run(recipe=fm.Recipe(**recipe), workdir=Path(), seed=seed), dataset)
+    images, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
+    examples = jnp.asarray(plan.train_examples)
     # Compiles the loop and takes no step.
     state, _ = fm.train_steps(
-        state, images, labels, examples, streams, jnp.int32(0), hyperparams, metrics.zeros(),
-        config=config,
+        plan.create_state(), images, labels, examples, plan.streams, jnp.int32(0),
+        plan.hyperparams, metrics.zeros(), config=plan.config,
     )  # fmt: skip
     seconds, points = 0.0, []
-    for _ in range(settings.epochs):
+    for _ in range(plan.run.recipe.epochs):
         start = time.perf_counter()
         ((state, _),) = fm.train_epoch(
-            state, images, labels, examples, streams, hyperparams, config=config
+            state, images, labels, examples, plan.streams, plan.hyperparams, config=plan.config
         )
         jax.block_until_ready(state)
         seconds += time.perf_counter() - start
         test = fm.evaluate(
-            state.variables, arrays["test_images"], arrays["test_labels"], model=config.model
+            state.variables, dataset.test_images, dataset.test_labels, model=plan.model
         )
         points.append((seconds, test.means()["accuracy"]))
     return points

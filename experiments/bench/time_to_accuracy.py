@@ -2,9 +2,9 @@
 
     python experiments/bench/time_to_accuracy.py --seeds 3
 
-fmnist_jax trains its recipes; Keras on TensorFlow the first project's recipe as the project wrote
-it; PyTorch the network and recipe of sprint_94, written as its users would. Each training has a
-process of its own and both cores; seeds take turns. Accuracy on the test images is measured after
+fmnist_jax trains its own recipes; Keras on TensorFlow the recipe of small_dropout; PyTorch the
+network and recipe of sprint_94, written as its users would. Each training has a process of its own,
+and no two run at once. Accuracy on the test images is measured after
 each epoch and chooses nothing. Compilation and evaluation are not counted.
 
 Exit status: 0 done, 1 a competitor failed, 2 bad usage, 130 or 143 interrupted.
@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import matplotlib as mpl
 import numpy as np
-from bench import raise_exit
+from bench import add_place_flags, raise_exit
 from competitors import OURS, Child, ChildError
 from rich.console import Console
 from rich.table import Table
@@ -76,17 +76,10 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--curve", nargs="+", metavar="NAME", choices=list(CURVES), default=list(CURVES)
     )
-    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: that of JAX")
     parser.add_argument(
         "--epochs", type=int, metavar="N", help="default: those of the recipe; for a quick check"
     )
-    parser.add_argument(
-        "--workdir",
-        type=Path,
-        metavar="DIR",
-        default=Path("runs/bench"),
-        help="folder of the results (%(default)s)",
-    )
+    add_place_flags(parser)
     return parser
 
 

@@ -40,7 +40,7 @@ class Augmentation(Protocol):
         images: jax.Array,
         strength: float | jax.Array = 1.0,
     ) -> jax.Array:
-        """Augments the images of an epoch. What an image becomes depends on nothing but its number.
+        """Augments images of an epoch; each depends on key, epoch and its number, not on the batch.
 
         Args:
           key: the augment stream of the run.

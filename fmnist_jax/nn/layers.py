@@ -14,7 +14,6 @@ Initializer = jax.nn.initializers.Initializer
 Rate = float | jax.Array
 
 glorot_uniform = nn.initializers.glorot_uniform()  # Keras' default, Glorot and Bengio 2010
-he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # ResNet's
 
 
 class Conv(nn.Module):
@@ -68,7 +67,8 @@ class BatchNorm(nn.Module):
     a step has several. The collection "batch_stats" holds moving averages for evaluation.
 
     Attributes:
-      momentum: share of the old average that is retained per batch.
+      momentum: share of the old average that is retained. 0.95 for each of eight microbatches is
+        0.66 a step; airbench94 has 0.6.
       use_scale: whether each feature is multiplied by a parameter.
     """
 

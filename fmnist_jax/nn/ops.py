@@ -3,7 +3,7 @@
 GPUs and TPUs compute the plain XLA operations, which this module holds; CPUs compute the forms in
 `cpu`. Both return the same values up to rounding.
 
-All but dropout are `custom_vjp` functions: reverse mode, `vmap` and `jit`
+All but `normalize` and `dropout` are `custom_vjp` functions: reverse mode, `vmap` and `jit`
 compose, forward mode (`jvp`) is not supported.
 """
 

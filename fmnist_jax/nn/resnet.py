@@ -5,7 +5,9 @@ import jax
 import jax.numpy as jnp
 
 from fmnist_jax.nn import ops
-from fmnist_jax.nn.layers import BatchNorm, Dense, he_normal_fan_out
+from fmnist_jax.nn.layers import BatchNorm, Dense
+
+he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # of He et al. 2015
 
 
 class ResNet20(nn.Module):
@@ -52,6 +54,6 @@ class NormConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         shape = (3, 3, x.shape[-1], self.features)
-        kernel = self.param("kernel", he_normal_fan_out, shape, jnp.float32)
+        kernel = self.param("kernel", he_normal, shape, jnp.float32)
         x = ops.conv2d(x, kernel, "SAME")[:, :: self.stride, :: self.stride]
         return BatchNorm(use_scale=True)(x, train=train)

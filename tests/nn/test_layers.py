@@ -57,7 +57,7 @@ def test_the_patterns_whiten_the_training_images(sample):
 
 def test_the_first_convolution_mixes_whitened_patches(getkey):
     images = jax.random.uniform(getkey(), (2, 12, 12, 1))
-    layer = WhitenedConv(6, "VALID")
+    layer = WhitenedConv(6)
     variables = layer.init(getkey(), images)
     chex.assert_shape(variables["params"]["kernel"], (1, 1, 25, 6))
     patches = np.lib.stride_tricks.sliding_window_view(np.asarray(images)[..., 0], (5, 5), (1, 2))
