@@ -74,6 +74,9 @@ def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Measures the time to an accuracy.")
     parser.add_argument("--seeds", type=int, metavar="N", default=3, help="trainings (%(default)s)")
     parser.add_argument(
+        "--seed", type=int, metavar="S", default=0, help="seed of the first training (%(default)s)"
+    )
+    parser.add_argument(
         "--curve", nargs="+", metavar="NAME", choices=list(CURVES), default=list(CURVES)
     )
     parser.add_argument(
@@ -89,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.seeds < 1 or (arguments.epochs or 1) < 1:
         parser.error("--seeds and --epochs must be at least 1")
+    if arguments.seed < 0:
+        parser.error(f"--seed is {arguments.seed}; expected an integer of at least 0")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
     try:
         _run(arguments, console)
@@ -106,7 +111,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
     dataset = fm.load_fashion_mnist()
     curves: dict[str, list[Any]] = {name: [] for name in arguments.curve}
     with tempfile.TemporaryDirectory() as folder, mpl.rc_context(STYLE):
-        for seed in range(arguments.seeds):
+        for seed in range(arguments.seed, arguments.seed + arguments.seeds):
             data = Path(folder) / f"seed-{seed}.npz"
             _write(data, dataset, seed)
             for name in curves:
