@@ -1,8 +1,10 @@
 """What the commands share: flags, data, texts and exit statuses."""
 
 import argparse
+import ctypes
 import dataclasses
 import re
+import signal
 import types
 import typing
 import warnings
@@ -17,9 +19,15 @@ from rich.table import Table
 import fmnist_jax as fm
 from fmnist_jax import config, errors
 from fmnist_jax.digest import sha256_json
+from fmnist_jax.runs.watchdog import end_lost
+from fmnist_jax.studies.executors import Executor, RayExecutor, fit_in_turn
+from fmnist_jax.xla import processes
 from fmnist_jax.xla.cache import enable_compilation_cache, remove_unreadable_entry
 
 SAMPLE_NOTE = "Trained on the embedded sample; these accuracies are not results."
+
+# The C library has a pointer to the handler.
+_KEPT: list[Any] = []
 
 _WARNINGS = (errors.DataWarning, errors.CheckpointWarning, errors.EnvironmentWarning)
 
@@ -67,6 +75,27 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
         "--no-cache", action="store_true", help="do not use the persistent compilation cache"
     )
     parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
+
+
+def add_ray_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `create_executor` reads."""
+    group = parser.add_argument_group("Ray", "Independent runs at once, on a Ray cluster.")
+    group.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const="local",
+        help="cluster, such as auto or ray://head:10001; without an address, this machine",
+    )
+    group.add_argument("--ray-cpus", type=float, metavar="N", default=1, help="cores of a run (1)")
+    group.add_argument("--ray-gpus", type=float, metavar="N", default=0, help="GPUs of a run (0)")
+
+
+def create_executor(arguments: argparse.Namespace) -> Executor:
+    """Creates the executor that the flags of `add_ray_flags` describe."""
+    if arguments.ray is None:
+        return fit_in_turn
+    return RayExecutor(arguments.ray, num_cpus=arguments.ray_cpus, num_gpus=arguments.ray_gpus)
 
 
 def create_run(
@@ -171,7 +200,14 @@ def run(
         for category in _WARNINGS:
             warnings.simplefilter("always", category)
         warnings.showwarning = show_warning
+        is_distributed = getattr(arguments, "distributed", False)
         try:
+            _choose_devices(getattr(arguments, "devices", None), is_distributed)
+            if is_distributed:
+                processes.start()
+                _exit_when_lost()
+                if not processes.is_first():
+                    console.quiet = True
             jax.config.update("jax_enable_compilation_cache", not arguments.no_cache)
             if not arguments.no_cache:
                 enable_compilation_cache()
@@ -185,8 +221,35 @@ def run(
             message, status = f"diverged: {error}", 3
         except errors.Interrupted as stop:
             message, status = str(stop), 128 + stop.signal_number
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            # JAX's errors begin with a status such as UNAVAILABLE.
+            if not (is_distributed and re.match(r"[A-Z_]+: ", str(error))):
+                raise
+            end_lost(f"another process has ended or cannot be reached ({str(error)[:60]}...)")
+    if is_distributed and not processes.is_first():
+        message = f"process {jax.process_index()}: {message}"
     error_console.print(message, highlight=False, markup=False, soft_wrap=True)
     return status
+
+
+def _choose_devices(devices: str | None, is_distributed: bool) -> None:
+    """Makes JAX divide the CPU into as many devices as the flag asks for."""
+    if devices is not None and devices.isdecimal() and not is_distributed:
+        jax.config.update("jax_num_cpu_devices", int(devices))
+
+
+def _exit_when_lost() -> None:
+    """Ends this process with one line and `LOST_STATUS` where JAX would abort it.
+
+    JAX calls abort() in a thread of its own when another process is dead or stopped.
+    """
+
+    def end(_: int) -> None:
+        end_lost("another process has ended or cannot be reached")
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
+    _KEPT.append(handler)
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
 
 
 def print_facts(console: Console, facts: dict[str, str], *, sample: bool = False) -> None:

@@ -32,7 +32,6 @@ import fmnist_jax as fm
 from fmnist_jax.config import from_dict
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.runs import files
-from fmnist_jax.runs.fit import fit_plan
 from fmnist_jax.runs.plan import Plan, create_plan
 
 # With five seeds, the smallest p-value of a sign-flip test is 0.0625.
@@ -68,6 +67,7 @@ def create_parser() -> argparse.ArgumentParser:
     )
     cli.add_output_flags(parser)
     cli.add_training_flags(parser)
+    cli.add_ray_flags(parser)
     return parser
 
 
@@ -95,14 +95,11 @@ def _run(first: argparse.Namespace, second: argparse.Namespace, console: Console
     sides = [_Side(workdirs, []) for workdirs in finished]
     if not all(finished):
         sides = _plan_runs(first, second, finished)
-    for name, side in zip("ab", sides, strict=True):
-        for number, plan in enumerate(side.plans, 1):
-            console.print(
-                f"{name}: {plan.run.recipe.arch}, seed {plan.run.seed}, {number} of "
-                f"{len(side.plans)}",
-                highlight=False,
-            )
-            fit_plan(plan, progress=fm.ConsoleProgress(console))
+    plans = [plan for side in sides for plan in side.plans]
+    if plans:
+        executor = cli.create_executor(second)
+        runs = [plan.run for plan in plans]
+        executor(runs, plans[0].dataset, fm.ConsoleProgress(console))
     comparison = fm.compare(sides[0].workdirs, sides[1].workdirs)
     files.make_folder(second.workdir)
     files.write_json(second.workdir / "comparison.json", comparison)

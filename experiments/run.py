@@ -4,7 +4,7 @@
 
 All files of a run are in one folder under `runs/`. The same command resumes an interrupted run.
 Exit status: 0 done, 1 a verification failed, 2 bad usage, bad input or a state that could not be
-saved, 3 diverged, 130 or 143 interrupted.
+saved, 3 diverged, 75 another process was lost, 130 or 143 interrupted.
 """
 
 import signal
@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cli
+import jax
 import resume
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +33,9 @@ from fmnist_jax.recipes import CLAIMS
 from fmnist_jax.runs import files
 from fmnist_jax.runs.fit import fit_plan
 from fmnist_jax.runs.plan import Plan, create_plan, loop_cost
+from fmnist_jax.runs.watchdog import Watchdog
+from fmnist_jax.studies.executors import Executor
+from fmnist_jax.xla import processes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +59,11 @@ def create_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder of the run; default: a folder in runs/ named by the settings",
     )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="train with all processes that mpirun, srun or Kubernetes has started",
+    )
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--list", action="store_true", help="show the recipes and their claims")
     task.add_argument("--dry-run", action="store_true", help="show the plan without training")
@@ -71,10 +80,13 @@ def create_parser() -> argparse.ArgumentParser:
     )
     cli.add_output_flags(parser)
     cli.add_training_flags(parser)
+    cli.add_ray_flags(parser)
     return parser
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
+    if arguments.ray is not None and (arguments.seeds is None or arguments.distributed):
+        raise ConfigError("--ray trains many runs at once; combine it with --seeds alone")
     if arguments.list:
         _print_recipes(console)
         return 0
@@ -98,14 +110,16 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
             f"{cost.bytes / 2**20:,.0f} MiB, training images included. Nothing was trained."
         )
     elif arguments.seeds is not None:
-        _train_seeds(run, dataset, arguments.seeds, console)
+        _train_seeds(run, dataset, arguments.seeds, cli.create_executor(arguments), console)
     else:
         _train(plan, console)
     return 0
 
 
 def _train(plan: Plan, console: Console) -> None:
-    report = fit_plan(plan, progress=fm.ConsoleProgress(console)).report
+    report = fit_plan(plan, progress=_progress(console)).report
+    if not processes.is_first():
+        return
     console.print("Writing the report ...")
     from fmnist_jax.report.run import write_report  # matplotlib takes a second to import
 
@@ -124,8 +138,13 @@ def _train(plan: Plan, console: Console) -> None:
     cli.print_facts(console, facts | {"report": str(page)}, sample=report["sample"])
 
 
-def _train_seeds(run: fm.Run, dataset: fm.Dataset, num_seeds: int, console: Console) -> None:
-    summary = fm.fit_seeds(run, dataset, num_seeds, progress=fm.ConsoleProgress(console)).report
+def _train_seeds(
+    run: fm.Run, dataset: fm.Dataset, num_seeds: int, executor: Executor, console: Console
+) -> None:
+    progress = _progress(console)
+    summary = fm.fit_seeds(run, dataset, num_seeds, progress=progress, executor=executor).report
+    if not processes.is_first():
+        return
     console.print("Writing the report ...")
     from fmnist_jax.report.seeds import write_seeds_report
 
@@ -139,6 +158,14 @@ def _train_seeds(run: fm.Run, dataset: fm.Dataset, num_seeds: int, console: Cons
     facts["each seed"] = ", ".join(f"{v:.2%}" for v in summary["test_accuracy"]["values"])
     console.print()
     cli.print_facts(console, facts | {"report": str(page)}, sample=summary["sample"])
+
+
+def _progress(console: Console) -> fm.NullProgress:
+    progress = fm.ConsoleProgress(console)
+    if jax.process_count() == 1:
+        return progress
+    # Ten times what JAX waits for a process that is dead.
+    return Watchdog(progress, 10 * processes.HEARTBEAT_SECONDS)
 
 
 def _replay(arguments: argparse.Namespace, dataset: fm.Dataset, console: Console) -> int:

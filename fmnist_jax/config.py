@@ -23,7 +23,7 @@ StreamName = Literal["init", "split", "shuffle", "augment", "dropout"]
 _ABSENT = "absent"
 
 # Fields of a run that have no effect on its training.
-_NO_EFFECT = ("workdir", "checkpoint_every", "keep_every", "tta")
+_NO_EFFECT = ("workdir", "checkpoint_every", "keep_every", "tta", "devices")
 
 
 def _flag(text: str, default: Any = dataclasses.MISSING) -> Any:
@@ -40,6 +40,9 @@ class Recipe:
       batch_size: examples per step, at least 1.
       microbatch_size: examples that go through the network at once; with batch normalization, which
         sees each microbatch alone, it changes the training. None leaves it to the device.
+      shards: equal parts of a batch that devices can share (`Run.devices`), a power of two that
+        divides the batch size. Each has its own dropout key and batch normalization. The number of
+        shards determines the bits of the training, the number of devices does not.
       optimizer: "adam", "rmsprop" or "sgd" (momentum 0.9), in Keras' formulas, or "muon".
       learning_rate: peak of the schedule, above 0.
       schedule: "constant", "cosine", "one_cycle" or "linear" (to zero), over the whole run.
@@ -70,6 +73,7 @@ class Recipe:
     epochs: int = _flag("passes over the training images")
     batch_size: int = _flag("examples per step", 128)
     microbatch_size: int | None = _flag("examples that go through the network at once", None)
+    shards: int = _flag("parts of a batch that devices can share, a power of two", 1)
     optimizer: OptimizerName = _flag("optimizer", "adam")
     learning_rate: float = _flag("peak of the schedule", 1e-3)
     schedule: ScheduleName = _flag("learning rate schedule over the whole run", "constant")
@@ -88,11 +92,12 @@ class Recipe:
         for name in ("microbatch_size", "image_size"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
-        size = self.microbatch_size
-        if size is not None and size < self.batch_size and self.batch_size % size:
+        check_shards(self.shards, self.batch_size)
+        size, shard_size = self.microbatch_size, self.batch_size // self.shards
+        if size is not None and size < shard_size and shard_size % size:
+            whole = "batch_size is" if self.shards == 1 else "the size of a shard is"
             raise ConfigError(
-                f"microbatch_size is {size}, but batch_size is {self.batch_size}; expected a "
-                "divisor of it"
+                f"microbatch_size is {size}, but {whole} {shard_size}; expected a divisor of it"
             )
         _check_choice("optimizer", self.optimizer, OptimizerName)
         _check_choice("schedule", self.schedule, ScheduleName)
@@ -174,6 +179,8 @@ class Run:
         and the one with the best validation accuracy are always retained.
       tta: whether test-time augmentation is evaluated as well; None does so where the augmentation
         of the recipe mirrors images.
+      devices: how many devices share the shards of each batch, or "all"; their number must divide
+        `recipe.shards`. None is one device, or all if there are several processes.
 
     Raises:
       ConfigError: if a value is outside its range.
@@ -190,6 +197,7 @@ class Run:
     tta: bool | None = _flag(
         "evaluate test-time augmentation; default: where the augmentation mirrors", None
     )
+    devices: str | int | None = _flag("devices that share the shards of each batch, or all", None)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "workdir", Path(self.workdir))
@@ -204,6 +212,13 @@ class Run:
         Interval.parse("checkpoint_every", self.checkpoint_every)
         if self.keep_every is not None:
             Interval.parse("keep_every", self.keep_every, ("st", "ep"))
+        if self.devices not in (None, "all"):
+            devices = str(self.devices)
+            if not (devices.isdecimal() and int(devices) >= 1):
+                raise ConfigError(
+                    f"devices is {self.devices!r}; expected an integer of at least 1, or all"
+                )
+            object.__setattr__(self, "devices", int(devices))
 
 
 def to_dict(run: Run) -> dict[str, Any]:
@@ -216,6 +231,8 @@ def to_dict(run: Run) -> dict[str, Any]:
     settings = dataclasses.asdict(run)
     for name in _NO_EFFECT:
         del settings[name]
+    if run.recipe.shards == 1:
+        del settings["recipe"]["shards"]  # so that runs of versions without shards can resume
     return settings
 
 
@@ -286,6 +303,21 @@ def differences_message(
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_shards(shards: int, batch_size: int) -> None:
+    """Checks that a batch can be cut into this many shards.
+
+    Raises:
+      ConfigError: if not; the message lists the numbers that can be chosen.
+    """
+    # & -size is the largest power of two that divides the size.
+    choices = [2**power for power in range((batch_size & -batch_size).bit_length())]
+    if isinstance(shards, bool) or shards not in choices:
+        raise ConfigError(
+            f"shards is {shards!r}, but batch_size is {batch_size}; choose one of "
+            f"{', '.join(map(str, choices))}"
+        )
 
 
 def _check_count(name: str, value: int) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from worker import Case
 
+_SECONDS = (10, 20, 50, 100, 200, 500)
 _OURS_COLOR, _PEER_COLOR, _INK = "#2563eb", "#cbd5e1", "#1f2937"
 STYLE: Any = {
     "font.size": 10,
@@ -126,12 +127,28 @@ def draw_curves(curves: dict[str, list[Any]], targets: Sequence[float]) -> Figur
     for target in targets:
         axes.axhline(100 * target, color=_PEER_COLOR, linewidth=0.8, zorder=0)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xticks(_SECONDS, map(str, _SECONDS))
+    axes.minorticks_off()
     axes.set_ylim(86, 95)
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("test accuracy, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right", fontsize=8)
+    return figure
+
+
+def draw_scaling(curves: dict[str, list[tuple[int, float]]]) -> Figure:
+    """Draws the efficiency by number of devices."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, points) in enumerate(curves.items()):
+        counts, efficiency = zip(*points, strict=True)
+        axes.plot(counts, [100 * e for e in efficiency], marker="o", color=f"C{number}", label=name)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="devices", ylabel="efficiency, %", ylim=(0, 105))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
     return figure
 
 

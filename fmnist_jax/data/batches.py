@@ -4,17 +4,15 @@ Training images stay on the device as uint8. A batch is gathered, scaled to [0, 
 inside the compiled training loop.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from fmnist_jax.data.augment import Augmentation
 from fmnist_jax.rng import Streams
 from fmnist_jax.xla.jit import platform_jit
-from fmnist_jax.xla.noinline import noinline
+from fmnist_jax.xla.noinline import reproducible
 
 
 class Batch(NamedTuple):
@@ -41,8 +39,10 @@ def read_batch(
     batch_size: int,
     augment: Augmentation | None = None,
     strength: float | jax.Array | None = None,
+    first: int | jax.Array = 0,
+    num_rows: int | None = None,
 ) -> tuple[jax.Array, Batch]:
-    """Gathers the batch of one step.
+    """Gathers the batch of one step, or some of its rows.
 
     The last batch of an epoch is filled up with the epoch's first examples. They are masked: they
     count in no loss and no metric, and only batch statistics see them.
@@ -56,12 +56,15 @@ def read_batch(
       batch_size: at least 1.
       augment: applied to every image; None only scales to [0, 1].
       strength: scales every range of the augmentation; None is 1.
+      first: the first row of the batch to gather.
+      num_rows: how many to gather; None is all.
 
     Returns:
-      int32[batch_size], the positions of the examples in `images`; and the batch.
+      int32[num_rows], the positions of the examples in `images`; and these rows of the batch.
     """
     epoch, index = jnp.divmod(step, steps_per_epoch(len(order), batch_size))
-    positions = index * batch_size + jnp.arange(batch_size)
+    rows = first + jnp.arange(batch_size if num_rows is None else num_rows)
+    positions = index * batch_size + rows
     examples = order[positions % len(order)]
     if augment is None:
         pixels = scale(images[examples])
@@ -107,15 +110,8 @@ def augmented(
     augment: Augmentation,
 ) -> jax.Array:
     """Calls `augment` such that every program computes the same bits as the training loop."""
-    return lax.platform_dependent(
-        key,
-        epoch,
-        examples,
-        images,
-        jnp.float32(1.0 if strength is None else strength),
-        cpu=functools.partial(noinline, augment),
-        default=augment,
-    )
+    strength = jnp.float32(1.0 if strength is None else strength)
+    return reproducible(augment, key, epoch, examples, images, strength)
 
 
 def scale(images: jax.Array) -> jax.Array:

@@ -359,7 +359,7 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     ocp = _orbax()
     # Orbax cannot save arrays without elements; the manifest describes them in full.
     filled = {name: array for name, array in arrays.items() if array.size}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _checkpointer() as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(filled))
 
 
@@ -371,9 +371,19 @@ def _read_arrays(path: Path, described: dict[str, Any]) -> dict[str, np.ndarray]
         for name, array in arrays.items()
         if array.size
     }
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _checkpointer() as checkpointer:
         args = ocp.args.PyTreeRestore(restore_args=restore_args)
         return arrays | checkpointer.restore(path, args=args)
+
+
+def _checkpointer() -> Any:
+    ocp = _orbax()
+    # Only the first process reads and writes; otherwise Orbax would wait for the others.
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=0, active_processes={0}, barrier_sync_key_prefix="fmnist_jax"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 @functools.cache

@@ -15,10 +15,10 @@ from fmnist_jax.digest import sha256_bytes
 from fmnist_jax.version import __version__
 
 # What determines the bits of a run, besides its settings.
-DECISIVE = ("source", "versions", "device", "num_devices", "processor", "num_cpus", "settings")
+DECISIVE = ("source", "versions", "device", "processor", "num_threads", "settings")
 
-# Variables that XLA reads: its flags, and the number of its threads.
-_SETTINGS = ("XLA_FLAGS", "PJRT_NPROC", "NPROC")
+# Variables that XLA reads.
+_SETTINGS = ("XLA_FLAGS",)
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -39,11 +39,18 @@ def describe() -> dict[str, Any]:
         "device": device.device_kind,
         "platform": device.platform,
         "num_devices": jax.device_count(),
+        "num_processes": jax.process_count(),
         "machine": platform.platform(),
         "processor": _processor(),
-        "num_cpus": _num_cpus(),
+        "num_threads": max(num_threads(), jax.local_device_count()),
         "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
     }
+
+
+def decisive() -> dict[str, Any]:
+    """Returns the part of the description that determines the bits of a run."""
+    described = describe()
+    return {name: described[name] for name in DECISIVE}
 
 
 def versions() -> dict[str, str]:
@@ -65,6 +72,10 @@ def _processor() -> str:
     return platform.processor()
 
 
-def _num_cpus() -> int:
+def num_threads() -> int:
+    """Returns the threads of XLA on a CPU, unless it has more devices: NPROC, or all cores."""
+    for name in ("PJRT_NPROC", "NPROC"):
+        if os.environ.get(name, "").isdecimal():
+            return int(os.environ[name])
     # Those that this process may use.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,15 +1,18 @@
 """`fit`: trains one run. Epochs, progress, checkpoints, signals and files."""
 
 import contextlib
+import dataclasses
 import math
+import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fmnist_jax.config import Interval, Run, differences_message
 from fmnist_jax.data.dataset import Dataset
@@ -20,11 +23,12 @@ from fmnist_jax.errors import (
     DivergedError,
     EnvironmentWarning,
     Interrupted,
+    VerificationError,
 )
 from fmnist_jax.runs import environment, files
 from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.runs.plan import Plan, create_plan
-from fmnist_jax.runs.results import write_results
+from fmnist_jax.runs.results import params_sha256, write_results
 from fmnist_jax.runs.signals import deferred_signals
 from fmnist_jax.runs.writers import ConsoleProgress, NullProgress
 from fmnist_jax.train import metrics as metrics_lib
@@ -32,6 +36,8 @@ from fmnist_jax.train.loop import train_epoch, train_steps
 from fmnist_jax.train.metrics import Metrics
 from fmnist_jax.train.predict import evaluate
 from fmnist_jax.train.step import TrainState
+from fmnist_jax.xla import processes
+from fmnist_jax.xla.mesh import replicate
 
 # Target duration of one compiled call. Progress is shown and signals are handled between calls.
 # The length of a call changes no bit of the result.
@@ -125,14 +131,26 @@ def fit(run: Run, dataset: Dataset, *, progress: NullProgress | None = None) -> 
 def fit_plan(plan: Plan, *, progress: NullProgress | None = None) -> Result:
     """Does what `fit` does, for a plan that exists already."""
     progress = progress or ConsoleProgress()
+    if processes.is_first():
+        return _fit(plan, progress)
+    # The others do the same in a folder that nobody reads.
+    with tempfile.TemporaryDirectory() as folder:
+        run = dataclasses.replace(plan.run, workdir=Path(folder))
+        return _fit(dataclasses.replace(plan, run=run), progress)
+
+
+def _fit(plan: Plan, progress: NullProgress) -> Result:
     workdir, settings = plan.run.workdir, plan.settings
+    processes.check_same("settings", settings)
+    processes.check_same("environment", environment.decisive())
     checkpoints = Checkpoints(workdir / files.CHECKPOINTS, settings, keep_every=plan.keep_every)
-    report = _read_report(workdir, settings)
+    report = processes.on_first(lambda: _read_report(workdir, settings))
     if report is not None and (not plan.tta or report["tta_accuracy"] is not None):
-        loop = _restore_finished(plan, checkpoints, report["steps"])
+        loop = _restore(plan, lambda like: _read_finished(plan, checkpoints, report["steps"], like))
         progress.say(f"This run is finished; its results are in {workdir}.")
         return Result(loop.state, plan.model, report, loop.history)
-    with _exclusive(workdir, settings):
+    with contextlib.ExitStack() as stack:
+        processes.on_first(lambda: stack.enter_context(_exclusive(workdir, settings)))
         loop, compile_seconds = _train(plan, checkpoints, progress)
         if report is not None:
             compile_seconds = report["compile_seconds"]
@@ -148,7 +166,7 @@ def fit_plan(plan: Plan, *, progress: NullProgress | None = None) -> Result:
 
 def _train(plan: Plan, checkpoints: Checkpoints, progress: NullProgress) -> tuple[LoopState, float]:
     """Trains the remaining epochs; returns the last state and the seconds of compilation."""
-    loop = _restore(plan, checkpoints)
+    loop = _restore(plan, checkpoints.restore)
     metrics_path = plan.run.workdir / files.METRICS
     if loop.step:
         progress.say(f"Resuming after step {loop.step:,} of {plan.total_steps:,}.")
@@ -160,25 +178,20 @@ def _train(plan: Plan, checkpoints: Checkpoints, progress: NullProgress) -> tupl
     _record_environment(plan, is_resumed=loop.step > 0)
     if loop.step == plan.total_steps:
         return loop, 0.0
-    data = (
-        jnp.asarray(plan.dataset.train_images),
-        jnp.asarray(plan.dataset.train_labels),
-        jnp.asarray(plan.train_examples),
+    dataset, mesh = plan.dataset, plan.config.mesh
+    data: tuple[jax.Array, jax.Array, jax.Array] = replicate(
+        (dataset.train_images, dataset.train_labels, plan.train_examples), mesh
     )
+    streams, hyperparams = replicate((plan.streams, plan.hyperparams), mesh)
+    num_devices = "" if mesh is None else f"{mesh.size} x "
     progress.say(
         f"Compiling the training loop of {plan.run.recipe.arch} for "
-        f"{jax.devices()[0].device_kind} ..."
+        f"{num_devices}{jax.devices()[0].device_kind} ..."
     )
     started = time.perf_counter()
     # No steps: this only compiles the program that all calls share.
     state, metrics = train_steps(
-        loop.state,
-        *data,
-        plan.streams,
-        jnp.int32(0),
-        plan.hyperparams,
-        loop.metrics,
-        config=plan.config,
+        loop.state, *data, streams, jnp.int32(0), hyperparams, loop.metrics, config=plan.config
     )
     loop = loop._replace(state=jax.block_until_ready(state), metrics=metrics)
     compile_seconds = time.perf_counter() - started
@@ -190,8 +203,9 @@ def _train(plan: Plan, checkpoints: Checkpoints, progress: NullProgress) -> tupl
             while loop.step < plan.total_steps:
                 loop = _train_epoch(plan, data, loop, saver, pace, signals, progress)
                 loop = _end_epoch(plan, loop, saver, progress)
-                if signals:
-                    _stop(plan, loop, saver, signals)
+                signal_number, *_ = _agree(signals)
+                if signal_number:
+                    _stop(plan, loop, saver, signal_number)
     finally:
         progress.stop()
     if saver.saved_step < loop.step:
@@ -244,13 +258,14 @@ def _train_epoch(
             images_per_second=num_steps * plan.config.batch_size / seconds,
             loss=float(host_metrics.loss / host_metrics.num_examples),
         )
+        pace.update(num_steps, seconds)
+        signal_number, is_due, pace.num_steps = _agree(signals, saver.is_due(step), pace.num_steps)
         # The end of an epoch is evaluated and logged before it is saved.
         if step < last_step:
-            if signals:
-                _stop(plan, loop, saver, signals)
-            if saver.is_due(step):
+            if signal_number:
+                _stop(plan, loop, saver, signal_number)
+            if is_due:
                 saver.save(loop)
-        pace.update(num_steps, seconds)
         started = time.perf_counter()
     return loop
 
@@ -273,6 +288,7 @@ def _end_epoch(plan: Plan, loop: LoopState, saver: "_Saver", progress: NullProgr
             plan.dataset.train_labels[plan.val_examples],
             model=plan.model,
             on_call=lambda done: progress.evaluate(split="val", num_done=done, num_images=num_val),
+            mesh=plan.config.mesh,
         )
         val = common | {"split": "val"} | metrics.means()
         if not math.isfinite(val["loss"]):
@@ -289,6 +305,12 @@ def _end_epoch(plan: Plan, loop: LoopState, saver: "_Saver", progress: NullProgr
         files.write_lines(plan.run.workdir / files.METRICS, loop.history)
     progress.epoch(epoch=epoch, train=train, val=val)
     return loop
+
+
+def _agree(signals: list[int], is_due: bool = False, num_steps: int = 0) -> tuple[int, bool, int]:
+    """Makes all processes do the same: a signal to any stops all, the first decides the rest."""
+    rows = processes.gather([signals[0] if signals else 0, is_due, num_steps])
+    return int(rows[:, 0].max()), bool(rows[0, 1]), int(rows[0, 2])
 
 
 class _Pace:
@@ -331,11 +353,20 @@ class _Saver:
         return is_last or self._every.unit != "ep" or epoch % self._every.number == 0
 
     def save(self, loop: LoopState) -> None:
-        """Saves; warns if it fails."""
+        """Saves; warns if it fails.
+
+        Raises:
+          VerificationError: if the processes have different parameters.
+        """
+        if jax.process_count() > 1:
+            values = {"params_sha256": params_sha256(loop.state.params)}
+            processes.check_same(f"parameters at step {loop.step:,}", values, VerificationError)
         tree = {"state": loop.state, "metrics": loop.metrics}
         meta = {"epoch_seconds": loop.epoch_seconds, "history": loop.history}
         try:
-            self._checkpoints.save(loop.step, tree, meta, loop.val_accuracy)
+            processes.on_first(
+                lambda: self._checkpoints.save(loop.step, tree, meta, loop.val_accuracy)
+            )
         except CheckpointError as error:
             warnings.warn(
                 f"{error}; training continues, and the next checkpoint is tried as usual",
@@ -347,7 +378,7 @@ class _Saver:
         self._saved_at = time.monotonic()
 
 
-def _stop(plan: Plan, loop: LoopState, saver: _Saver, signals: list[int]) -> NoReturn:
+def _stop(plan: Plan, loop: LoopState, saver: _Saver, signal_number: int) -> NoReturn:
     if saver.saved_step < loop.step:
         saver.save(loop)
     if saver.saved_step < loop.step:
@@ -358,27 +389,43 @@ def _stop(plan: Plan, loop: LoopState, saver: _Saver, signals: list[int]) -> NoR
     raise Interrupted(
         f"Stopped after step {loop.step:,} of {plan.total_steps:,}; the state is saved. The same "
         "command resumes the run.",
-        signals[0],
+        signal_number,
     )
 
 
-def _restore(plan: Plan, checkpoints: Checkpoints) -> LoopState:
-    """Returns the newest state that was saved, or the initial one."""
-    restored = checkpoints.restore(plan.abstract_checkpoint)
+def _restore(plan: Plan, read: Callable[[Any], tuple[Any, dict[str, Any]] | None]) -> LoopState:
+    """Returns what the first process reads, or the initial state if that is None."""
+    like = plan.abstract_checkpoint
+
+    def read_leaves() -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        restored = read(like)
+        if restored is None:
+            return None
+        leaves = {str(n): np.asarray(leaf) for n, leaf in enumerate(jax.tree.leaves(restored[0]))}
+        return leaves, restored[1]
+
+    restored = processes.on_first(read_leaves)
     if restored is None:
-        return LoopState(plan.create_state(), metrics_lib.zeros(), 0.0, [])
-    tree, meta = restored
+        tree = {"state": plan.create_state(), "metrics": metrics_lib.zeros()}
+        meta: dict[str, Any] = {"epoch_seconds": 0.0, "history": []}
+    else:
+        leaves, meta = restored
+        tree = jax.tree.unflatten(
+            jax.tree.structure(like), [leaves[str(n)] for n in range(len(leaves))]
+        )
+    tree = replicate(tree, plan.config.mesh)
     return LoopState(tree["state"], tree["metrics"], meta["epoch_seconds"], meta["history"])
 
 
-def _restore_finished(plan: Plan, checkpoints: Checkpoints, step: int) -> LoopState:
+def _read_finished(
+    plan: Plan, checkpoints: Checkpoints, step: int, like: Any
+) -> tuple[Any, dict[str, Any]]:
     if not checkpoints.steps():
         raise CheckpointError(
             f"the run in {plan.run.workdir} is finished, but its checkpoints are gone; its results "
             "are unchanged, and another folder starts a new run"
         )
-    tree, meta = checkpoints.restore_step(step, plan.abstract_checkpoint)
-    return LoopState(tree["state"], tree["metrics"], meta["epoch_seconds"], meta["history"])
+    return checkpoints.restore_step(step, like)
 
 
 def _record_environment(plan: Plan, *, is_resumed: bool) -> None:

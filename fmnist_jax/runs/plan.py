@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from fmnist_jax.config import Interval, Run, to_dict
 from fmnist_jax.data.augment import AUGMENTATIONS, Augmentation, RandomAffine
@@ -18,11 +19,13 @@ from fmnist_jax.data.split import stratified_split
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.nn.models import create_model
 from fmnist_jax.rng import Streams, create_streams
+from fmnist_jax.runs import environment
 from fmnist_jax.train import metrics as metrics_lib
 from fmnist_jax.train.loop import train_steps
 from fmnist_jax.train.optim import create_optimizer, create_schedule
 from fmnist_jax.train.step import Hyperparams, StepConfig, TrainState, create_train_state
 from fmnist_jax.xla.cost import Cost, measure_cost
+from fmnist_jax.xla.mesh import create_mesh
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,6 +171,8 @@ def create_plan(run: Run, dataset: Dataset) -> Plan:
         schedule=create_schedule(recipe.schedule),
         dtype=recipe.dtype,
         microbatch_size=recipe.microbatch_size,
+        shards=recipe.shards,
+        mesh=_create_mesh(run),
     )
     plan = Plan(run, dataset, streams, train_examples, val_examples, config)
     _check_keep_every(plan)
@@ -200,6 +205,46 @@ def loop_cost(plan: Plan) -> Cost:
     # The compiler counts the body of a loop once, so flops are read without microbatches.
     whole = dataclasses.replace(plan.config, microbatch_size=plan.config.batch_size)
     return measure(plan.config)._replace(flops=measure(whole).flops)
+
+
+def _create_mesh(run: Run) -> Mesh | None:
+    """Returns the mesh of a run, or None if it has one device.
+
+    Raises:
+      ConfigError: if there are fewer devices, they cannot share the shards equally, or they would
+        change the rounding.
+    """
+    available, num_processes, shards = jax.device_count(), jax.process_count(), run.recipe.shards
+    num_devices = run.devices or ("all" if num_processes > 1 else 1)
+    num_devices = available if num_devices == "all" else int(num_devices)
+    if num_devices > available:
+        raise ConfigError(
+            f"devices is {num_devices}, but JAX has {available}; choose at most {available}"
+        )
+    if num_processes > 1 and num_devices < available:
+        raise ConfigError(
+            f"devices is {num_devices}, but {num_processes} processes have {available}; choose all"
+        )
+    if shards % num_devices:
+        choices = [str(count) for count in range(1, available + 1) if shards % count == 0]
+        is_choice = (
+            num_devices & (num_devices - 1) == 0 and run.recipe.batch_size % num_devices == 0
+        )
+        hint = f", or set shards to {num_devices}" if is_choice else ""
+        raise ConfigError(
+            f"devices is {num_devices}, but shards is {shards}; choose one of "
+            f"{', '.join(choices)} devices{hint}"
+        )
+    if num_devices == 1:
+        return None
+    threads = environment.num_threads()
+    if jax.default_backend() == "cpu" and jax.local_device_count() > threads:
+        raise ConfigError(
+            f"this process has {jax.local_device_count()} CPU devices, but {threads} threads; "
+            "more devices than threads change the rounding. Choose fewer devices, or set NPROC to "
+            "the number of threads for every layout"
+        )
+    return create_mesh(num_devices)
 
 
 def _create_augment(run: Run) -> Augmentation | None:

@@ -11,14 +11,14 @@ import numpy as np
 import optax
 
 from fmnist_jax.config import differences_message, from_dict
-from fmnist_jax.data.batches import Batch, epoch_order, read_batch
+from fmnist_jax.data.batches import Batch, epoch_order
 from fmnist_jax.data.dataset import Dataset
 from fmnist_jax.errors import CheckpointError, ConfigError
 from fmnist_jax.rng import Streams
 from fmnist_jax.runs import files
 from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.runs.plan import Plan, create_plan
-from fmnist_jax.train.loop import train_epoch, with_microbatch_size
+from fmnist_jax.train.loop import read_shards, train_epoch, with_microbatch_size
 from fmnist_jax.train.step import Hyperparams, StepConfig, TrainState, compute_grads
 from fmnist_jax.xla.jit import platform_jit
 
@@ -109,18 +109,11 @@ def _replay(
     config: StepConfig,
 ) -> tuple[jax.Array, Batch, jax.Array, jax.Array]:
     """Does what a step of `train_steps` does, without updating."""
-    examples, batch = read_batch(
-        images,
-        labels,
-        order,
-        state.step,
-        streams,
-        batch_size=config.batch_size,
-        augment=config.augment,
-        strength=hyperparams.augmentation,
+    examples, batch = read_shards(
+        images, labels, order, state.step, streams, hyperparams, config=config
     )
     key = jax.random.fold_in(streams.dropout, state.step)
-    grads, _, losses, _ = compute_grads(state, batch, key, hyperparams, config=config)
+    grads, _, _, losses, _ = compute_grads(state, batch, key, hyperparams, config=config)
     return examples, batch, losses, optax.tree.norm(grads)
 
 

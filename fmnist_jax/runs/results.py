@@ -51,6 +51,7 @@ def write_results(
             images,
             model=plan.model,
             on_call=lambda done: on_progress(split=split, num_done=done, num_images=num_images),
+            mesh=plan.config.mesh,
         )
         return np.asarray(logits)
 

@@ -13,6 +13,8 @@ from fmnist_jax.errors import ConfigError, DamagedFileError
 from fmnist_jax.runs import files
 from fmnist_jax.runs.fit import Result, fit
 from fmnist_jax.runs.writers import ConsoleProgress, NullProgress
+from fmnist_jax.studies.executors import Executor, fit_in_turn
+from fmnist_jax.xla import processes
 
 # Values of report.json that are averaged over the runs.
 FIGURES = ("test_accuracy", "val_accuracy", "train_accuracy", "tta_accuracy", "test_loss")
@@ -31,20 +33,26 @@ class SeedsResult(NamedTuple):
 
 
 def fit_seeds(
-    run: Run, dataset: Dataset, num_seeds: int, *, progress: NullProgress | None = None
+    run: Run,
+    dataset: Dataset,
+    num_seeds: int,
+    *,
+    progress: NullProgress | None = None,
+    executor: Executor = fit_in_turn,
 ) -> SeedsResult:
     """Trains from the seeds S, S + 1, ..., S + num_seeds - 1, where S is the run's seed.
 
     Each seed is a run of its own, in the subfolder `seed-5` for seed 5, with the same bits as
-    `fit` gives for that seed. Interrupted seeds resume, and seeds can be added later. The runs
-    share one compiled program. They are sequential: on two CPU cores under other load, four seeds
-    of `small_dropout` in one `vmap` took 1.3 to 1.6 times as long. Accelerators were not measured.
+    `fit` gives for that seed. Interrupted seeds resume, and seeds can be added later. By default
+    they are sequential and share one compiled program: on two CPU cores under other load, four
+    seeds of `small_dropout` in one `vmap` took 1.3 to 1.6 times as long.
 
     Args:
       run: recipe, first seed and folder.
       dataset: the data.
       num_seeds: at least 1.
       progress: as for `fit`.
+      executor: trains the runs; see `fmnist_jax.studies.executors`.
 
     Returns:
       The results of all runs, and their summary, which is also written to `seeds.json`.
@@ -69,14 +77,16 @@ def fit_seeds(
         dataclasses.replace(run, seed=seed, workdir=run.workdir / f"seed-{seed}")
         for seed in range(run.seed, run.seed + num_seeds)
     ]
-    results = []
-    for index, one in enumerate(runs):
-        progress.say(f"Seed {one.seed}, {index + 1} of {num_seeds}:")
-        results.append(fit(one, dataset, progress=_SeedProgress(progress, index, num_seeds)))
-    report = summarize([one.workdir for one in runs])
-    report["seeds"] = [one.seed for one in runs]
-    files.write_json(run.workdir / files.SEEDS, report)
-    return SeedsResult(results, report)
+    executor(runs, dataset, progress)
+    results = [fit(one, dataset, progress=NullProgress()) for one in runs]  # they are finished
+
+    def write() -> dict[str, Any]:
+        report = summarize([one.workdir for one in runs])
+        report["seeds"] = [one.seed for one in runs]
+        files.write_json(run.workdir / files.SEEDS, report)
+        return report
+
+    return SeedsResult(results, processes.on_first(write))
 
 
 def summarize(workdirs: Sequence[Path]) -> dict[str, Any]:
@@ -144,32 +154,3 @@ def read_report(workdir: Path) -> dict[str, Any]:
     if report is None:
         raise DamagedFileError(f"{workdir} has no {files.REPORT}; the run is not finished")
     return report
-
-
-class _SeedProgress(NullProgress):
-    """Shows one of several runs as a part of all their steps."""
-
-    def __init__(self, progress: NullProgress, index: int, num_seeds: int) -> None:
-        self._progress, self._index, self._num_seeds = progress, index, num_seeds
-        self._before = 0
-
-    def say(self, text: str) -> None:
-        self._progress.say(text)
-
-    def start(self, *, step: int, total_steps: int) -> None:
-        self._before = self._index * total_steps
-        self._progress.start(step=self._before + step, total_steps=self._num_seeds * total_steps)
-
-    def update(self, *, step: int, epoch: int, images_per_second: float, loss: float) -> None:
-        self._progress.update(
-            step=self._before + step, epoch=epoch, images_per_second=images_per_second, loss=loss
-        )
-
-    def evaluate(self, *, split: str, num_done: int, num_images: int) -> None:
-        self._progress.evaluate(split=split, num_done=num_done, num_images=num_images)
-
-    def epoch(self, *, epoch: int, train: dict[str, Any], val: dict[str, Any] | None) -> None:
-        self._progress.epoch(epoch=epoch, train=train, val=val)
-
-    def stop(self) -> None:
-        self._progress.stop()

@@ -1,6 +1,7 @@
 """The training loop: many steps in one compiled program, and an epoch of such calls."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fmnist_jax.data.batches import (
+    Batch,
     check_labels,
     checked_images,
     epoch_order,
@@ -20,6 +22,7 @@ from fmnist_jax.train.metrics import Metrics
 from fmnist_jax.train.microbatch import choose_microbatch_size
 from fmnist_jax.train.step import DEFAULTS, Hyperparams, StepConfig, TrainState, train_step
 from fmnist_jax.xla.jit import platform_jit
+from fmnist_jax.xla.mesh import local_shards, on_each_device, replicate
 
 
 @platform_jit(static_argnames=("config",), donate_argnames=("state",))
@@ -68,24 +71,66 @@ def train_steps(
         raise TypeError(f"order is {order.dtype}{list(order.shape)}; expected int32[m], m >= 1")
     config = with_microbatch_size(config, state, images.shape[1:3])
 
+    sums = metrics_lib.zeros() if metrics is None else metrics
+    loop = functools.partial(_loop, config=config)
+    if config.mesh is not None:
+        loop = on_each_device(loop, config.mesh)
+    return loop(state, sums, images, labels, order, streams, num_steps, hyperparams)
+
+
+def _loop(
+    state: TrainState,
+    metrics: Metrics,
+    images: jax.Array,
+    labels: jax.Array,
+    order: jax.Array,
+    streams: Streams,
+    num_steps: int | jax.Array,
+    hyperparams: Hyperparams,
+    *,
+    config: StepConfig,
+) -> tuple[TrainState, Metrics]:
     def body(_: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
         state, metrics = carry
-        _, batch = read_batch(
-            images,
-            labels,
-            order,
-            state.step,
-            streams,
-            batch_size=config.batch_size,
-            augment=config.augment,
-            strength=hyperparams.augmentation,
+        _, batch = read_shards(
+            images, labels, order, state.step, streams, hyperparams, config=config
         )
         key = jax.random.fold_in(streams.dropout, state.step)
         state, step_metrics = train_step(state, batch, key, hyperparams, config=config)
         return state, metrics_lib.merge(metrics, step_metrics)
 
-    sums = metrics_lib.zeros() if metrics is None else metrics
-    return lax.fori_loop(0, num_steps, body, (state, sums))
+    return lax.fori_loop(0, num_steps, body, (state, metrics))
+
+
+def read_shards(
+    images: jax.Array,
+    labels: jax.Array,
+    order: jax.Array,
+    step: jax.Array,
+    streams: Streams,
+    hyperparams: Hyperparams,
+    *,
+    config: StepConfig,
+) -> tuple[jax.Array, Batch]:
+    """Reads the batch of a step as `read_batch` does; with a mesh, the shards of this device."""
+    read = functools.partial(
+        read_batch,
+        images,
+        labels,
+        order,
+        step,
+        streams,
+        batch_size=config.batch_size,
+        augment=config.augment,
+        strength=hyperparams.augmentation,
+    )
+    if config.shards == 1:
+        return read()
+    shards = lax.map(
+        lambda shard: read(first=shard * config.shard_size, num_rows=config.shard_size),
+        local_shards(config.shards, config.mesh),
+    )
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), shards)
 
 
 def train_epoch(
@@ -133,6 +178,10 @@ def train_epoch(
     epoch, done = divmod(int(state.step), num_steps)
     order = epoch_order(streams.shuffle, epoch, examples)
     metrics = metrics_lib.zeros() if metrics is None else metrics
+    if config.mesh is not None:
+        state, images, labels, order, streams, hyperparams, metrics = replicate(
+            (state, images, labels, order, streams, hyperparams, metrics), config.mesh
+        )
     while done < num_steps:
         left = num_steps - done
         count = left if next_num_steps is None else next_num_steps(left)
@@ -159,5 +208,5 @@ def with_microbatch_size(
         return config
     if config.augment is not None and config.augment.image_size is not None:
         image_shape = (config.augment.image_size,) * 2
-    size = choose_microbatch_size(state.variables, config.model, image_shape, config.batch_size)
+    size = choose_microbatch_size(state.variables, config.model, image_shape, config.shard_size)
     return dataclasses.replace(config, microbatch_size=size)

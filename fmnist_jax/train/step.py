@@ -14,12 +14,15 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from fmnist_jax.config import check_shards
 from fmnist_jax.data.augment import Augmentation
 from fmnist_jax.data.batches import Batch
 from fmnist_jax.train import metrics as metrics_lib
 from fmnist_jax.train.metrics import Metrics, cross_entropy
 from fmnist_jax.train.optim import Schedule
 from fmnist_jax.xla.jit import platform_jit
+from fmnist_jax.xla.mesh import AXIS, local_shards, sum_shards
+from fmnist_jax.xla.noinline import inlining, reproducible
 
 LossFn = Callable[..., jax.Array]
 
@@ -46,9 +49,16 @@ class StepConfig:
         update is the same but for rounding, for dropout, where each microbatch has its own key,
         and for batch normalization, which sees each microbatch alone. None chooses
         (`train_steps`) or takes the whole batch (`train_step`).
+      shards: equal parts of a batch whose gradients are computed apart, each with its own dropout
+        key, batch normalization and microbatches, and summed in a fixed order; a power of two that
+        divides `batch_size`. Batch statistics are averaged over them. The bits of a training depend
+        on the number of shards, and not on the number of devices that compute them.
+      mesh: devices that share the shards of each batch, from `create_mesh`; their number divides
+        `shards`. None is one device.
 
     Raises:
-      ValueError: if a size is below 1.
+      ValueError: if a size is below 1, or `shards` is no multiple of the number of devices.
+      ConfigError: if `shards` is no power of two that divides the batch size.
     """
 
     model: Any
@@ -59,6 +69,8 @@ class StepConfig:
     schedule: Schedule | None = None
     dtype: Any = jnp.float32
     microbatch_size: int | None = None
+    shards: int = 1
+    mesh: jax.sharding.Mesh | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
@@ -66,6 +78,14 @@ class StepConfig:
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"{name} is {size}; expected at least 1")
+        check_shards(self.shards, self.batch_size)
+        if self.mesh is not None and self.shards % self.mesh.size:
+            raise ValueError(f"shards is {self.shards}, but the mesh has {self.mesh.size} devices")
+
+    @property
+    def shard_size(self) -> int:
+        """Examples in a shard."""
+        return self.batch_size // self.shards
 
 
 class Hyperparams(NamedTuple):
@@ -155,11 +175,12 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """Updates the parameters by the mean loss over a batch.
 
-    A plain function, to be called as it is or under `jit`, `vmap` and loops.
+    A plain function, to be called as it is or under `jit`, `vmap` and loops. With a mesh, it is
+    called on each of its devices (`on_each_device`).
 
     Args:
       state: the current state.
-      batch: images, labels and mask.
+      batch: images, labels and mask; with a mesh, the shards of this device.
       key: a typed PRNG key for dropout, used here and nowhere else.
       hyperparams: scalars that may be traced.
       config: what is fixed at compile time; `augment` is not applied here.
@@ -169,24 +190,51 @@ def train_step(
 
     Raises:
       TypeError: if the images are not float.
-      ValueError: if the loss does not return one value per example, or the batch of a model with
-        other variables than parameters cannot be split into equal microbatches.
+      ValueError: if the loss does not return one value per example, the batch cannot be split into
+        shards, or that of a model with other variables than parameters into equal microbatches.
       ConfigError: if the optimizer needs a learning rate and none is given.
     """
-    grads, model_state, losses, logits = compute_grads(
-        state, batch, key, hyperparams, config=config
-    )
-    tx = optax.with_extra_args_support(config.tx)
-    updates, opt_state = tx.update(
-        grads,
-        state.opt_state,
-        state.params,
-        learning_rate=_learning_rate(state.step, hyperparams, config.schedule),
-        weight_decay=hyperparams.weight_decay,
-    )
-    params = optax.apply_updates(state.params, updates)
-    metrics = metrics_lib.measure(losses, logits, batch.labels, batch.mask)
+    grads, model_state, metrics, _, _ = compute_grads(state, batch, key, hyperparams, config=config)
+    learning_rate = _learning_rate(state.step, hyperparams, config.schedule)
+    arguments = (grads, state.opt_state, state.params, learning_rate, hyperparams.weight_decay)
+    update = functools.partial(_update, config.tx)
+    if config.shards == 1:
+        params, opt_state = update(*arguments)
+    else:
+        params, opt_state = reproducible(inlining(update), *arguments)
     return TrainState(state.step + 1, params, model_state, opt_state), metrics
+
+
+def _update(
+    tx: optax.GradientTransformation,
+    grads: Any,
+    opt_state: Any,
+    params: Any,
+    learning_rate: jax.Array | None,
+    weight_decay: float | jax.Array | None,
+) -> tuple[Any, Any]:
+    updates, opt_state = optax.with_extra_args_support(tx).update(
+        grads, opt_state, params, learning_rate=learning_rate, weight_decay=weight_decay
+    )
+    return optax.apply_updates(params, updates), opt_state
+
+
+class StepGrads(NamedTuple):
+    """What `compute_grads` returns.
+
+    Attributes:
+      grads: the gradient of the mean loss over the batch's unmasked examples, like `params`.
+      model_state: the next `model_state`.
+      metrics: those of the batch.
+      losses: float[batch]; with a mesh, of this device's shards.
+      logits: float[batch, num_classes], likewise.
+    """
+
+    grads: Any
+    model_state: Any
+    metrics: Metrics
+    losses: jax.Array
+    logits: jax.Array
 
 
 def compute_grads(
@@ -196,46 +244,76 @@ def compute_grads(
     hyperparams: Hyperparams = DEFAULTS,
     *,
     config: StepConfig,
-) -> tuple[Any, Any, jax.Array, jax.Array]:
-    """Computes the gradient that `train_step` applies; the same arguments and errors.
-
-    Returns:
-      The gradient of the mean loss over the batch's unmasked examples, a tree like `params`; the
-      next `model_state`; the losses, float[batch]; and the logits, float[batch, num_classes].
-    """
+) -> StepGrads:
+    """Computes the gradient that `train_step` applies; the same arguments and errors."""
     if not jnp.issubdtype(batch.images.dtype, jnp.floating):
         raise TypeError(f"batch.images are {batch.images.dtype}; expected float in [0, 1]")
-    grad = jax.grad(functools.partial(_mean_loss, config=config), has_aux=True)
     num_examples = jnp.sum(batch.mask)
+    compute = functools.partial(_compute_shard, config=config)
+    if config.shards == 1:
+        return compute(state.params, state.model_state, batch, key, hyperparams, num_examples)
+
+    if config.mesh is not None:
+        num_examples = lax.psum(num_examples, AXIS)
+    numbers = local_shards(config.shards, config.mesh)
+    if len(batch.labels) != len(numbers) * config.shard_size:
+        raise ValueError(
+            f"the batch has {len(batch.labels)} examples; expected {len(numbers)} shards of "
+            f"{config.shard_size}"
+        )
+    # One after the other, so that their number on this device changes nothing in one of them.
+    computed = lax.map(
+        lambda shard: reproducible(
+            inlining(compute), state.params, state.model_state, *shard, hyperparams, num_examples
+        ),
+        (_split(batch, config.shard_size), jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)),
+    )
+    losses, logits = _join((computed.losses, computed.logits))
+    grads, model_state, metrics = sum_shards(computed[:3], config.mesh)
+    model_state = jax.tree.map(lambda leaf: (leaf / config.shards).astype(leaf.dtype), model_state)
+    metrics = metrics._replace(finite_steps=jnp.isfinite(metrics.loss).astype(jnp.int32))
+    return StepGrads(grads, model_state, metrics, losses, logits)
+
+
+def _compute_shard(
+    params: Any,
+    model_state: Any,
+    batch: Batch,
+    key: jax.Array,
+    hyperparams: Hyperparams,
+    num_examples: jax.Array,
+    *,
+    config: StepConfig,
+) -> StepGrads:
+    """Computes the part of the gradient that a shard contributes to the mean of the batch."""
+    grad = jax.grad(functools.partial(_mean_loss, config=config), has_aux=True)
     size = config.microbatch_size
     if size is None or size >= len(batch.labels):
         grads, (model_state, losses, logits) = grad(
-            state.params, state.model_state, batch, key, hyperparams, num_examples
+            params, model_state, batch, key, hyperparams, num_examples
         )
-        return grads, model_state, losses, logits
-    if state.model_state and len(batch.labels) % size:
-        raise ValueError(
-            f"microbatch_size is {size} for batches of {len(batch.labels)}, but the model has "
-            f"{', '.join(state.model_state)}, which would see the padding of the last microbatch; "
-            "use a divisor of the batch size"
-        )
+    else:
+        if model_state and len(batch.labels) % size:
+            raise ValueError(
+                f"microbatch_size is {size} for batches of {len(batch.labels)}, but the model has "
+                f"{', '.join(model_state)}, which would see the padding of the last microbatch; "
+                "use a divisor of the batch size"
+            )
+        microbatches = _split(batch, size)
+        keys = jax.random.split(key, len(microbatches.labels))
 
-    microbatches = _split(batch, size)
-    keys = jax.random.split(key, len(microbatches.labels))
+        def add(carry: Any, microbatch: tuple[Batch, jax.Array]) -> Any:
+            sums, model_state = carry
+            grads, (model_state, losses, logits) = grad(
+                params, model_state, *microbatch, hyperparams, num_examples
+            )
+            return (jax.tree.map(jnp.add, sums, grads), model_state), (losses, logits)
 
-    def add(carry: Any, microbatch: tuple[Batch, jax.Array]) -> Any:
-        sums, model_state = carry
-        grads, (model_state, losses, logits) = grad(
-            state.params, model_state, *microbatch, hyperparams, num_examples
-        )
-        return (jax.tree.map(jnp.add, sums, grads), model_state), (losses, logits)
-
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    (grads, model_state), outputs = lax.scan(add, (zeros, state.model_state), (microbatches, keys))
-    losses, logits = jax.tree.map(
-        lambda array: array.reshape(-1, *array.shape[2:])[: len(batch.labels)], outputs
-    )
-    return grads, model_state, losses, logits
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        (grads, model_state), outputs = lax.scan(add, (zeros, model_state), (microbatches, keys))
+        losses, logits = jax.tree.map(lambda array: array[: len(batch.labels)], _join(outputs))
+    metrics = metrics_lib.measure(losses, logits, batch.labels, batch.mask)
+    return StepGrads(grads, model_state, metrics, losses, logits)
 
 
 def _mean_loss(
@@ -309,3 +387,8 @@ def _split(batch: Batch, size: int) -> Batch:
         return padded.reshape(num_microbatches, size, *array.shape[1:])
 
     return jax.tree.map(split, batch)
+
+
+def _join(tree: Any) -> Any:
+    """Reshapes leaves [parts, size, ...] to [parts * size, ...]."""
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), tree)

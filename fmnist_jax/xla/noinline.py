@@ -1,4 +1,4 @@
-"""`fence` and `noinline`: calls that XLA:CPU does not inline, so it does not fuse across them."""
+"""`fence`, `noinline`: calls that XLA:CPU does not inline, so it does not fuse across them."""
 
 import contextlib
 import functools
@@ -99,3 +99,48 @@ def noinline(function: Callable[..., T], *arrays: Any) -> T:
     """
     with _not_inlined()():
         return jax.jit(function)(*arrays)
+
+
+def reproducible(function: Callable[..., T], *arrays: Any) -> T:
+    """Calls a pure function such that its result has the same bits in every program.
+
+    On a CPU by `noinline`. On other devices it is a plain call, because their compilers have no
+    such call.
+
+    Args:
+      function: hashable.
+      *arrays: its arguments.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(reproducible(jnp.add, 1.0, 2.0))
+      3.0
+    """
+    return lax.platform_dependent(
+        *arrays, cpu=functools.partial(noinline, function), default=function
+    )
+
+
+def inlining(function: Callable[..., T]) -> Callable[..., T]:
+    """Lets XLA:CPU inline the calls inside a function that `noinline` calls.
+
+    Without it they are not inlined either, which suits a short function, and makes a large one
+    slow.
+
+    Args:
+      function: pure.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(reproducible(inlining(jnp.add), 1.0, 2.0))
+      3.0
+    """
+
+    @functools.wraps(function)
+    def call(*arrays: Any) -> T:
+        if set_xla_metadata is None:
+            return function(*arrays)
+        with set_xla_metadata(inlineable=None):
+            return function(*arrays)
+
+    return call

@@ -16,13 +16,14 @@ from fmnist_jax.runs.plan import create_plan
 
 # A value other than the default for each training flag.
 RECIPE_VALUES: dict[str, Any] = {
-    "epochs": 3, "batch_size": 8, "microbatch_size": 4, "optimizer": "sgd", "learning_rate": 0.5,
-    "schedule": "one_cycle", "weight_decay": 0.25, "dropout": 0.125, "label_smoothing": 0.5,
-    "augmentation": "geometric", "augmentation_strength": 2.0, "dtype": "bfloat16",
-    "image_size": 64, "val_fraction": 0.5,
+    "epochs": 3, "batch_size": 8, "microbatch_size": 2, "shards": 4, "optimizer": "sgd",
+    "learning_rate": 0.5, "schedule": "one_cycle", "weight_decay": 0.25, "dropout": 0.125,
+    "label_smoothing": 0.5, "augmentation": "geometric", "augmentation_strength": 2.0,
+    "dtype": "bfloat16", "image_size": 64, "val_fraction": 0.5,
 }  # fmt: skip
 RUN_VALUES: dict[str, Any] = {
     "seed": 9, "train_examples": 5, "checkpoint_every": "3st", "keep_every": "2ep",
+    "devices": "2",
 }  # fmt: skip
 
 

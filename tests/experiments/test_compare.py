@@ -26,7 +26,7 @@ def test_networks_and_folders_are_compared(compare_py, tmp_path, capsys):
     assert compare_py.main([*sides, "--seeds", "2", "--workdir", str(tmp_path / "one")]) == 0
     output = " ".join(capsys.readouterr().out.split())
     for expected in (
-        "b: valid_2x2, seed 1, 2 of 2", "recipe.learning_rate: 0.001 in a, 0.01 in b",
+        "valid_2x2, seed 1, 4 of 4", "recipe.learning_rate: 0.001 in a, 0.01 in b",
         "b minus a", "sign-flip", "McNemar", compare_py.cli.SAMPLE_NOTE,
     ):  # fmt: skip
         assert expected in output
@@ -77,7 +77,7 @@ def test_bad_input_is_refused_before_training(
     sides, message, compare_py, tmp_path, monkeypatch, error_line
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare_py, "fit_plan", None)
+    monkeypatch.setattr(compare_py.cli, "create_executor", None)
     (tmp_path / "empty").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "report.json").write_text("{}")

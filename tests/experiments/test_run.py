@@ -13,13 +13,22 @@ import pytest
 
 import fmnist_jax as fm
 from fmnist_jax.recipes import CLAIMS
-from tests.conftest import ONE_PER_NETWORK, ROOT
+from tests.conftest import ROOT
 from tests.experiments.conftest import SMALL
 
 RUN = [sys.executable, str(ROOT / "experiments" / "run.py")]
 
 
-@pytest.mark.parametrize("arch", ONE_PER_NETWORK)
+QUICK = ("small_dropout", "valid_2x2")
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        arch if arch in QUICK else pytest.param(arch, marks=pytest.mark.slow)
+        for arch in (*CLAIMS, "sprint_91", "sprint_93", "resnet20")
+    ],
+)
 def test_every_network_trains(arch, run_py, tmp_path, capsys):
     flags = ["--image-size", "48"] if arch == "deep_augmented" else []
     command = ["--arch", arch, *SMALL, "--epochs", "2", *flags, "--workdir", str(tmp_path)]

@@ -74,6 +74,7 @@ def test_convolution_and_its_gradients_are_those_of_lax(
     chex.assert_trees_all_close(result[2], expected[2], rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 # One channel, tiles of 2x2 with either kernel, no tiles, tiles of 4x4.
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize(

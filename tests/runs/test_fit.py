@@ -284,13 +284,14 @@ def test_a_changed_environment_is_reported(tmp_path, tiny, monkeypatch):
         with pytest.raises(Interrupted):
             fm.fit(make_run(tmp_path), tiny, progress=Stop(step))
     describe = environment.describe
-    monkeypatch.setattr(environment, "describe", lambda: describe() | {"num_cpus": 77})
-    monkeypatch.setenv("PJRT_NPROC", "3")
+    before = describe()["num_threads"]
+    monkeypatch.setattr(environment, "describe", lambda: describe() | {"processor": "another"})
+    monkeypatch.setenv("NPROC", "77")
     with pytest.warns(EnvironmentWarning, match="the environment has changed") as caught:
         fm.fit(make_run(tmp_path), tiny, progress=fm.NullProgress())
     assert str(caught[0].message).splitlines()[1:] == [
-        f"  num_cpus: {describe()['num_cpus']} before, 77 now",
-        "  settings.PJRT_NPROC: absent before, 3 now",
+        f"  processor: {describe()['processor']} before, another now",
+        f"  num_threads: {before} before, 77 now",
     ]
 
 

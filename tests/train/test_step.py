@@ -56,7 +56,7 @@ def test_gradients_are_those_of_the_mean_loss(microbatch_size, getkey, tiny):
     state = fm.create_train_state(getkey(), PLAIN)
     batch = make_batch(tiny, 10, mask=jnp.arange(10) != 4)
     config = dataclasses.replace(PLAIN, microbatch_size=microbatch_size)
-    grads, _, losses, logits = jax.jit(functools.partial(compute_grads, config=config))(
+    grads, _, _, losses, logits = jax.jit(functools.partial(compute_grads, config=config))(
         state, batch, getkey(), NO_DROPOUT
     )
 
