@@ -12,7 +12,7 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@60
 
-# exec: a signal of the job reaches srun, which passes it on, and the run saves and stops.
+# A minute before the time limit, the processes get SIGTERM, save and stop.
 srun --kill-on-bad-exit=1 python experiments/run.py --distributed "$@"
 status=$?
 case $status in

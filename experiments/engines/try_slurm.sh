@@ -49,15 +49,14 @@ until compgen -G "$place/run/checkpoints/[0-9]*" > /dev/null; do sleep 0.1; done
 pkill -KILL -n -f "run.py --distributed.*$place/run"
 echo "One process is killed."
 for _ in $(seq 600); do
-  [ -s "$place/run/report.json" ] && break
+  squeue --noheader --jobs="$job" | grep -q . || break
   sleep 1
 done
-scontrol show job "$job" | grep -E "JobState|Restarts" || true
+scontrol show job "$job" | grep -E "JobState|Restarts"
 cat "$place/job.log"
 for run in straight run; do
   python -c "import json, sys; print(sys.argv[1], json.load(open(sys.argv[1]))['params_sha256'])" \
     "$place/$run/report.json"
 done | tee "$place/hashes"
 [ "$(cut -d ' ' -f 2 "$place/hashes" | sort -u | wc -l)" = 1 ]
-grep -c . "$place/run/environment.json" > /dev/null
 echo "The killed job came back and ended with the same bits."

@@ -138,7 +138,7 @@ def global_max_pool(activations: jax.Array) -> jax.Array:
 
 
 def _global_max_pool_forward(activations):
-    pixels = _fence(activations).reshape(len(activations), -1, activations.shape[-1])
+    pixels = _fence(activations).reshape(activations.shape[0], -1, activations.shape[-1])
     return pixels.max(axis=1), (jnp.argmax(pixels, axis=1), activations.shape)
 
 

@@ -1,0 +1,36 @@
+"""A process that makes no progress is ended."""
+
+import queue
+import time
+
+import pytest
+
+import fmnist_jax as fm
+from fmnist_jax.runs import watchdog
+
+
+@pytest.fixture
+def statuses(monkeypatch):
+    """Receives the exit status instead of the operating system."""
+    statuses = queue.Queue()
+    monkeypatch.setattr(watchdog.os, "_exit", statuses.put)
+    return statuses
+
+
+def test_a_process_without_progress_ends_with_status_75(statuses, capsys):
+    progress = watchdog.Watchdog(fm.NullProgress(), 0.2)
+    progress.start(step=0, total_steps=10)
+    assert statuses.get(timeout=30) == 75
+    progress.stop()
+    assert capsys.readouterr().err.startswith("no progress for 0.2 seconds; the same command")
+
+
+def test_progress_keeps_the_process(statuses):
+    progress = watchdog.Watchdog(fm.NullProgress(), 1.0)
+    progress.start(step=0, total_steps=10)
+    for step in range(15):
+        time.sleep(0.1)
+        progress.update(step=step, epoch=0, images_per_second=1.0, loss=1.0)
+    progress.stop()
+    time.sleep(1.1)
+    assert statuses.empty()
