@@ -77,6 +77,27 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
 
 
+def add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that `load_classifier` reads."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--which",
+        metavar="CHECKPOINT",
+        default="latest",
+        help="latest, best (by validation accuracy), or a step (%(default)s)",
+    )
+
+
+def load_classifier(arguments: argparse.Namespace) -> fm.Classifier:
+    """Loads the network that the arguments of `add_network_arguments` describe."""
+    which = arguments.which
+    if which in ("latest", "best"):
+        return fm.load_classifier(arguments.run, which)
+    if not which.isdecimal():
+        raise errors.ConfigError(f"--which is {which!r}; expected latest, best or a step")
+    return fm.load_classifier(arguments.run, int(which))
+
+
 def add_ray_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that `create_executor` reads."""
     group = parser.add_argument_group("Ray", "Independent runs at once, on a Ray cluster.")

@@ -15,9 +15,10 @@ PACKAGE = ROOT / "fmnist_jax"
 
 # Only these modules may import that package.
 OWNERS = {
-    "flax": {"nn/layers", "nn/models", "nn/resnet", "nn/sprint"},
+    "flax": {"export/classifier", "nn/layers", "nn/models", "nn/resnet", "nn/sprint"},
     "orbax": {"runs/checkpoint"},
     "tensorflow_datasets": {"data/tfds"},
+    "onnx": {"export/onnx_graph"},
 }
 
 MODULES = sorted(

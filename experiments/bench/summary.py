@@ -146,7 +146,7 @@ def draw_scaling(curves: dict[str, list[tuple[int, float]]]) -> Figure:
         axes.plot(counts, [100 * e for e in efficiency], marker="o", color=f"C{number}", label=name)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="devices", ylabel="efficiency, %", ylim=(0, 105))
+    axes.set(xlabel="devices", ylabel="efficiency by the model, %", ylim=(0, 105))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     return figure

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from fmnist_jax.nn import ops
 from fmnist_jax.nn.layers import BatchNorm, Dense
@@ -37,7 +38,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        shortcut = x[:, :: self.stride, :: self.stride]
+        shortcut = _strided(x, self.stride)
         channels = self.features - x.shape[-1]
         shortcut = jnp.pad(shortcut, [(0, 0)] * 3 + [(channels // 2, channels - channels // 2)])
         y = nn.relu(NormConv(self.features, self.stride)(x, train=train))
@@ -55,5 +56,10 @@ class NormConv(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         shape = (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", he_normal, shape, jnp.float32)
-        x = ops.conv2d(x, kernel, "SAME")[:, :: self.stride, :: self.stride]
+        x = _strided(ops.conv2d(x, kernel, "SAME"), self.stride)
         return BatchNorm(use_scale=True)(x, train=train)
+
+
+def _strided(x: jax.Array, stride: int) -> jax.Array:
+    # Indexing would become a gather where the batch size is symbolic.
+    return lax.slice(x, (0, 0, 0, 0), x.shape, (1, stride, stride, 1))

@@ -13,6 +13,7 @@ from scipy.special import softmax
 
 from fmnist_jax.analysis import calibration
 from fmnist_jax.runs.replay import Replay
+from fmnist_jax.train.rate_finder import RateCurve
 
 _INK, _GRID = "#1f2937", "#e5e7eb"
 # Two hues that color-blind readers can tell apart: training and validation, or before and after.
@@ -232,6 +233,21 @@ def seeds_curves(histories: Sequence[Sequence[Mapping[str, Any]]], split: str) -
         axes.plot(epochs, curves.mean(axis=0), color=_FIRST, linewidth=2, label="mean")
         axes.set_ylabel({"train": "training ", "val": "validation "}[split] + _label(metric))
         _format_epochs(axes, metric)
+    return figure
+
+
+@_styled
+def rate_curve(curve: RateCurve) -> Figure:
+    """Loss by learning rate, and the suggestion."""
+    figure, axes = _figure()
+    axes.plot(curve.rates, curve.losses, color=_EACH_SEED, linewidth=0.8, label="each step")
+    axes.plot(curve.rates, curve.smoothed, color=_FIRST, label="smoothed")
+    label = f"suggestion: {curve.suggestion:.2g}"
+    axes.axvline(curve.suggestion, color=_SECOND, linestyle="--", label=label)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss (nats)")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(0, 1.3 * curve.smoothed.max())
+    axes.legend()
     return figure
 
 

@@ -105,11 +105,15 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Locks a folder for this process; the lock ends with the process, however that ends.
 
+    Args:
+      folder: an existing folder.
+      wait: whether to wait for another process that has locked it.
+
     Raises:
-      ConfigError: if another process has locked it.
+      ConfigError: if another process has locked it, unless `wait`.
       OSError: if the folder cannot be written.
 
     Example:
@@ -119,7 +123,7 @@ def locked(folder: Path) -> Iterator[None]:
       locked
     """
     try:
-        with filelock.FileLock(folder / ".lock", timeout=0):
+        with filelock.FileLock(folder / ".lock", timeout=-1 if wait else 0):
             yield
     except filelock.Timeout:
         raise ConfigError(

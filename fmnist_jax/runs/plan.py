@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fmnist_jax.config import Interval, Run, to_dict
+from fmnist_jax.config import Interval, Recipe, Run, to_dict
 from fmnist_jax.data.augment import AUGMENTATIONS, Augmentation, RandomAffine
 from fmnist_jax.data.batches import steps_per_epoch
 from fmnist_jax.data.dataset import Dataset
@@ -146,8 +146,7 @@ def create_plan(run: Run, dataset: Dataset) -> Plan:
       DataError: if there are too few examples.
     """
     recipe = run.recipe
-    options = {} if recipe.image_size is None else {"image_size": recipe.image_size}
-    model = create_model(recipe.arch, len(dataset.class_names), **options)
+    model = create_recipe_model(recipe, len(dataset.class_names))
     has_dropout = "dropout" in signature(type(model).__call__).parameters
     if recipe.dropout is not None and not has_dropout:
         raise ConfigError(f"dropout is {recipe.dropout}, but {recipe.arch} has no dropout")
@@ -177,6 +176,12 @@ def create_plan(run: Run, dataset: Dataset) -> Plan:
     plan = Plan(run, dataset, streams, train_examples, val_examples, config)
     _check_keep_every(plan)
     return plan
+
+
+def create_recipe_model(recipe: Recipe, num_classes: int) -> Any:
+    """Creates the network of a recipe; raises `ConfigError` as `create_model` does."""
+    options = {} if recipe.image_size is None else {"image_size": recipe.image_size}
+    return create_model(recipe.arch, num_classes, **options)
 
 
 def loop_cost(plan: Plan) -> Cost:

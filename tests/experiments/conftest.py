@@ -26,6 +26,25 @@ def audit_py():
     return load_module(ROOT / "experiments" / "audit.py")
 
 
+@pytest.fixture(scope="session")
+def predict_py():
+    return load_module(ROOT / "experiments" / "predict.py")
+
+
+@pytest.fixture(scope="session")
+def export_py():
+    return load_module(ROOT / "experiments" / "export.py")
+
+
+@pytest.fixture(scope="session")
+def finished(run_py, tmp_path_factory):
+    """The folder of a run with the classes T-shirt/top and Trouser."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    command = [*SMALL, "--arch", "valid_2x2", "--quiet", "--workdir", str(workdir)]
+    assert run_py.main(command) == 0
+    return workdir
+
+
 @pytest.fixture
 def error_line(capsys):
     """Returns the error that a command printed, which is one line."""

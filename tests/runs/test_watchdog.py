@@ -12,7 +12,7 @@ from fmnist_jax.runs import watchdog
 @pytest.fixture
 def statuses(monkeypatch):
     """Receives the exit status instead of the operating system."""
-    statuses = queue.Queue()
+    statuses: queue.Queue[int] = queue.Queue()
     monkeypatch.setattr(watchdog.os, "_exit", statuses.put)
     return statuses
 

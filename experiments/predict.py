@@ -1,0 +1,196 @@
+"""Classifies pictures with a trained network.
+
+    python experiments/predict.py runs/mine photo.png folder/
+    python experiments/predict.py runs/mine folder/ --json > predictions.jsonl
+
+Reads PNG, JPEG and WebP of any size and colour, and IDX files. The article is cut out of a plain
+background, light or dark, and reduced to the format of Fashion-MNIST. A contact sheet shows what
+the network saw. A file that cannot be read is reported, and the others are classified.
+
+Exit status: 0 done, 1 a file could not be read, 2 bad usage or bad input.
+"""
+
+import signal
+
+# Nothing needs to be saved, so Ctrl-C ends the process.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cli
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import fmnist_jax as fm
+from fmnist_jax.errors import ConfigError, DataError
+from fmnist_jax.export.pictures import SIZE, SUFFIXES, Picture, read_pictures
+from fmnist_jax.runs import files
+
+# A contact sheet with more pictures is slow to draw and hard to read.
+MAX_SHOWN = 60
+
+NUM_TOP = 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    return cli.run(_run, create_parser().parse_args(argv))
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Creates the parser of the command line."""
+    parser = argparse.ArgumentParser(description="Classifies pictures with a trained network.")
+    cli.add_network_arguments(parser)
+    parser.add_argument("paths", type=Path, nargs="+", metavar="FILE", help="files and folders")
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each picture")
+    parser.add_argument(
+        "--sheet", type=Path, metavar="PNG", help="contact sheet; default: sheet.png in RUN"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="int",
+        default=256,
+        help="pictures in memory at once (%(default)s)",
+    )
+    cli.add_output_flags(parser)
+    return parser
+
+
+def _run(arguments: argparse.Namespace, console: Console) -> int:
+    if arguments.batch_size < 1:
+        raise ConfigError(f"--batch-size is {arguments.batch_size}; expected at least 1")
+    classifier = cli.load_classifier(arguments)
+    paths = list(_files(arguments.paths))
+    if not paths:
+        raise ConfigError(f"there is no picture; expected files that end in {', '.join(SUFFIXES)}")
+
+    table = Table("file", box=None, padding=(0, 2, 0, 0))
+    for heading in ("class", *(f"{number}." for number in range(2, NUM_TOP + 1)), "background"):
+        table.add_column(heading, no_wrap=True)
+    shown: list[tuple[Picture, str]] = []
+    status = 0
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=arguments.quiet or len(paths) < arguments.batch_size,
+    )
+    with progress:
+        task = progress.add_task("files", total=len(paths))
+        results = _classify(classifier, paths, arguments.batch_size, lambda: progress.advance(task))
+        for picture, outcome in results:
+            if isinstance(outcome, DataError):
+                status = 1
+                error = str(outcome).removeprefix(f"{picture}: ")
+                if arguments.json:
+                    print(json.dumps({"file": str(picture), "error": error}))
+                else:
+                    Console(stderr=True, highlight=False, soft_wrap=True).print(
+                        f"error: {picture}: {error}", style="red", markup=False
+                    )
+                continue
+            assert isinstance(picture, Picture)
+            top = np.argsort(-outcome, kind="stable")[:NUM_TOP]
+            names = [(classifier.class_names[index], float(outcome[index])) for index in top]
+            if arguments.json:
+                print(json.dumps(_json(picture, names)))
+            else:
+                cells = [f"{name} {probability:.1%}" for name, probability in names]
+                note = "light, inverted" if picture.inverted else "dark"
+                table.add_row(picture.name, *cells, note)
+            if len(shown) < MAX_SHOWN:
+                shown.append((picture, f"{names[0][0]} {names[0][1]:.0%}"))
+    if table.row_count:
+        console.print(table, highlight=False, markup=False)
+    if shown and (arguments.sheet is not None or not arguments.json):
+        sheet = arguments.sheet or arguments.run / "sheet.png"
+        _draw(shown, sheet)
+        console.print(
+            f"{sheet} shows what the network saw"
+            + (f" of the first {MAX_SHOWN} pictures." if len(shown) == MAX_SHOWN else "."),
+            highlight=False,
+            soft_wrap=True,
+        )
+    return status
+
+
+def _files(paths: Sequence[Path]) -> Iterator[Path]:
+    """Returns the files themselves, and the pictures in folders and their subfolders."""
+    for path in paths:
+        if path.is_dir():
+            found = (file for file in path.rglob("*") if file.is_file())
+            yield from sorted(file for file in found if file.name.lower().endswith(SUFFIXES))
+        else:
+            yield path
+
+
+def _classify(
+    classifier: fm.Classifier, paths: Sequence[Path], batch_size: int, on_file: Any
+) -> Iterator[tuple[Picture | Path, np.ndarray | DataError]]:
+    """Yields pictures with probabilities and files with errors, in order, batch by batch."""
+    stream = _read(paths, on_file)
+    while batch := list(itertools.islice(stream, batch_size)):
+        pictures = [item for item, error in batch if error is None]
+        # Batches of one size, so that one program serves all.
+        images = np.zeros((len(pictures), SIZE, SIZE), np.uint8)
+        for number, picture in enumerate(pictures):
+            images[number] = picture.image
+        if len(paths) > batch_size:
+            images = np.pad(images, ((0, batch_size - len(images)), (0, 0), (0, 0)))
+        probabilities = iter(classifier.probabilities(images) if pictures else [])
+        for item, error in batch:
+            yield item, next(probabilities) if error is None else error
+
+
+def _read(paths: Sequence[Path], on_file: Any) -> Iterator[tuple[Any, DataError | None]]:
+    for path in paths:
+        try:
+            for picture in read_pictures(path):
+                yield picture, None
+        except DataError as error:
+            yield path, error
+        on_file()
+
+
+def _json(picture: Picture, names: list[tuple[str, float]]) -> dict[str, Any]:
+    return {
+        "file": picture.name,
+        "class": names[0][0],
+        "probability": names[0][1],
+        "top": [{"class": name, "probability": probability} for name, probability in names],
+        "inverted": picture.inverted,
+    }
+
+
+def _draw(shown: Sequence[tuple[Picture, str]], path: Path) -> None:
+    """Draws a contact sheet."""
+    from matplotlib.figure import Figure  # it takes a second to import
+
+    columns = min(len(shown), 10)
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(1.3 * columns, 1.6 * rows), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.set_axis_off()
+    for axes, (picture, label) in zip(figure.axes, shown, strict=False):
+        axes.imshow(picture.image, cmap="gray", vmin=0, vmax=255)
+        axes.set_title(f"{Path(picture.name).name[-16:]}\n{label}", fontsize=6)
+    files.make_folder(path.absolute().parent)
+    figure.savefig(path, dpi=144)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

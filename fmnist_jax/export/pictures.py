@@ -1,0 +1,161 @@
+"""Pictures of articles, prepared like the images of Fashion-MNIST: light on black, 28 x 28."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from fmnist_jax.data import idx
+from fmnist_jax.errors import DataError
+
+SIZE = 28
+
+# Of files in a folder; a file that is named itself may have any name.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".idx3-ubyte", ".gz")
+
+# A photo of 50 megapixels takes 0.2 GB in memory; what is larger may be a decompression bomb.
+_MAX_PIXELS = 50_000_000
+_MAX_SIDE = 20_000
+
+# The makers of Fashion-MNIST trimmed what was within 5% of the colour of a corner (Xiao et al.
+# 2017). Photos have noise, so what is within 4 standard deviations of the border is trimmed too.
+_TOLERANCE = 0.05
+_NOISE = 4.0
+
+# A row or column belongs to the article if so much of it differs from the background.
+_MIN_SHARE = 0.005
+
+
+class Picture(NamedTuple):
+    """A picture as the network sees it.
+
+    Attributes:
+      name: of the file, with the position of the image in an IDX file.
+      image: uint8[28, 28].
+      inverted: whether the background was light.
+    """
+
+    name: str
+    image: np.ndarray
+    inverted: bool
+
+
+def read_pictures(path: Path) -> Iterator[Picture]:
+    """Reads the images of a file: one of a PNG, JPEG or WebP file, all of an IDX file.
+
+    Args:
+      path: the file.
+
+    Yields:
+      The pictures; images of 28 x 28 in an IDX file are left as they are.
+
+    Raises:
+      DataError: if the file is no such file, empty, truncated or too large.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})") from error
+    if not start:
+        raise DataError("is empty")
+    if start[:2] == b"\x1f\x8b" or start == idx.IMAGES_MAGIC.to_bytes(4, "big"):
+        images = idx.read_images(path)
+        for number, image in enumerate(images):
+            picture = (image, False) if image.shape == (SIZE, SIZE) else prepare(image)
+            yield Picture(f"{path}[{number}]", *picture)
+    else:
+        yield Picture(str(path), *prepare(_read_grey(path)))
+
+
+def prepare(grey: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Converts a grey picture as the makers of Fashion-MNIST did, whatever its background.
+
+    The background is the median of the border. If it is light, the picture is inverted. Then the
+    background is subtracted, the article is cut out, its longer side is resized to 28 pixels with
+    antialiasing, and the shorter one is padded with black.
+
+    Args:
+      grey: uint8[height, width].
+
+    Returns:
+      uint8[28, 28], and whether the picture was inverted.
+
+    Example:
+      >>> picture = np.full((100, 80), 255, np.uint8)
+      >>> picture[30:70, 30:50] = 55  # a dark article on white
+      >>> image, inverted = prepare(picture)
+      >>> image.shape, inverted, image[:, 5].max(), image[:, 14].min()
+      ((28, 28), True, np.uint8(0), np.uint8(200))
+    """
+    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    inverted = bool(np.median(border) > 127)
+    if inverted:
+        grey, border = 255 - grey, 255 - border
+    background = float(np.median(border))
+    # Of the quieter half, because an article may touch the border.
+    noise = float(np.quantile(np.abs(border - background), 0.5)) / 0.6745
+    tolerance = max(_TOLERANCE * 255, _NOISE * noise)
+    is_article = grey > background + tolerance
+    top, bottom = _extent(is_article.mean(axis=1))
+    left, right = _extent(is_article.mean(axis=0))
+    article = np.clip(grey[top:bottom, left:right] - background, 0, None)
+    height, width = article.shape
+    scale = SIZE / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    resized = Image.fromarray(article.astype(np.float32)).resize(size, Image.Resampling.LANCZOS)
+    small = np.clip(np.asarray(resized).round(), 0, 255).astype(np.uint8)
+    image = np.zeros((SIZE, SIZE), np.uint8)
+    # Odd space is divided as in Fashion-MNIST.
+    row, column = (SIZE - small.shape[0] + 1) // 2, (SIZE - small.shape[1] + 1) // 2
+    image[row : row + small.shape[0], column : column + small.shape[1]] = small
+    return image, inverted
+
+
+def _extent(shares: np.ndarray) -> tuple[int, int]:
+    """Returns where the article starts and ends; a picture without article is left whole."""
+    found = np.flatnonzero(shares > _MIN_SHARE)
+    return (int(found[0]), int(found[-1]) + 1) if len(found) else (0, len(shares))
+
+
+def _read_grey(path: Path) -> np.ndarray:
+    """Reads uint8[height, width], turned upright, without transparency."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as picture:
+                width, height = picture.size
+                if max(width, height) > _MAX_SIDE or width * height > _MAX_PIXELS:
+                    raise DataError(
+                        f"has {width:,} x {height:,} pixels; expected at most {_MAX_PIXELS:,}, and "
+                        f"at most {_MAX_SIDE:,} in a row"
+                    )
+                picture.load()
+                return _grey(ImageOps.exif_transpose(picture))
+    except UnidentifiedImageError as error:
+        raise DataError("is no PNG, JPEG, WebP or IDX file") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise DataError(f"has too many pixels; expected at most {_MAX_PIXELS:,}") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow has no error of its own
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"is damaged: {error}") from error
+
+
+def _grey(picture: Image.Image) -> np.ndarray:
+    if picture.mode.startswith(("I", "F")):
+        # 16 bits
+        values = np.asarray(picture, np.float32)
+        return np.clip(values / 257, 0, 255).astype(np.uint8)
+    if not picture.has_transparency_data:
+        return np.asarray(picture.convert("L"))
+    picture = picture.convert("LA")
+    grey, alpha = np.asarray(picture, np.float32).transpose(2, 0, 1)
+    # The background that differs more from the article.
+    weight = alpha.sum()
+    is_light = weight > 0 and (grey * alpha).sum() / weight > 127
+    background = 0.0 if is_light else 255.0
+    return (background + (grey - background) * alpha / 255).round().astype(np.uint8)

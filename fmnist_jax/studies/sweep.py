@@ -1,0 +1,290 @@
+"""`sweep`: searches for better settings with Optuna, and checks the winner on fresh seeds."""
+
+import dataclasses
+import math
+import typing
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from fmnist_jax.config import Recipe, Run, differences_message
+from fmnist_jax.data.dataset import Dataset
+from fmnist_jax.errors import ConfigError
+from fmnist_jax.runs import files
+from fmnist_jax.runs.plan import Plan, create_plan
+from fmnist_jax.runs.writers import ConsoleProgress, NullProgress
+from fmnist_jax.studies.seeds import fit_seeds
+from fmnist_jax.train.loop import train_epoch
+from fmnist_jax.train.predict import evaluate
+
+SWEEP = "sweep.json"
+STORAGE = "study.db"
+
+# Seconds between two signs of life of a trial, and until a silent one is repeated.
+_HEARTBEAT_SECONDS, _GRACE_SECONDS = 10, 60
+
+# A trial is compared with the median of the others after its first epoch, once there are five.
+_PRUNER = {"n_startup_trials": 5, "n_warmup_steps": 1}
+
+
+class Domain(NamedTuple):
+    """The values that a setting may have.
+
+    Attributes:
+      low: the smallest number; None for choices.
+      high: the largest.
+      log: whether the logarithm is uniform.
+      choices: the values, where they are no range.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    choices: tuple[Any, ...] = ()
+
+
+def parse_domain(text: str) -> tuple[str, Domain]:
+    """Reads `name=low:high`, `name=log:low:high` or `name=choice,choice`.
+
+    Args:
+      text: the name is a field of `Recipe`.
+
+    Raises:
+      ConfigError: if it is none of these.
+
+    Example:
+      >>> parse_domain("learning_rate=log:1e-4:1e-1")
+      ('learning_rate', Domain(low=0.0001, high=0.1, log=True, choices=()))
+      >>> parse_domain("optimizer=adam,sgd")[1].choices
+      ('adam', 'sgd')
+    """
+    name, _, values = text.partition("=")
+    types = {field.name: field.type for field in dataclasses.fields(Recipe)}
+    if name not in types or name == "arch":
+        names = ", ".join(sorted(set(types) - {"arch"}))
+        raise ConfigError(f"{text!r} names no setting of a recipe; choose one of {names}")
+    kinds = typing.get_args(types[name]) or (types[name],)
+    kind = next((kind for kind in (int, float) if kind in kinds), str)
+    log = values.startswith("log:")
+    parts = values.removeprefix("log:").split(":" if ":" in values else ",")
+    try:
+        numbers: list[Any] = [kind(part) for part in parts]
+    except ValueError as error:
+        raise ConfigError(f"{text!r} has a value that is no {kind.__name__}") from error
+    if ":" not in values:
+        return name, Domain(choices=tuple(numbers))
+    if kind is str or len(numbers) != 2 or not numbers[0] < numbers[1] or (log and numbers[0] <= 0):
+        raise ConfigError(f"{text!r} is no range; expected name=low:high or name=log:low:high")
+    return name, Domain(numbers[0], numbers[1], log)
+
+
+def sweep(
+    run: Run,
+    dataset: Dataset,
+    space: Mapping[str, Domain],
+    num_trials: int,
+    *,
+    num_seeds: int = 5,
+    progress: NullProgress | None = None,
+) -> dict[str, Any]:
+    """Searches for the settings with the best validation accuracy.
+
+    Optuna proposes settings (tree-structured Parzen estimator) and stops trials that are worse than
+    the median. The study is in `study.db` in the folder of the run. The same call continues it, and
+    processes on one machine can share it. Trials that differ in traced scalars (learning rate,
+    weight decay, dropout, label smoothing, strength of augmentation) share one compiled program.
+
+    The trials see the validation images alone. The best setting is then trained from fresh seeds,
+    in the subfolder `best-N` for trial N, and only these runs are evaluated on the test images.
+
+    Args:
+      run: recipe, seed of all trials and folder.
+      dataset: the data.
+      space: the domain of each setting that is searched.
+      num_trials: number of finished or pruned trials.
+      num_seeds: trainings of the best setting, with the seeds after `run.seed`.
+      progress: as for `fit`.
+
+    Returns:
+      The content of sweep.json: `best`, with `params` and `val_accuracy` of the best trial;
+      `val_accuracy` and `test_accuracy` of the fresh seeds (`stats.describe`); `optimism`, by which
+      the best trial exceeds the mean validation accuracy of the fresh seeds, with its 95% interval;
+      and the trials.
+
+    Raises:
+      ConfigError: if Optuna is not installed, there are no validation images, a setting does not
+        fit, or the folder holds another sweep.
+    """
+    if num_trials < 1 or num_seeds < 2:
+        raise ConfigError(
+            f"num_trials is {num_trials} and num_seeds is {num_seeds}; expected at least 1 and 2"
+        )
+    if not space:
+        raise ConfigError("the sweep has no setting to search; name at least one")
+    progress = progress or ConsoleProgress()
+    optuna = _optuna()
+    plan = create_plan(run, dataset)
+    if not len(plan.val_examples):
+        raise ConfigError("val_fraction is 0; a sweep chooses by validation images")
+    _write_settings(plan, space)
+    with files.locked(run.workdir, wait=True):  # SQLite's tables are created once
+        study = _create_study(run, optuna)
+
+    def count() -> int:
+        states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+        return len(study.get_trials(deepcopy=False, states=states))
+
+    while (done := count()) < num_trials:
+        progress.say(f"trial {done + 1} of {num_trials}")
+        study.optimize(_objective(run, dataset, space, progress, optuna), n_trials=1)
+    best = study.best_trial
+    recipe = dataclasses.replace(run.recipe, **best.params)
+    fresh = dataclasses.replace(
+        run, recipe=recipe, seed=run.seed + 1, workdir=run.workdir / f"best-{best.number}"
+    )
+    progress.say(f"The best is trial {best.number}. Training it from {num_seeds} fresh seeds:")
+    with files.locked(run.workdir, wait=True):  # others that share the sweep come here too
+        seeds = fit_seeds(fresh, dataset, num_seeds, progress=progress).report
+    val = seeds["val_accuracy"]
+    report = {
+        "sample": dataset.sample,
+        "arch": run.recipe.arch,
+        "recipe": dataclasses.asdict(recipe),
+        "space": {name: domain._asdict() for name, domain in space.items()},
+        "best": {"number": best.number, "params": best.params, "val_accuracy": best.value},
+        "seeds": fresh.workdir.name,
+        "val_accuracy": val,
+        "test_accuracy": seeds["test_accuracy"],
+        "optimism": {
+            "mean": best.value - val["mean"],
+            "low": best.value - val["high"],
+            "high": best.value - val["low"],
+        },
+        "trials": [
+            {
+                "number": trial.number,
+                "state": trial.state.name,
+                "params": trial.params,
+                "val_accuracy": list(trial.intermediate_values.values()),
+            }
+            for trial in study.get_trials(deepcopy=False)
+        ],
+    }
+    files.write_json(run.workdir / SWEEP, report)
+    return report
+
+
+def load_study(workdir: Path) -> Any:
+    """Opens the Optuna study in the folder of a sweep.
+
+    Raises:
+      ConfigError: if Optuna is not installed, or the folder holds no sweep.
+    """
+    if not (workdir / STORAGE).exists():
+        raise ConfigError(f"{workdir} holds no sweep: it has no {STORAGE}")
+    return _optuna().load_study(study_name="sweep", storage=f"sqlite:///{workdir / STORAGE}")
+
+
+def _create_study(run: Run, optuna: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        storage = optuna.storages.RDBStorage(
+            f"sqlite:///{run.workdir / STORAGE}",
+            heartbeat_interval=_HEARTBEAT_SECONDS,
+            grace_period=_GRACE_SECONDS,
+            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
+        )
+    study = optuna.create_study(
+        study_name="sweep",
+        storage=storage,
+        direction="maximize",
+        pruner=optuna.pruners.MedianPruner(**_PRUNER),
+        load_if_exists=True,
+    )
+    # Each process, and each continuation, draws other proposals.
+    study.sampler = optuna.samplers.TPESampler(seed=run.seed + len(study.trials))
+    return study
+
+
+def _objective(
+    run: Run, dataset: Dataset, space: Mapping[str, Domain], progress: NullProgress, optuna: Any
+) -> Callable[[Any], float]:
+    def objective(trial: Any) -> float:
+        chosen = {name: _suggest(trial, name, domain) for name, domain in space.items()}
+        recipe = dataclasses.replace(run.recipe, **chosen)
+        plan = create_plan(dataclasses.replace(run, recipe=recipe), dataset)
+        accuracy = 0.0
+        for epoch, accuracy in enumerate(_train(plan), 1):
+            if math.isnan(accuracy):
+                raise optuna.TrialPruned  # the loss is not finite
+            trial.report(accuracy, epoch)
+            if epoch < recipe.epochs and trial.should_prune():
+                progress.say(f"  stopped after epoch {epoch}: {accuracy:.2%}, {_text(chosen)}")
+                raise optuna.TrialPruned
+        progress.say(f"  validation accuracy {accuracy:.2%}, {_text(chosen)}")
+        return accuracy
+
+    return objective
+
+
+def _train(plan: Plan) -> Iterator[float]:
+    """Yields the validation accuracy after each epoch; NaN if the loss is not finite."""
+    dataset = plan.dataset
+    images, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
+    examples, state = jnp.asarray(plan.train_examples), plan.create_state()
+    val_images = dataset.train_images[plan.val_examples]
+    val_labels = dataset.train_labels[plan.val_examples]
+    for _ in range(plan.run.recipe.epochs):
+        calls = train_epoch(
+            state, images, labels, examples, plan.streams, plan.hyperparams, config=plan.config
+        )
+        *_, (state, metrics) = calls
+        if metrics.finite_steps < plan.steps_per_epoch:
+            yield math.nan
+            return
+        result = evaluate(state.variables, val_images, val_labels, model=plan.model)
+        yield result.means()["accuracy"]
+
+
+def _suggest(trial: Any, name: str, domain: Domain) -> Any:
+    if domain.choices:
+        return trial.suggest_categorical(name, domain.choices)
+    suggest = trial.suggest_int if isinstance(domain.low, int) else trial.suggest_float
+    return suggest(name, domain.low, domain.high, log=domain.log)
+
+
+def _write_settings(plan: Plan, space: Mapping[str, Domain]) -> None:
+    workdir = plan.run.workdir
+    settings = plan.settings | {
+        "space": {name: [domain.low, domain.high, domain.log, list(domain.choices)]
+                  for name, domain in space.items()}
+    }  # fmt: skip
+    files.make_folder(workdir)
+    found = files.read_json(workdir / files.CONFIG)
+    message = found and differences_message(
+        f"workdir {workdir} holds another sweep; use another folder. The settings differ:",
+        found,
+        settings,
+    )
+    if message:
+        raise ConfigError(message)
+    files.write_json(workdir / files.CONFIG, settings)
+
+
+def _text(chosen: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in chosen.items()
+    )
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError("Optuna is not installed; pip install 'fmnist_jax[sweep]'") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna

@@ -1,0 +1,148 @@
+"""The learning rate range test (Smith 2017): the loss while the learning rate grows."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fmnist_jax.data.batches import epoch_order
+from fmnist_jax.errors import ConfigError
+from fmnist_jax.rng import Streams
+from fmnist_jax.train.loop import read_shards, with_microbatch_size
+from fmnist_jax.train.step import DEFAULTS, Hyperparams, StepConfig, TrainState, train_step
+from fmnist_jax.xla.jit import platform_jit
+
+# The curve ends where the smoothed loss exceeds its minimum by this factor, as in fastai.
+_DIVERGED = 4.0
+
+# Weight of the past in the smoothed loss; it averages over some ten steps.
+_SMOOTHING = 0.9
+
+
+class RateCurve(NamedTuple):
+    """The loss by learning rate.
+
+    Attributes:
+      rates: float32[k], the learning rate of each step.
+      losses: float32[k], the mean loss of each step's batch, before its update.
+      smoothed: float64[k], their exponential moving average.
+      suggestion: the rate at which the smoothed loss falls fastest.
+    """
+
+    rates: np.ndarray
+    losses: np.ndarray
+    smoothed: np.ndarray
+    suggestion: float
+
+
+def find_learning_rate(
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+    examples: jax.Array,
+    streams: Streams,
+    hyperparams: Hyperparams = DEFAULTS,
+    *,
+    config: StepConfig,
+    low: float = 1e-5,
+    high: float = 10.0,
+    num_steps: int = 100,
+) -> RateCurve:
+    """Trains some steps at growing learning rates, in one compiled call.
+
+    The state is copied and stays as it is.
+
+    Args:
+      state: where to start from, usually the initial state.
+      images: uint8[n, height, width], values 0 to 255.
+      labels: int[n].
+      examples: int32[m], positions of the training examples in `images`.
+      streams: the random streams of the run.
+      hyperparams: scalars of the training; the learning rate is ignored.
+      config: what is fixed at compile time; its schedule is ignored.
+      low: the first learning rate, above 0.
+      high: the last one, above `low`.
+      num_steps: number of steps, at least 10.
+
+    Returns:
+      The curve up to where the loss diverged.
+
+    Raises:
+      ConfigError: if a value is outside its range, or the loss diverged within ten steps.
+
+    Example:
+      >>> import fmnist_jax as fm
+      >>> data, streams = fm.load_fashion_mnist(sample=True), fm.create_streams(0)
+      >>> config = StepConfig(model=fm.create_model("valid_2x2"), tx=fm.create_optimizer("adam"))
+      >>> state = fm.create_train_state(streams.init, config)
+      >>> images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
+      >>> curve = find_learning_rate(
+      ...     state, images, labels, jnp.arange(6000), streams, config=config, num_steps=40
+      ... )
+      >>> 1e-5 < curve.suggestion < 1e-1
+      True
+    """
+    if not 0 < low < high:
+        raise ConfigError(f"low is {low} and high is {high}; expected 0 < low < high")
+    if num_steps < 10:
+        raise ConfigError(f"num_steps is {num_steps}; expected at least 10")
+    rates = np.geomspace(low, high, num_steps).astype(np.float32)
+    order = epoch_order(streams.shuffle, 0, examples)
+    losses = np.asarray(
+        _losses(
+            state, images, labels, order, streams, hyperparams, jnp.asarray(rates), config=config
+        )
+    )
+    smoothed = _smooth(losses)
+    diverged = ~np.isfinite(smoothed) | (smoothed > _DIVERGED * np.minimum.accumulate(smoothed))
+    length = int(np.argmax(diverged)) if diverged.any() else num_steps
+    if length < 10:
+        raise ConfigError(
+            f"the loss diverged after {length} steps; choose a smaller low than {low}"
+        )
+    rates, losses, smoothed = rates[:length], losses[:length], smoothed[:length]
+    slope = np.gradient(smoothed, np.log(rates))
+    # After the minimum, a fall is noise.
+    steepest = int(np.argmin(slope[: int(np.argmin(smoothed)) + 1]))
+    return RateCurve(rates, losses, smoothed, float(rates[steepest]))
+
+
+@platform_jit(static_argnames=("config",))
+def _losses(
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+    order: jax.Array,
+    streams: Streams,
+    hyperparams: Hyperparams,
+    rates: jax.Array,
+    *,
+    config: StepConfig,
+) -> jax.Array:
+    """Returns float32[steps], the mean loss of each step."""
+    config = dataclasses.replace(config, schedule=None, mesh=None)
+    config = with_microbatch_size(config, state, images.shape[1:3])
+
+    def body(state: TrainState, rate: jax.Array) -> tuple[TrainState, jax.Array]:
+        _, batch = read_shards(
+            images, labels, order, state.step, streams, hyperparams, config=config
+        )
+        key = jax.random.fold_in(streams.dropout, state.step)
+        state, metrics = train_step(
+            state, batch, key, hyperparams._replace(learning_rate=rate), config=config
+        )
+        return state, metrics.loss / metrics.num_examples
+
+    return lax.scan(body, state._replace(step=jnp.int32(0)), rates)[1]
+
+
+def _smooth(losses: np.ndarray) -> np.ndarray:
+    """Exponential moving average without the bias towards 0 at the start."""
+    average, smoothed = 0.0, []
+    for count, loss in enumerate(losses.astype(np.float64), 1):
+        average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
+        smoothed.append(average / (1 - _SMOOTHING**count))
+    return np.array(smoothed)

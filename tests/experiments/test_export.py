@@ -1,0 +1,20 @@
+"""Networks are exported from the command line."""
+
+from fmnist_jax.errors import VerificationError
+
+
+def test_all_formats_are_written(export_py, finished, capsys):
+    assert export_py.main([str(finished)]) == 0
+    assert capsys.readouterr().out.count("tested against the network") == 3
+    names = {path.name for path in (finished / "export").iterdir()}
+    assert names == {"model.stablehlo", "model.json", "model.onnx", "model.safetensors"}
+
+
+def test_a_failed_test_exits_with_1(export_py, finished, tmp_path, monkeypatch, capsys):
+    def fail(classifier, folder):
+        raise VerificationError("the export differs")
+
+    monkeypatch.setitem(export_py.FORMATS, "onnx", fail)
+    command = [str(finished), "--format", "onnx", "--output", str(tmp_path)]
+    assert export_py.main(command) == 1
+    assert "verification failed: the export differs" in capsys.readouterr().err

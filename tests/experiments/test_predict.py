@@ -1,0 +1,92 @@
+"""Pictures are classified from the command line."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fmnist_jax as fm
+from fmnist_jax.data import idx
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory, sample):
+    """Two pictures in a subfolder, an IDX file of three images, and another file."""
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "sub").mkdir()
+    for number in range(2):
+        large = np.kron(sample.test_images[number], np.ones((5, 5), np.uint8))
+        Image.fromarray(255 - np.pad(large, 20)).save(folder / "sub" / f"{number}.png")
+    idx.write(folder / "images-idx3-ubyte.gz", sample.test_images[:3])
+    (folder / "notes.txt").write_text("not a picture")
+    return folder
+
+
+def json_lines(capsys):
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_table_and_a_contact_sheet(predict_py, finished, pictures, tmp_path, capsys):
+    sheet = tmp_path / "new" / "sheet.png"
+    assert predict_py.main([str(finished), str(pictures), "--sheet", str(sheet)]) == 0
+    output = capsys.readouterr().out
+    assert output.count("light, inverted") == 2
+    assert "Trouser" in output
+    with Image.open(sheet) as picture:
+        assert picture.size[0] > 500
+
+
+@pytest.mark.parametrize("batch_size", ["2", "256"])
+def test_json_has_the_probabilities_of_the_network(
+    batch_size, predict_py, finished, pictures, sample, capsys
+):
+    command = [str(finished), str(pictures), "--json", "--batch-size", batch_size]
+    assert predict_py.main(command) == 0
+    lines = json_lines(capsys)
+    names = [f"{pictures}/images-idx3-ubyte.gz[{number}]" for number in range(3)]
+    assert [line["file"] for line in lines] == [
+        *names, f"{pictures}/sub/0.png", f"{pictures}/sub/1.png"
+    ]  # fmt: skip
+    classifier = fm.load_classifier(finished)
+    expected = classifier.probabilities(sample.test_images[:3])
+    for line, row in zip(lines[:3], expected, strict=True):
+        top = {entry["class"]: entry["probability"] for entry in line["top"]}
+        assert top == pytest.approx(dict(zip(classifier.class_names, row, strict=True)))
+        assert line["probability"] == pytest.approx(max(row))
+        assert line["class"] == classifier.class_names[row.argmax()]
+    assert not (finished / "sheet.png").exists()
+
+
+def test_a_bad_file_is_reported_and_the_others_are_classified(
+    predict_py, finished, pictures, tmp_path, capsys
+):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    files = [str(tmp_path / "bad.png"), str(pictures / "sub"), str(tmp_path / "missing.png")]
+    assert predict_py.main([str(finished), *files, "--json"]) == 1
+    lines = json_lines(capsys)
+    assert ["error" in line for line in lines] == [True, False, False, True]
+    assert predict_py.main([str(finished), *files, "--quiet"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert errors[0] == f"error: {files[0]}: is no PNG, JPEG, WebP or IDX file"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--which", "newest"], "--which is 'newest'; expected latest, best or a step"),
+        (["--which", "7"], "has no checkpoint 7"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+    ],
+)
+def test_bad_input_is_refused(flags, message, predict_py, finished, pictures, error_line):
+    assert predict_py.main([str(finished), str(pictures), *flags]) == 2
+    assert message in error_line()
+
+
+def test_folders_without_pictures_or_run_are_refused(predict_py, finished, tmp_path, error_line):
+    assert predict_py.main([str(finished), str(tmp_path)]) == 2
+    assert "there is no picture" in error_line()
+    assert predict_py.main([str(tmp_path), str(tmp_path)]) == 2
+    assert "is not the folder of a run" in error_line()

@@ -1,0 +1,37 @@
+"""A finished run of a small network with batch statistics."""
+
+import flax.linen as nn
+import pytest
+
+import fmnist_jax as fm
+from fmnist_jax.nn import models
+from fmnist_jax.nn.layers import BatchNorm, Conv, Dense, flatten
+
+
+class SmallNorm(nn.Module):
+    """Convolution, pooling, batch statistics and a dense layer."""
+
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = Conv(4, kernel_size=2, pool=True)(images)
+        return Dense(self.num_classes)(flatten(BatchNorm()(x, train=train)))
+
+
+@pytest.fixture(scope="session")
+def workdir(sample, tmp_path_factory):
+    """Folder of the run; three epochs, of which the first was the best or not."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(models, "ARCHS", {**models.ARCHS, "small_norm": SmallNorm})
+    recipe = fm.Recipe(arch="small_norm", epochs=3, batch_size=50)
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    run = fm.Run(recipe=recipe, workdir=workdir, train_examples=200, keep_every="1ep")
+    fm.fit(run, sample, progress=fm.NullProgress())
+    yield workdir
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def classifier(workdir):
+    return fm.load_classifier(workdir)

@@ -1,0 +1,83 @@
+"""The network of a run, loaded from the folder of the run alone."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import scipy.special
+
+import fmnist_jax as fm
+from fmnist_jax.errors import CheckpointError, ConfigError
+from fmnist_jax.runs import files
+
+
+@pytest.fixture
+def copied(workdir, tmp_path):
+    return shutil.copytree(workdir, tmp_path / "elsewhere")
+
+
+def test_results_are_those_of_the_run(copied, sample):
+    classifier = fm.load_classifier(copied)
+    predictions = files.read_arrays(copied / files.PREDICTIONS)
+    report = json.loads((copied / files.REPORT).read_text())
+    images = sample.test_images
+    np.testing.assert_array_equal(classifier.logits(images), predictions["logits"])
+    np.testing.assert_array_equal(classifier.logits(images[..., None]), predictions["logits"])
+    assert np.mean(classifier.predict(images) == sample.test_labels) == pytest.approx(
+        report["test_accuracy"]
+    )
+    temperature = report["calibration"]["temperature"]
+    assert temperature != 1
+    expected = scipy.special.softmax(predictions["logits"] / np.float64(temperature), axis=1)
+    np.testing.assert_allclose(classifier.probabilities(images), expected, atol=1e-6)
+    assert classifier.class_names == tuple(report["data"]["classes"])
+
+
+def test_other_checkpoints_can_be_chosen(workdir, sample):
+    lines = files.read_lines(workdir / files.METRICS)
+    val = [line for line in lines if line["split"] == "val"]
+    best = max(val, key=lambda line: line["accuracy"])
+    assert fm.load_classifier(workdir, "best").step == best["step"]
+    first = fm.load_classifier(workdir, val[0]["step"])
+    assert first.temperature == 1  # it was fitted to the last step
+    assert np.any(
+        first.logits(sample.test_images) != fm.load_classifier(workdir).logits(sample.test_images)
+    )
+    with pytest.raises(CheckpointError, match="has no checkpoint 7"):
+        fm.load_classifier(workdir, 7)
+
+
+def test_a_damaged_run_is_refused(copied):
+    report = json.loads((copied / files.REPORT).read_text())
+    report["params_sha256"] = "0" * 64
+    (copied / files.REPORT).write_text(json.dumps(report))
+    with pytest.raises(CheckpointError, match=r"another SHA-256 than report\.json says"):
+        fm.load_classifier(copied)
+    step = report["steps"]
+    manifest = copied / files.CHECKPOINTS / str(step) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("params", "parama", 1))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        fm.load_classifier(copied)
+
+
+def test_a_folder_that_is_no_run_is_refused(workdir):
+    with pytest.raises(ConfigError, match=r"has no config\.json; it holds the runs run"):
+        fm.load_classifier(workdir.parent)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (np.zeros((2, 28, 28), np.float32), TypeError, "expected uint8"),
+        (np.zeros((28, 28), np.uint8), ValueError, "expected \\[n, height, width\\]"),
+        (np.zeros((2, 32, 32), np.uint8), ValueError, "images of another size"),
+    ],
+)
+def test_other_arrays_are_refused(images, error, message, classifier):
+    with pytest.raises(error, match=message):
+        classifier.predict(images)
+
+
+def test_no_images_have_no_predictions(classifier):
+    assert classifier.predict(np.zeros((0, 28, 28), np.uint8)).shape == (0,)

@@ -1,0 +1,130 @@
+"""Exports give the results of the network in other programs."""
+
+import hashlib
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnxruntime
+import pytest
+import safetensors
+import scipy.special
+from jax import export
+
+import fmnist_jax as fm
+from fmnist_jax.data.batches import scale
+from fmnist_jax.errors import ConfigError, VerificationError
+from fmnist_jax.export import formats
+from fmnist_jax.export.onnx_graph import to_onnx
+from tests.conftest import ONE_PER_NETWORK
+
+
+@pytest.fixture(scope="module")
+def images(sample):
+    return sample.test_images
+
+
+def check(outputs, classifier, images):
+    logits, probabilities = (np.asarray(array) for array in outputs)
+    expected = classifier.logits(images)
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+    expected = scipy.special.softmax(expected / np.float64(classifier.temperature), axis=1)
+    np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+
+
+def test_stablehlo_runs_with_any_batch_size(classifier, images, tmp_path):
+    path = formats.export_stablehlo(classifier, tmp_path / "new")
+    description = json.loads((tmp_path / "new" / "model.json").read_text())
+    content = path.read_bytes()
+    assert description["sha256"] == hashlib.sha256(content).hexdigest()
+    assert description["class_names"] == list(classifier.class_names)
+    loaded = export.deserialize(bytearray(content))
+    assert loaded.platforms == ("cpu", "cuda", "tpu")
+    for size in (1, 7, 300):
+        check(loaded.call(images[:size]), classifier, images[:size])
+
+
+def test_onnx_runs_with_any_batch_size(classifier, images, tmp_path):
+    path = formats.export_onnx(classifier, tmp_path)
+    session = onnxruntime.InferenceSession(path)
+    (entry,) = session.get_inputs()
+    assert (entry.name, entry.type, entry.shape) == ("images", "tensor(uint8)", ["batch", 28, 28])
+    assert [output.name for output in session.get_outputs()] == ["logits", "probabilities"]
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["class_names"]) == list(classifier.class_names)
+    for size in (1, 7, 300):
+        check(session.run(None, {"images": images[:size]}), classifier, images[:size])
+
+
+def test_safetensors_holds_all_variables(classifier, tmp_path):
+    path = formats.export_safetensors(classifier, tmp_path)
+    with safetensors.safe_open(path, "numpy") as file:
+        description = json.loads(file.metadata()["fmnist_jax"])
+        names = set(file.keys())
+        kernel = file.get_tensor("params.Conv_0.kernel")
+    assert description["recipe"]["arch"] == "small_norm"
+    np.testing.assert_array_equal(kernel, classifier.variables["params"]["Conv_0"]["kernel"])
+    assert {"batch_stats.BatchNorm_0.mean", "params.Dense_0.bias"} < names
+    assert len(names) == len(jax.tree.leaves(classifier.variables))
+
+
+@pytest.mark.parametrize("name", formats.FORMATS)
+def test_an_export_with_other_results_is_not_written(name, classifier, tmp_path, monkeypatch):
+    function = formats._function
+
+    def other(classifier, variables=None):
+        apply = function(classifier, variables)
+        return lambda images: tuple(1.0001 * output for output in apply(images))
+
+    monkeypatch.setattr(formats, "_function", other)
+    with pytest.raises(VerificationError, match=r"differs from the network by 1\.0e-04"):
+        formats.FORMATS[name](classifier, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", formats.FORMATS)
+def test_another_export_is_not_overwritten(name, classifier, workdir, tmp_path):
+    for _ in range(2):  # the same one may be repeated
+        path = formats.FORMATS[name](classifier, tmp_path)
+    content = path.read_bytes()
+    with pytest.raises(ConfigError, match="is another export"):
+        formats.FORMATS[name](fm.load_classifier(workdir, 4), tmp_path)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ONE_PER_NETWORK)
+def test_every_network_runs_in_onnx(name, images):
+    model = fm.create_model(fm.RECIPES[name].arch)
+    variables = jax.jit(lambda key: model.init(key, jnp.zeros((1, 28, 28, 1)), train=False))(
+        jax.random.key(0)
+    )
+    rng = np.random.default_rng(0)
+    # Also the biases and batch statistics, which start at 0 and 1.
+    variables = jax.tree.map(
+        lambda leaf: leaf + np.abs(rng.normal(0, 0.1, leaf.shape)).astype(np.float32), variables
+    )
+
+    def apply(images):
+        return (model.apply(variables, scale(images), train=False),)
+
+    (batch,) = export.symbolic_shape("batch")
+    onnx_model = to_onnx(apply, jax.ShapeDtypeStruct((batch, 28, 28), jnp.uint8), ["logits"], {})
+    session = onnxruntime.InferenceSession(onnx_model.SerializeToString())
+    images = images[:5]
+    (expected,) = jax.jit(apply)(images)
+    (found,) = session.run(None, {"images": images})
+    np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+def test_an_unknown_operation_is_named():
+    images = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    with pytest.raises(ConfigError, match="the operation 'sort', which has no conversion"):
+        to_onnx(lambda x: (jnp.sort(x),), images, ["sorted"], {})
+
+
+def test_a_missing_package_is_named(classifier, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ConfigError, match="onnxruntime is not installed; pip install"):
+        formats.export_onnx(classifier, tmp_path)

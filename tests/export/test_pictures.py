@@ -1,0 +1,149 @@
+"""Pictures are brought to the format of Fashion-MNIST, whatever they look like."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fmnist_jax.data import idx
+from fmnist_jax.errors import DataError
+from fmnist_jax.export.pictures import prepare, read_pictures
+
+
+@pytest.fixture(scope="module")
+def article(sample):
+    """An ankle boot that fills the width of its image."""
+    image = sample.test_images[0]
+    assert image[:, 0].any()
+    assert image[:, -1].any()
+    return image
+
+
+def enlarge(image, factor=10):
+    return np.kron(image, np.ones((factor, factor), np.uint8))
+
+
+def difference(found, expected):
+    return np.abs(found.astype(int) - expected).mean()
+
+
+def read(path):
+    (picture,) = read_pictures(path)
+    return picture
+
+
+def framed(article, background=0, margin=40):
+    """A large picture of the article on a background, light or dark."""
+    picture = np.pad(enlarge(article), margin)
+    return picture if background < 128 else 255 - picture
+
+
+@pytest.mark.parametrize("background", [0, 255])
+def test_the_article_is_found_on_a_light_and_a_dark_background(background, article):
+    image, inverted = prepare(framed(article, background))
+    assert inverted == (background == 255)
+    assert difference(image, article) < 4
+    # The test can fail: the inverted image is far away.
+    assert difference(255 - image, article) > 50
+
+
+def test_a_noisy_background_with_a_gradient_is_removed(article):
+    picture = 255 - framed(article).astype(float) * 0.6
+    picture += np.linspace(-10, 10, picture.shape[1]) - 40
+    picture += np.random.default_rng(0).normal(0, 6, picture.shape)
+    image, inverted = prepare(picture.clip(0, 255).astype(np.uint8))
+    assert inverted
+    assert np.corrcoef(image.ravel(), article.ravel())[0, 1] > 0.9
+
+
+def test_a_tall_article_is_padded_to_a_square():
+    picture = np.zeros((300, 200), np.uint8)
+    picture[50:250, 90:140] = 200
+    image, _ = prepare(picture)
+    assert image.shape == (28, 28)
+    assert np.flatnonzero(image.any(axis=0)).tolist() == list(range(11, 18))
+    assert image.any(axis=1).all()
+
+
+def test_a_blank_picture_is_black():
+    image, inverted = prepare(np.full((30, 40), 250, np.uint8))
+    assert inverted
+    assert not image.any()
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_formats_and_colours(suffix, mode, article, tmp_path):
+    path = tmp_path / f"picture.{suffix}"
+    Image.fromarray(framed(article, 255)).convert(mode).save(path, quality=95)
+    picture = read(path)
+    assert (picture.name, picture.inverted) == (str(path), True)
+    assert difference(picture.image, article) < 6
+
+
+def test_sixteen_bits_and_palettes(article, tmp_path):
+    picture = framed(article)
+    Image.fromarray(picture.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(picture).convert("P").save(tmp_path / "palette.png")
+    for name in ("deep.png", "palette.png"):
+        assert difference(read(tmp_path / name).image, article) < 4, name
+
+
+def test_the_orientation_of_a_camera_is_followed(article, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to view
+    turned = np.rot90(framed(article, 255))
+    Image.fromarray(turned).save(tmp_path / "photo.jpg", quality=95, exif=exif)
+    assert difference(read(tmp_path / "photo.jpg").image, article) < 6
+
+
+@pytest.mark.parametrize("is_light", [False, True])
+def test_a_transparent_background_is_that_which_the_article_differs_from(
+    is_light, article, tmp_path
+):
+    large = framed(article)
+    alpha = np.where(large > 0, 255, 0).astype(np.uint8)
+    grey = np.where(alpha > 0, np.maximum(large, 130), 0) if is_light else (255 - large) // 2
+    pixels = np.stack([grey, grey, grey, alpha], -1).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "cut.png")
+    picture = read(tmp_path / "cut.png")
+    assert picture.inverted == (not is_light)
+    assert np.corrcoef(picture.image.ravel(), article.ravel())[0, 1] > 0.8
+
+
+def test_images_of_an_idx_file_are_left_as_they_are(sample, tmp_path):
+    path = tmp_path / "images.gz"
+    idx.write(path, sample.test_images[:3])
+    pictures = list(read_pictures(path))
+    np.testing.assert_array_equal([p.image for p in pictures], sample.test_images[:3])
+    assert pictures[2].name == f"{path}[2]"
+
+
+def bad_files(folder):
+    Image.fromarray(np.zeros((50, 50), np.uint8)).save(folder / "good.png")
+    noise = np.random.default_rng(0).integers(0, 256, (50, 50, 3), dtype=np.uint8)
+    for name in ("cut.png", "cut.jpg"):
+        Image.fromarray(noise).save(folder / name)
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+    (folder / "text.png").write_text("not a picture")
+    (folder / "empty.png").write_bytes(b"")
+    Image.new("L", (100_000, 2)).save(folder / "wide.png")
+    Image.new("1", (15_000, 15_000)).save(folder / "bomb.png")
+    (folder / "gzip.gz").write_bytes(b"\x1f\x8bnothing")
+    (folder / "folder.png").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cut.png", "is damaged"), ("cut.jpg", "is damaged"), ("text.png", "is no PNG, JPEG"),
+        ("empty.png", "is empty"), ("wide.png", "100,000 x 2 pixels"),
+        ("bomb.png", "too many pixels"), ("gzip.gz", "damaged gzip file"),
+        ("missing.png", "cannot be read"), ("folder.png", "cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_picture_is_refused(name, message, tmp_path):
+    bad_files(tmp_path)
+    assert read(tmp_path / "good.png")
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / name)

@@ -1,0 +1,146 @@
+"""The search for settings."""
+
+import dataclasses
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fmnist_jax as fm
+from fmnist_jax.errors import ConfigError
+from fmnist_jax.nn import models
+from fmnist_jax.report.sweep import write_sweep_report
+from fmnist_jax.runs import files
+from fmnist_jax.studies.sweep import Domain, load_study, parse_domain
+from fmnist_jax.train.loop import train_steps
+from tests.small import Small
+from tests.studies.sweep_child import RECIPE, SPACE
+
+CHILD = Path(__file__).parent / "sweep_child.py"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "ARCHS", {**models.ARCHS, "small": Small})
+    return fm.Run(recipe=RECIPE, workdir=tmp_path / "sweep", train_examples=200)
+
+
+def test_a_sweep_compiles_once_and_its_winner_is_trained_from_fresh_seeds(run, sample):
+    before = train_steps._outer._cache_size()
+    report = fm.sweep(run, sample, SPACE, 4, num_seeds=2, progress=fm.NullProgress())
+    # The trials share a program with the fresh seeds.
+    assert train_steps._outer._cache_size() == before + 1
+    assert len(report["trials"]) == 4
+    best = report["best"]
+    values = [trial["val_accuracy"][-1] for trial in report["trials"]]
+    assert best["val_accuracy"] == max(values)
+    assert 1e-4 <= best["params"]["learning_rate"] <= 1e-2
+    # The same run by another way.
+    recipe = dataclasses.replace(run.recipe, **best["params"])
+    again = dataclasses.replace(run, recipe=recipe, workdir=run.workdir / "again")
+    result = fm.fit(again, sample, progress=fm.NullProgress())
+    assert result.report["val_accuracy"] == best["val_accuracy"]
+
+    fresh = [
+        files.read_json(run.workdir / report["seeds"] / f"seed-{seed}" / files.REPORT)
+        for seed in (1, 2)
+    ]
+    assert fresh[0]["recipe"] == dataclasses.asdict(recipe)
+    mean = np.mean([one["val_accuracy"] for one in fresh])
+    assert report["optimism"]["mean"] == pytest.approx(best["val_accuracy"] - mean)
+    assert report["test_accuracy"]["values"] == [one["test_accuracy"] for one in fresh]
+
+    page = write_sweep_report(run.workdir).read_text()
+    assert page.count("data:image/png") == 3
+
+    # More trials continue the study; other settings are refused.
+    report = fm.sweep(run, sample, SPACE, 5, num_seeds=2, progress=fm.NullProgress())
+    assert len(report["trials"]) == 5
+    other = dataclasses.replace(run, seed=1)
+    with pytest.raises(ConfigError, match="holds another sweep"):
+        fm.sweep(other, sample, SPACE, 5, progress=fm.NullProgress())
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_continues(tmp_path):
+    def start(num_trials, kill_at):
+        command = [sys.executable, str(CHILD), str(tmp_path / "sweep"), str(num_trials), kill_at]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+    for kill_at in ("2", "4"):
+        assert start(6, kill_at).returncode == -signal.SIGKILL
+    finished = load_study(tmp_path / "sweep").trials
+    assert [trial.state.name for trial in finished].count("COMPLETE") == 3
+    process = start(6, "0")
+    assert process.returncode == 0, process.stderr
+    trials = {trial.number: trial for trial in load_study(tmp_path / "sweep").trials}
+    for trial in finished:
+        if trial.state.name == "COMPLETE":
+            assert trials[trial.number].value == trial.value
+    states = [trial.state.name for trial in trials.values()]
+    assert sum(state in ("COMPLETE", "PRUNED") for state in states) == 6
+
+
+@pytest.mark.slow
+def test_processes_share_a_sweep(tmp_path):
+    command = [sys.executable, str(CHILD), str(tmp_path / "sweep"), "12", "0"]
+    children = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [child.communicate(timeout=300) for child in children]
+    assert [child.returncode for child in children] == [0, 0], outputs
+    trials = load_study(tmp_path / "sweep").trials
+    assert 12 <= len(trials) <= 13
+    assert len({trial.params["learning_rate"] for trial in trials}) == len(trials)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("dropout=0:0.6", ("dropout", Domain(0.0, 0.6))),
+        ("batch_size=log:32:512", ("batch_size", Domain(32, 512, True))),
+        ("schedule=cosine,linear", ("schedule", Domain(choices=("cosine", "linear")))),
+        ("batch_size=64,128", ("batch_size", Domain(choices=(64, 128)))),
+    ],
+)
+def test_domains_are_read(text, expected):
+    name, domain = parse_domain(text)
+    assert (name, domain) == expected
+    assert type(domain.low) is type(expected[1].low)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rate=0:1", "names no setting of a recipe; choose one of augmentation"),
+        ("arch=a,b", "names no setting"),
+        ("dropout", "is no float"),
+        ("dropout=0.5:0.1", "is no range"),
+        ("learning_rate=log:0:1", "is no range"),
+        ("dropout=0:1:2", "is no range"),
+        ("batch_size=1.5:3", "is no int"),
+        ("optimizer=adam:sgd", "is no range"),
+    ],
+)
+def test_bad_domains_are_refused(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_domain(text)
+
+
+def test_bad_input_is_refused(run, sample, monkeypatch):
+    with pytest.raises(ConfigError, match="num_trials is 0"):
+        fm.sweep(run, sample, SPACE, 0)
+    with pytest.raises(ConfigError, match="no setting to search"):
+        fm.sweep(run, sample, {}, 1)
+    with pytest.raises(ConfigError, match="holds no sweep"):
+        load_study(run.workdir)
+    recipe = dataclasses.replace(run.recipe, val_fraction=0.0)
+    with pytest.raises(ConfigError, match="val_fraction is 0"):
+        fm.sweep(dataclasses.replace(run, recipe=recipe), sample, SPACE, 1)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ConfigError, match="Optuna is not installed"):
+        fm.sweep(run, sample, SPACE, 1)
