@@ -64,6 +64,13 @@ def create_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="train with all processes that mpirun, srun or Kubernetes has started",
     )
+    parser.add_argument(
+        "--log",
+        nargs="*",
+        choices=["tensorboard"],
+        default=[],
+        help="also log to event files in the folder of the run",
+    )
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--list", action="store_true", help="show the recipes and their claims")
     task.add_argument("--dry-run", action="store_true", help="show the plan without training")
@@ -87,6 +94,8 @@ def create_parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.ray is not None and (arguments.seeds is None or arguments.distributed):
         raise ConfigError("--ray trains many runs at once; combine it with --seeds alone")
+    if arguments.log and arguments.seeds is not None:
+        raise ConfigError("--log tensorboard logs one run; leave --seeds out")
     if arguments.list:
         _print_recipes(console)
         return 0
@@ -112,12 +121,17 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     elif arguments.seeds is not None:
         _train_seeds(run, dataset, arguments.seeds, cli.create_executor(arguments), console)
     else:
-        _train(plan, console)
+        _train(plan, arguments.log, console)
     return 0
 
 
-def _train(plan: Plan, console: Console) -> None:
-    report = fit_plan(plan, progress=_progress(console)).report
+def _train(plan: Plan, log: Sequence[str], console: Console) -> None:
+    writers: list[fm.Writer] = []
+    if "tensorboard" in log:
+        from fmnist_jax.report.tensorboard import TensorBoardWriter
+
+        writers.append(TensorBoardWriter(plan.run.workdir / "tensorboard"))
+    report = fit_plan(plan, progress=_progress(console), writers=writers).report
     if not processes.is_first():
         return
     console.print("Writing the report ...")

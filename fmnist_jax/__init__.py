@@ -23,6 +23,7 @@ from fmnist_jax.runs.fit import fit as fit
 from fmnist_jax.runs.replay import replay as replay
 from fmnist_jax.runs.writers import ConsoleProgress as ConsoleProgress
 from fmnist_jax.runs.writers import NullProgress as NullProgress
+from fmnist_jax.runs.writers import Writer as Writer
 from fmnist_jax.studies.comparison import compare as compare
 from fmnist_jax.studies.seeds import fit_seeds as fit_seeds
 from fmnist_jax.studies.sweep import sweep as sweep

@@ -181,6 +181,7 @@ class Run:
         of the recipe mirrors images.
       devices: how many devices share the shards of each batch, or "all"; their number must divide
         `recipe.shards`. None is one device, or all if there are several processes.
+      log_grad_norms: whether metrics.jsonl has the mean norms of gradient, parameters and updates.
 
     Raises:
       ConfigError: if a value is outside its range.
@@ -198,6 +199,7 @@ class Run:
         "evaluate test-time augmentation; default: where the augmentation mirrors", None
     )
     devices: str | int | None = _flag("devices that share the shards of each batch, or all", None)
+    log_grad_norms: bool = _flag("log the norms of gradient, parameters and updates", False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "workdir", Path(self.workdir))
@@ -231,8 +233,11 @@ def to_dict(run: Run) -> dict[str, Any]:
     settings = dataclasses.asdict(run)
     for name in _NO_EFFECT:
         del settings[name]
+    # Left out, so that runs of versions without these settings can resume.
     if run.recipe.shards == 1:
-        del settings["recipe"]["shards"]  # so that runs of versions without shards can resume
+        del settings["recipe"]["shards"]
+    if not run.log_grad_norms:
+        del settings["log_grad_norms"]
     return settings
 
 

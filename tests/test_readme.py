@@ -6,7 +6,7 @@ import re
 import pytest
 
 import fmnist_jax as fm
-from tests.conftest import ROOT
+from tests.conftest import ROOT, load_module
 
 README = (ROOT / "README.md").read_text()
 
@@ -27,7 +27,11 @@ def test_python_runs(tmp_path, monkeypatch, capsys, tiny):
 
 
 def test_flags_exist(run_py):
+    modules = [run_py, load_module(ROOT / "experiments" / "sweep.py")]
     options = {
-        option for action in run_py.create_parser()._actions for option in action.option_strings
+        option
+        for module in modules
+        for action in module.create_parser()._actions
+        for option in action.option_strings
     }
     assert set(re.findall(r"(?<= )--[a-z-]+", README)) <= options

@@ -204,6 +204,35 @@ def worst_predictions(
 
 
 @_styled
+def misclassified(
+    images: np.ndarray,
+    labels: np.ndarray,
+    logits: np.ndarray,
+    class_names: Sequence[str],
+    num_shown: int,
+) -> Figure:
+    """The misclassified images with the smallest probabilities of their labels.
+
+    Args:
+      images: uint8[n, height, width].
+      labels: int[n].
+      logits: float[n, num_classes].
+      class_names: one per class.
+      num_shown: how many at most.
+    """
+    probabilities = softmax(logits.astype(np.float64), axis=1)
+    predicted = probabilities.argmax(axis=1)
+    order = np.argsort(probabilities[np.arange(len(labels)), labels], kind="stable")
+    shown = order[predicted[order] != labels[order]][:num_shown]
+    titles = [
+        f"{class_names[labels[row]]}\npredicted {class_names[predicted[row]]} "
+        f"({probabilities[row, predicted[row]]:.0%})"
+        for row in shown
+    ]
+    return _titled_images(images[shown] / 255, titles, columns=5, side=1.8)
+
+
+@_styled
 def replayed_batch(replay: Replay, class_names: Sequence[str]) -> Figure:
     """The images of a batch as the network saw them, their indices, labels and losses."""
     titles = [
@@ -295,7 +324,7 @@ def _format_epochs(axes: Axes, metric: str) -> None:
 def _titled_images(
     images: np.ndarray, titles: Sequence[str], *, columns: int, side: float
 ) -> Figure:
-    rows = -(-len(images) // columns)
+    rows = max(1, -(-len(images) // columns))
     figure, grid = _image_grid(rows, columns, (side * columns, (side + 0.5) * rows))
     for axes, image, title in zip(grid.flat, images, titles, strict=False):
         _show(axes, image)

@@ -26,10 +26,9 @@ def write_sweep_report(workdir: Path) -> Path:
       DamagedFileError: if `sweep` has not finished there, or a file cannot be read.
     """
     report = read_results(workdir / SWEEP)
-    study = load_study(workdir)
     from optuna.visualization import matplotlib as plots
 
-    with missing_values_as_damage(workdir):
+    with missing_values_as_damage(workdir), load_study(workdir) as study:
         num_complete = sum(trial["state"] == "COMPLETE" for trial in report["trials"])
         # Importances need several values of each setting.
         has_several = num_complete > 2 and len(report["space"]) > 1

@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -27,14 +27,15 @@ from fmnist_jax.errors import (
 )
 from fmnist_jax.runs import environment, files
 from fmnist_jax.runs.checkpoint import Checkpoints
+from fmnist_jax.runs.html import describe_run
 from fmnist_jax.runs.plan import Plan, create_plan
 from fmnist_jax.runs.results import params_sha256, write_results
 from fmnist_jax.runs.signals import deferred_signals
-from fmnist_jax.runs.writers import ConsoleProgress, NullProgress
+from fmnist_jax.runs.writers import ConsoleProgress, EpochLog, NullProgress, Writer
 from fmnist_jax.train import metrics as metrics_lib
 from fmnist_jax.train.loop import train_epoch, train_steps
 from fmnist_jax.train.metrics import Metrics
-from fmnist_jax.train.predict import evaluate
+from fmnist_jax.train.predict import evaluate, predict
 from fmnist_jax.train.step import TrainState
 from fmnist_jax.xla import processes
 from fmnist_jax.xla.mesh import replicate
@@ -58,6 +59,9 @@ class Result(NamedTuple):
     model: Any
     report: dict[str, Any]
     history: list[dict[str, Any]]
+
+    def _repr_html_(self) -> str:
+        return describe_run(self.report, self.history)
 
 
 class LoopState(NamedTuple):
@@ -88,7 +92,13 @@ class LoopState(NamedTuple):
         return last["accuracy"] if is_current else None
 
 
-def fit(run: Run, dataset: Dataset, *, progress: NullProgress | None = None) -> Result:
+def fit(
+    run: Run,
+    dataset: Dataset,
+    *,
+    progress: NullProgress | None = None,
+    writers: Sequence[Writer] = (),
+) -> Result:
     """Trains and evaluates a run and writes its files; resumes where an earlier call stopped.
 
     After each epoch it evaluates the validation split and saves a checkpoint. The test images are
@@ -105,6 +115,7 @@ def fit(run: Run, dataset: Dataset, *, progress: NullProgress | None = None) -> 
         result.
       dataset: the data.
       progress: receives progress; None prints it.
+      writers: receive the log after each epoch, in the first process.
 
     Returns:
       The last state and the report.
@@ -125,21 +136,23 @@ def fit(run: Run, dataset: Dataset, *, progress: NullProgress | None = None) -> 
       >>> fit(run, data, progress=NullProgress()).report["steps"]
       4
     """
-    return fit_plan(create_plan(run, dataset), progress=progress)
+    return fit_plan(create_plan(run, dataset), progress=progress, writers=writers)
 
 
-def fit_plan(plan: Plan, *, progress: NullProgress | None = None) -> Result:
+def fit_plan(
+    plan: Plan, *, progress: NullProgress | None = None, writers: Sequence[Writer] = ()
+) -> Result:
     """Does what `fit` does, for a plan that exists already."""
     progress = progress or ConsoleProgress()
     if processes.is_first():
-        return _fit(plan, progress)
+        return _fit(plan, progress, writers)
     # The others do the same in a folder that nobody reads.
     with tempfile.TemporaryDirectory() as folder:
         run = dataclasses.replace(plan.run, workdir=Path(folder))
-        return _fit(dataclasses.replace(plan, run=run), progress)
+        return _fit(dataclasses.replace(plan, run=run), progress, ())
 
 
-def _fit(plan: Plan, progress: NullProgress) -> Result:
+def _fit(plan: Plan, progress: NullProgress, writers: Sequence[Writer]) -> Result:
     workdir, settings = plan.run.workdir, plan.settings
     processes.check_same("settings", settings)
     processes.check_same("environment", environment.decisive())
@@ -151,7 +164,7 @@ def _fit(plan: Plan, progress: NullProgress) -> Result:
         return Result(loop.state, plan.model, report, loop.history)
     with contextlib.ExitStack() as stack:
         processes.on_first(lambda: stack.enter_context(_exclusive(workdir, settings)))
-        loop, compile_seconds = _train(plan, checkpoints, progress)
+        loop, compile_seconds = _train(plan, checkpoints, progress, writers)
         if report is not None:
             compile_seconds = report["compile_seconds"]
         report = write_results(
@@ -161,10 +174,14 @@ def _fit(plan: Plan, progress: NullProgress) -> Result:
             compile_seconds=compile_seconds,
             on_progress=progress.evaluate,
         )
+        for writer in writers:
+            writer.finish(report=report)
     return Result(loop.state, plan.model, report, loop.history)
 
 
-def _train(plan: Plan, checkpoints: Checkpoints, progress: NullProgress) -> tuple[LoopState, float]:
+def _train(
+    plan: Plan, checkpoints: Checkpoints, progress: NullProgress, writers: Sequence[Writer]
+) -> tuple[LoopState, float]:
     """Trains the remaining epochs; returns the last state and the seconds of compilation."""
     loop = _restore(plan, checkpoints.restore)
     metrics_path = plan.run.workdir / files.METRICS
@@ -176,6 +193,8 @@ def _train(plan: Plan, checkpoints: Checkpoints, progress: NullProgress) -> tupl
     files.write_lines(metrics_path, loop.history)
     saver = _Saver(plan, checkpoints, loop.step)
     _record_environment(plan, is_resumed=loop.step > 0)
+    for writer in writers:
+        writer.start(settings=plan.settings, step=loop.step)
     if loop.step == plan.total_steps:
         return loop, 0.0
     dataset, mesh = plan.dataset, plan.config.mesh
@@ -202,7 +221,7 @@ def _train(plan: Plan, checkpoints: Checkpoints, progress: NullProgress) -> tupl
         with deferred_signals() as signals:
             while loop.step < plan.total_steps:
                 loop = _train_epoch(plan, data, loop, saver, pace, signals, progress)
-                loop = _end_epoch(plan, loop, saver, progress)
+                loop = _end_epoch(plan, loop, saver, progress, writers)
                 signal_number, *_ = _agree(signals)
                 if signal_number:
                     _stop(plan, loop, saver, signal_number)
@@ -270,7 +289,13 @@ def _train_epoch(
     return loop
 
 
-def _end_epoch(plan: Plan, loop: LoopState, saver: "_Saver", progress: NullProgress) -> LoopState:
+def _end_epoch(
+    plan: Plan,
+    loop: LoopState,
+    saver: "_Saver",
+    progress: NullProgress,
+    writers: Sequence[Writer],
+) -> LoopState:
     """Evaluates the validation split, logs and saves."""
     epoch = loop.step // plan.steps_per_epoch
     common: dict[str, Any] = {"step": loop.step, "epoch": epoch}
@@ -297,7 +322,12 @@ def _end_epoch(plan: Plan, loop: LoopState, saver: "_Saver", progress: NullProgr
                 "lower learning rate often helps"
             )
         lines.append(val)
-    loop = LoopState(loop.state, metrics_lib.zeros(), 0.0, [*loop.history, *lines])
+    # Before the checkpoint, so that a killed run repeats a line and leaves none out.
+    for writer in writers:
+        writer.epoch(_epoch_log(plan, loop, train, val))
+    loop = LoopState(
+        loop.state, metrics_lib.zeros(plan.config.log_norms), 0.0, [*loop.history, *lines]
+    )
     if saver.is_due_after(epoch):
         saver.save(loop)
     # For readers only: the checkpoint holds the lines as well.
@@ -305,6 +335,21 @@ def _end_epoch(plan: Plan, loop: LoopState, saver: "_Saver", progress: NullProgr
         files.write_lines(plan.run.workdir / files.METRICS, loop.history)
     progress.epoch(epoch=epoch, train=train, val=val)
     return loop
+
+
+def _epoch_log(
+    plan: Plan, loop: LoopState, train: dict[str, Any], val: dict[str, Any] | None
+) -> EpochLog:
+    images = plan.dataset.train_images[plan.val_examples]
+    variables = loop.state.variables
+
+    def val_logits() -> np.ndarray:
+        return np.asarray(predict(variables, images, model=plan.model))
+
+    labels = plan.dataset.train_labels[plan.val_examples]
+    return EpochLog(
+        train["epoch"], train["step"], train, val, variables, images, labels, val_logits
+    )
 
 
 def _agree(signals: list[int], is_due: bool = False, num_steps: int = 0) -> tuple[int, bool, int]:
@@ -406,7 +451,8 @@ def _restore(plan: Plan, read: Callable[[Any], tuple[Any, dict[str, Any]] | None
 
     restored = processes.on_first(read_leaves)
     if restored is None:
-        tree = {"state": plan.create_state(), "metrics": metrics_lib.zeros()}
+        metrics = metrics_lib.zeros(plan.config.log_norms)
+        tree = {"state": plan.create_state(), "metrics": metrics}
         meta: dict[str, Any] = {"epoch_seconds": 0.0, "history": []}
     else:
         leaves, meta = restored

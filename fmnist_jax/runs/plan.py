@@ -22,6 +22,7 @@ from fmnist_jax.rng import Streams, create_streams
 from fmnist_jax.runs import environment
 from fmnist_jax.train import metrics as metrics_lib
 from fmnist_jax.train.loop import train_steps
+from fmnist_jax.train.metrics import Metrics
 from fmnist_jax.train.optim import create_optimizer, create_schedule
 from fmnist_jax.train.step import Hyperparams, StepConfig, TrainState, create_train_state
 from fmnist_jax.xla.cost import Cost, measure_cost
@@ -99,7 +100,12 @@ class Plan:
     @property
     def abstract_checkpoint(self) -> dict[str, Any]:
         """Shapes and dtypes of the arrays in a checkpoint of this run."""
-        return {"state": self.abstract_state, "metrics": jax.eval_shape(metrics_lib.zeros)}
+        return {"state": self.abstract_state, "metrics": self.abstract_metrics}
+
+    @property
+    def abstract_metrics(self) -> Metrics:
+        """Shapes and dtypes of an epoch's metrics."""
+        return jax.eval_shape(lambda: metrics_lib.zeros(self.config.log_norms))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -172,6 +178,7 @@ def create_plan(run: Run, dataset: Dataset) -> Plan:
         microbatch_size=recipe.microbatch_size,
         shards=recipe.shards,
         mesh=_create_mesh(run),
+        log_norms=run.log_grad_norms,
     )
     plan = Plan(run, dataset, streams, train_examples, val_examples, config)
     _check_keep_every(plan)
@@ -202,7 +209,7 @@ def loop_cost(plan: Plan) -> Cost:
             plan.streams,
             jax.ShapeDtypeStruct((), jnp.int32),
             plan.hyperparams,
-            jax.eval_shape(metrics_lib.zeros),
+            plan.abstract_metrics,
             config=config,
         )
         return measure_cost(lowered.compile())

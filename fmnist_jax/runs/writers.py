@@ -1,8 +1,11 @@
-"""Progress of a run: the interface and the console."""
+"""Progress and logs of a run: the interfaces, and the console."""
 
+import importlib.util
 import time
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -11,6 +14,51 @@ _LINE_SECONDS = 20.0
 
 # An evaluation shows progress once it takes longer than this many seconds.
 _SILENT_SECONDS = 3.0
+
+
+class EpochLog(NamedTuple):
+    """What a writer receives after each epoch.
+
+    Attributes:
+      epoch: number of epochs trained.
+      step: number of steps taken.
+      train: the epoch's training line of metrics.jsonl.
+      val: its validation line; None without validation images.
+      variables: the model's variables.
+      val_images: uint8[n, height, width], the validation images.
+      val_labels: int32[n].
+      val_logits: computes float32[n, num_classes]; it takes as long as the evaluation did.
+    """
+
+    epoch: int
+    step: int
+    train: dict[str, Any]
+    val: dict[str, Any] | None
+    variables: Any
+    val_images: np.ndarray
+    val_labels: np.ndarray
+    val_logits: Callable[[], np.ndarray]
+
+
+class Writer:
+    """Receives the log of a run, beside metrics.jsonl. Subclass it to log elsewhere.
+
+    An error that it raises ends the run, which can be resumed.
+    """
+
+    def start(self, *, settings: Mapping[str, Any], step: int) -> None:
+        """Training starts or resumes after `step` steps; what came after them will come again.
+
+        Args:
+          settings: the content of config.json.
+          step: 0 for a new run.
+        """
+
+    def epoch(self, log: EpochLog) -> None:
+        """An epoch was trained and evaluated; it is saved after this call."""
+
+    def finish(self, *, report: Mapping[str, Any]) -> None:
+        """The run is finished; `report` is the content of report.json."""
 
 
 class NullProgress:
@@ -52,7 +100,9 @@ class ConsoleProgress(NullProgress):
         self._total_steps = total_steps
         self._started = (time.monotonic(), step)
         self._line_time = time.monotonic()
-        if self._console.is_terminal:
+        # In a notebook, rich draws the bar as a widget.
+        has_widgets = importlib.util.find_spec("ipywidgets") is not None
+        if self._console.is_terminal or (self._console.is_jupyter and has_widgets):
             self._bar = Progress(
                 TextColumn("epoch {task.fields[epoch]}"),
                 BarColumn(),

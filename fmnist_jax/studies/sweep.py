@@ -1,5 +1,6 @@
 """`sweep`: searches for better settings with Optuna, and checks the winner on fresh seeds."""
 
+import contextlib
 import dataclasses
 import math
 import typing
@@ -129,18 +130,17 @@ def sweep(
     plan = create_plan(run, dataset)
     if not len(plan.val_examples):
         raise ConfigError("val_fraction is 0; a sweep chooses by validation images")
-    _write_settings(plan, space)
-    with files.locked(run.workdir, wait=True):  # SQLite's tables are created once
-        study = _create_study(run, optuna)
-
-    def count() -> int:
-        states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-        return len(study.get_trials(deepcopy=False, states=states))
-
-    while (done := count()) < num_trials:
-        progress.say(f"trial {done + 1} of {num_trials}")
-        study.optimize(_objective(run, dataset, space, progress, optuna), n_trials=1)
-    best = study.best_trial
+    files.make_folder(run.workdir)
+    with files.locked(run.workdir, wait=True):
+        _write_settings(plan, space)
+    states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    with _open_study(run.workdir, optuna) as study:
+        # Each process, and each continuation, draws other proposals.
+        study.sampler = optuna.samplers.TPESampler(seed=run.seed + len(study.trials))
+        while (done := len(study.get_trials(deepcopy=False, states=states))) < num_trials:
+            progress.say(f"trial {done + 1} of {num_trials}")
+            study.optimize(_objective(run, dataset, space, progress, optuna), n_trials=1)
+        best, trials = study.best_trial, study.trials
     recipe = dataclasses.replace(run.recipe, **best.params)
     fresh = dataclasses.replace(
         run, recipe=recipe, seed=run.seed + 1, workdir=run.workdir / f"best-{best.number}"
@@ -170,43 +170,51 @@ def sweep(
                 "params": trial.params,
                 "val_accuracy": list(trial.intermediate_values.values()),
             }
-            for trial in study.get_trials(deepcopy=False)
+            for trial in trials
         ],
     }
-    files.write_json(run.workdir / SWEEP, report)
+    with files.locked(run.workdir, wait=True):
+        files.write_json(run.workdir / SWEEP, report)
     return report
 
 
-def load_study(workdir: Path) -> Any:
-    """Opens the Optuna study in the folder of a sweep.
+@contextlib.contextmanager
+def load_study(workdir: Path) -> Iterator[Any]:
+    """Opens the Optuna study in the folder of a sweep, for a `with` statement.
 
     Raises:
       ConfigError: if Optuna is not installed, or the folder holds no sweep.
     """
     if not (workdir / STORAGE).exists():
         raise ConfigError(f"{workdir} holds no sweep: it has no {STORAGE}")
-    return _optuna().load_study(study_name="sweep", storage=f"sqlite:///{workdir / STORAGE}")
+    with _open_study(workdir, _optuna()) as study:
+        yield study
 
 
-def _create_study(run: Run, optuna: Any) -> Any:
-    with warnings.catch_warnings():
+@contextlib.contextmanager
+def _open_study(workdir: Path, optuna: Any) -> Iterator[Any]:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(files.locked(workdir, wait=True))  # the tables are created once
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         storage = optuna.storages.RDBStorage(
-            f"sqlite:///{run.workdir / STORAGE}",
+            f"sqlite:///{workdir / STORAGE}",
             heartbeat_interval=_HEARTBEAT_SECONDS,
             grace_period=_GRACE_SECONDS,
             heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
         )
-    study = optuna.create_study(
-        study_name="sweep",
-        storage=storage,
-        direction="maximize",
-        pruner=optuna.pruners.MedianPruner(**_PRUNER),
-        load_if_exists=True,
-    )
-    # Each process, and each continuation, draws other proposals.
-    study.sampler = optuna.samplers.TPESampler(seed=run.seed + len(study.trials))
-    return study
+        study = optuna.create_study(
+            study_name="sweep",
+            storage=storage,
+            direction="maximize",
+            pruner=optuna.pruners.MedianPruner(**_PRUNER),
+            load_if_exists=True,
+        )
+    try:
+        yield study
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 def _objective(
@@ -262,7 +270,6 @@ def _write_settings(plan: Plan, space: Mapping[str, Domain]) -> None:
         "space": {name: [domain.low, domain.high, domain.log, list(domain.choices)]
                   for name, domain in space.items()}
     }  # fmt: skip
-    files.make_folder(workdir)
     found = files.read_json(workdir / files.CONFIG)
     message = found and differences_message(
         f"workdir {workdir} holds another sweep; use another folder. The settings differ:",

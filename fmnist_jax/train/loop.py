@@ -71,7 +71,7 @@ def train_steps(
         raise TypeError(f"order is {order.dtype}{list(order.shape)}; expected int32[m], m >= 1")
     config = with_microbatch_size(config, state, images.shape[1:3])
 
-    sums = metrics_lib.zeros() if metrics is None else metrics
+    sums = metrics_lib.zeros(config.log_norms) if metrics is None else metrics
     loop = functools.partial(_loop, config=config)
     if config.mesh is not None:
         loop = on_each_device(loop, config.mesh)
@@ -177,7 +177,7 @@ def train_epoch(
     num_steps = steps_per_epoch(len(examples), config.batch_size)
     epoch, done = divmod(int(state.step), num_steps)
     order = epoch_order(streams.shuffle, epoch, examples)
-    metrics = metrics_lib.zeros() if metrics is None else metrics
+    metrics = metrics_lib.zeros(config.log_norms) if metrics is None else metrics
     if config.mesh is not None:
         state, images, labels, order, streams, hyperparams, metrics = replicate(
             (state, images, labels, order, streams, hyperparams, metrics), config.mesh

@@ -6,6 +6,20 @@ import jax
 import jax.numpy as jnp
 
 
+class Norms(NamedTuple):
+    """Sums over steps of Euclidean norms, each of all leaves together, float32[].
+
+    Attributes:
+      grads: of the gradient.
+      params: of the parameters before the step.
+      updates: of what the step added to them.
+    """
+
+    grads: jax.Array
+    params: jax.Array
+    updates: jax.Array
+
+
 class Metrics(NamedTuple):
     """Sums over examples.
 
@@ -14,22 +28,32 @@ class Metrics(NamedTuple):
       correct: int32[], examples whose largest logit is their label's.
       num_examples: int32[].
       finite_steps: int32[], batches before the first with a loss that is not finite.
+      norms: sums over the batches, where `StepConfig.log_norms` is set; otherwise None.
     """
 
     loss: jax.Array
     correct: jax.Array
     num_examples: jax.Array
     finite_steps: jax.Array
+    norms: Norms | None = None
 
     def means(self) -> dict[str, float]:
-        """Mean loss in nats and accuracy as a fraction, as Python floats."""
-        loss, correct, num_examples, _ = (float(value) for value in jax.device_get(self))
-        return {"loss": loss / num_examples, "accuracy": correct / num_examples}
+        """Mean loss in nats, accuracy as a fraction and mean norms, as Python floats."""
+        loss, correct, num_examples, num_steps, norms = jax.device_get(self)
+        means = {
+            "loss": float(loss) / float(num_examples),
+            "accuracy": float(correct) / float(num_examples),
+        }
+        if norms is not None:
+            for name, total in zip(("grad_norm", "param_norm", "update_norm"), norms, strict=True):
+                means[name] = float(total) / float(num_steps)
+        return means
 
 
-def zeros() -> Metrics:
-    """Metrics of no examples."""
-    return Metrics(jnp.float32(0), jnp.int32(0), jnp.int32(0), jnp.int32(0))
+def zeros(log_norms: bool = False) -> Metrics:
+    """Metrics of no examples, with or without norms."""
+    norms = Norms(jnp.float32(0), jnp.float32(0), jnp.float32(0)) if log_norms else None
+    return Metrics(jnp.float32(0), jnp.int32(0), jnp.int32(0), jnp.int32(0), norms)
 
 
 def merge(first: Metrics, then: Metrics) -> Metrics:
@@ -46,6 +70,7 @@ def merge(first: Metrics, then: Metrics) -> Metrics:
         first.correct + then.correct,
         first.num_examples + then.num_examples,
         first.finite_steps + jnp.where(jnp.isfinite(first.loss), then.finite_steps, 0),
+        jax.tree.map(jnp.add, first.norms, then.norms),
     )
 
 

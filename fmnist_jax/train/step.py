@@ -18,7 +18,7 @@ from fmnist_jax.config import check_shards
 from fmnist_jax.data.augment import Augmentation
 from fmnist_jax.data.batches import Batch
 from fmnist_jax.train import metrics as metrics_lib
-from fmnist_jax.train.metrics import Metrics, cross_entropy
+from fmnist_jax.train.metrics import Metrics, Norms, cross_entropy
 from fmnist_jax.train.optim import Schedule
 from fmnist_jax.xla.jit import platform_jit
 from fmnist_jax.xla.mesh import AXIS, local_shards, sum_shards
@@ -55,6 +55,7 @@ class StepConfig:
         on the number of shards, and not on the number of devices that compute them.
       mesh: devices that share the shards of each batch, from `create_mesh`; their number divides
         `shards`. None is one device.
+      log_norms: whether the metrics have the norms of gradient, parameters and updates.
 
     Raises:
       ValueError: if a size is below 1, or `shards` is no multiple of the number of devices.
@@ -71,6 +72,7 @@ class StepConfig:
     microbatch_size: int | None = None
     shards: int = 1
     mesh: jax.sharding.Mesh | None = None
+    log_norms: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
@@ -202,6 +204,10 @@ def train_step(
         params, opt_state = update(*arguments)
     else:
         params, opt_state = reproducible(inlining(update), *arguments)
+    if config.log_norms:
+        updates = jax.tree.map(jnp.subtract, params, state.params)
+        trees = (grads, state.params, updates)
+        metrics = metrics._replace(norms=Norms(*(optax.tree.norm(tree) for tree in trees)))
     return TrainState(state.step + 1, params, model_state, opt_state), metrics
 
 

@@ -25,6 +25,7 @@ RUN_VALUES: dict[str, Any] = {
     "seed": 9, "train_examples": 5, "checkpoint_every": "3st", "keep_every": "2ep",
     "devices": "2",
 }  # fmt: skip
+FLAGS: dict[str, Any] = {"tta": True, "log_grad_norms": True}
 
 
 def parse(*flags):
@@ -39,16 +40,17 @@ def test_every_setting_has_a_flag():
         for name, value in (RECIPE_VALUES | RUN_VALUES).items()
         for text in (f"--{name.replace('_', '-')}", str(value))
     ]
-    run = cli.create_run(parse(*flags, "--tta"), "small_dropout", Path("w"))
+    options = parse(*flags, "--tta", "--log-grad-norms")
+    run = cli.create_run(options, "small_dropout", Path("w"))
     recipe = fm.Recipe(arch="small_dropout", **RECIPE_VALUES)
-    assert run == fm.Run(recipe=recipe, workdir=Path("w"), tta=True, **RUN_VALUES)
+    assert run == fm.Run(recipe=recipe, workdir=Path("w"), **FLAGS, **RUN_VALUES)
     described = {
         field.name
         for settings in (fm.Recipe, fm.Run)
         for field in dataclasses.fields(settings)
         if "help" in field.metadata
     }
-    assert described == {*RECIPE_VALUES, *RUN_VALUES, "tta"}
+    assert described == {*RECIPE_VALUES, *RUN_VALUES, *FLAGS}
 
 
 @pytest.mark.parametrize("arch", fm.RECIPES)

@@ -18,7 +18,7 @@ from fmnist_jax.data.batches import scale
 from fmnist_jax.errors import ConfigError, VerificationError
 from fmnist_jax.export import formats
 from fmnist_jax.export.onnx_graph import to_onnx
-from tests.conftest import ONE_PER_NETWORK
+from fmnist_jax.recipes import CLAIMS
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,17 @@ def test_another_export_is_not_overwritten(name, classifier, workdir, tmp_path):
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("name", ONE_PER_NETWORK)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "small_dropout",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (*CLAIMS, "sprint_93", "resnet20")
+            if name != "small_dropout"
+        ),
+    ],
+)
 def test_every_network_runs_in_onnx(name, images):
     model = fm.create_model(fm.RECIPES[name].arch)
     variables = jax.jit(lambda key: model.init(key, jnp.zeros((1, 28, 28, 1)), train=False))(

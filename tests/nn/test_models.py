@@ -86,7 +86,13 @@ PARAMS = {
         269_434,
     ),
 }
-PROJECTS = ("small_dropout", "valid_2x2", "same_3x3", "he_stack", "deep_augmented")
+PROJECTS = (
+    "small_dropout",
+    "valid_2x2",
+    "same_3x3",
+    "he_stack",
+    pytest.param("deep_augmented", marks=pytest.mark.slow),
+)
 
 
 @functools.cache
@@ -178,6 +184,7 @@ def test_he_stack_has_no_dropout(getkey):
     )
 
 
+@pytest.mark.slow
 def test_deep_augmented_resizes_smaller_images(getkey):
     model = fm.create_model("deep_augmented", image_size=64)
     images = jax.random.uniform(getkey(), (2, 28, 28, 1))

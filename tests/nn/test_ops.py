@@ -47,7 +47,10 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
-@pytest.mark.parametrize(("images_shape", "kernel_shape"), SHAPES)
+@pytest.mark.parametrize(
+    ("images_shape", "kernel_shape"),
+    [pytest.param(*shapes, marks=[pytest.mark.slow] * (n % 2)) for n, shapes in enumerate(SHAPES)],
+)
 @pytest.mark.parametrize(
     ("fast", "plain"),
     [(ops.conv2d, plain_conv), (ops.conv2d_max_pool, plain_conv_pool)],

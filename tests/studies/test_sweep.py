@@ -22,6 +22,11 @@ from tests.studies.sweep_child import RECIPE, SPACE
 CHILD = Path(__file__).parent / "sweep_child.py"
 
 
+def read_trials(workdir):
+    with load_study(workdir) as study:
+        return study.trials
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "ARCHS", {**models.ARCHS, "small": Small})
@@ -72,11 +77,11 @@ def test_a_killed_sweep_continues(tmp_path):
 
     for kill_at in ("2", "4"):
         assert start(6, kill_at).returncode == -signal.SIGKILL
-    finished = load_study(tmp_path / "sweep").trials
+    finished = read_trials(tmp_path / "sweep")
     assert [trial.state.name for trial in finished].count("COMPLETE") == 3
     process = start(6, "0")
     assert process.returncode == 0, process.stderr
-    trials = {trial.number: trial for trial in load_study(tmp_path / "sweep").trials}
+    trials = {trial.number: trial for trial in read_trials(tmp_path / "sweep")}
     for trial in finished:
         if trial.state.name == "COMPLETE":
             assert trials[trial.number].value == trial.value
@@ -93,7 +98,7 @@ def test_processes_share_a_sweep(tmp_path):
     ]
     outputs = [child.communicate(timeout=300) for child in children]
     assert [child.returncode for child in children] == [0, 0], outputs
-    trials = load_study(tmp_path / "sweep").trials
+    trials = read_trials(tmp_path / "sweep")
     assert 12 <= len(trials) <= 13
     assert len({trial.params["learning_rate"] for trial in trials}) == len(trials)
 
@@ -137,7 +142,7 @@ def test_bad_input_is_refused(run, sample, monkeypatch):
     with pytest.raises(ConfigError, match="no setting to search"):
         fm.sweep(run, sample, {}, 1)
     with pytest.raises(ConfigError, match="holds no sweep"):
-        load_study(run.workdir)
+        read_trials(run.workdir)
     recipe = dataclasses.replace(run.recipe, val_fraction=0.0)
     with pytest.raises(ConfigError, match="val_fraction is 0"):
         fm.sweep(dataclasses.replace(run, recipe=recipe), sample, SPACE, 1)

@@ -48,7 +48,7 @@ def test_gradients_are_those_of_the_mean_loss(microbatch_size, getkey, tiny):
     np.testing.assert_allclose(found.metrics.loss, 13 * loss, rtol=1e-5)
     correct = np.argmax(found.logits, axis=1) == batch.labels
     assert found.metrics.correct == np.sum(correct[:13])
-    assert found.metrics[2:] == (13, 1)
+    assert (found.metrics.num_examples, found.metrics.finite_steps) == (13, 1)
 
 
 def test_each_shard_has_its_own_dropout(getkey, sample):

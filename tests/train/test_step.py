@@ -15,7 +15,7 @@ import pytest
 import fmnist_jax as fm
 from fmnist_jax.data.batches import scale
 from fmnist_jax.nn import ops
-from fmnist_jax.train.metrics import cross_entropy
+from fmnist_jax.train.metrics import cross_entropy, merge
 from fmnist_jax.train.step import compute_grads
 from tests.conftest import train_step
 from tests.small import Linear, Small
@@ -211,3 +211,28 @@ def test_invalid_batches_and_sizes_are_refused(getkey, tiny):
     for name in ("batch_size", "microbatch_size"):
         with pytest.raises(ValueError, match=f"{name} is 0; expected at least 1"):
             dataclasses.replace(config, **{name: 0})  # type: ignore[arg-type]
+
+
+def test_norms_are_those_of_numpy(tiny, getkey):
+    config = fm.StepConfig(
+        model=Small(), tx=fm.create_optimizer("sgd"), batch_size=20, log_norms=True
+    )
+    state = fm.create_train_state(getkey(), config)
+    batch = make_batch(tiny, 20)
+    before = jax.tree.map(np.array, state.params)
+    key = getkey()
+    plain = dataclasses.replace(config, log_norms=False)
+    grads = compute_grads(state, batch, key, fm.Hyperparams(0.1), config=plain).grads
+    after, metrics = train_step(state, batch, key, fm.Hyperparams(0.1), config=config)
+
+    def norm(tree):
+        leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)]
+        return np.linalg.norm(np.concatenate(leaves))
+
+    means = metrics.means()
+    assert means["grad_norm"] == pytest.approx(norm(grads), rel=1e-5)
+    assert means["param_norm"] == pytest.approx(norm(before), rel=1e-5)
+    updates = jax.tree.map(np.subtract, after.params, before)
+    assert means["update_norm"] == pytest.approx(norm(updates), rel=1e-4)
+    # The mean over steps.
+    assert merge(metrics, metrics).means()["grad_norm"] == pytest.approx(means["grad_norm"])

@@ -1,0 +1,92 @@
+"""`TensorBoardWriter`: the log of a run as event files, without TensorFlow."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fmnist_jax.analysis.scores import score
+from fmnist_jax.errors import ConfigError
+from fmnist_jax.report import plots
+from fmnist_jax.runs.writers import EpochLog, Writer
+
+# Misclassified images per epoch.
+_NUM_SHOWN = 20
+
+
+class TensorBoardWriter(Writer):
+    """Writes scalars, histograms of the parameters, a confusion matrix and misclassified images.
+
+    The last two are of the validation images. Recipe and test accuracy become hyperparameters and
+    a metric of TensorBoard's HParams page. When a run resumes, TensorBoard drops the points that
+    come again. Needs tensorboardX (`pip install 'fmnist_jax[tensorboard]'`).
+
+    Args:
+      folder: of the event files; `tensorboard --logdir` reads it.
+
+    Raises:
+      ConfigError: if tensorboardX is not installed.
+
+    Example:
+      >>> import tempfile
+      >>> writer = TensorBoardWriter(Path(tempfile.mkdtemp()))
+      >>> writer.start(settings={"classes": ["Bag", "Trouser"]}, step=0)
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import tensorboardX
+        except ImportError as error:
+            raise ConfigError(
+                "tensorboardX is not installed; pip install 'fmnist_jax[tensorboard]'"
+            ) from error
+        self._package: Any = tensorboardX
+        self._folder = folder
+        self._events: Any = None
+        self._class_names: list[str] = []
+        self._settings: Mapping[str, Any] = {}
+
+    def start(self, *, settings: Mapping[str, Any], step: int) -> None:
+        self._settings, self._class_names = settings, settings["classes"]
+        self._events = self._package.SummaryWriter(str(self._folder), purge_step=step + 1)
+
+    def epoch(self, log: EpochLog) -> None:
+        for split, line in (("train", log.train), ("val", log.val)):
+            for name, value in (line or {}).items():
+                if name not in ("step", "epoch", "split", "sample", "seconds"):
+                    self._events.add_scalar(f"{name}/{split}", value, log.step)
+        for path, leaf in jax.tree.leaves_with_path(log.variables):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            self._events.add_histogram(name, np.asarray(leaf), log.step)
+        if log.val is not None:
+            logits = log.val_logits()
+            matrix = score(logits, log.val_labels, self._class_names).confusion_matrix
+            self._add_figure("confusion", plots.confusion_matrix(matrix, self._class_names), log)
+            figure = plots.misclassified(
+                log.val_images, log.val_labels, logits, self._class_names, _NUM_SHOWN
+            )
+            self._add_figure("misclassified", figure, log)
+        self._events.flush()
+
+    def finish(self, *, report: Mapping[str, Any]) -> None:
+        values = {name: report[name] for name in ("test_accuracy", "val_accuracy")}
+        settings = {**report["recipe"], "seed": report["seed"]}
+        hparams = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in settings.items()
+        }
+        metrics = {f"hparam/{name}": value for name, value in values.items() if value is not None}
+        if self._events is None:  # the run had been trained before
+            self.start(settings={"classes": []}, step=report["steps"])
+        self._events.add_hparams(hparams, metrics, name="hparams")
+        self._events.close()
+
+    def _add_figure(self, name: str, figure: Figure, log: EpochLog) -> None:
+        with Image.open(io.BytesIO(plots.encode(figure, sample="sample" in log.train))) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        self._events.add_image(f"{name}/val", pixels, log.step, dataformats="HWC")

@@ -1,0 +1,80 @@
+"""Event files have the log of a run, without double points after a crash."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import fmnist_jax as fm
+from fmnist_jax.nn import models
+from fmnist_jax.report.tensorboard import TensorBoardWriter
+from fmnist_jax.runs import files
+from tests.small import Small
+
+
+class Crash(fm.Writer):
+    """Raises after an epoch was logged and before it is saved."""
+
+    def __init__(self, epoch):
+        self.at = epoch
+
+    def epoch(self, log):
+        if log.epoch == self.at:
+            raise RuntimeError("crash")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "ARCHS", {**models.ARCHS, "small": Small})
+    recipe = fm.Recipe(arch="small", epochs=3, batch_size=50, learning_rate=0.01)
+    return fm.Run(recipe=recipe, workdir=tmp_path / "run", train_examples=200, log_grad_norms=True)
+
+
+def read(folder):
+    sizes = {"scalars": 0, "images": 0, "histograms": 0}
+    return EventAccumulator(str(folder), size_guidance=sizes).Reload()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_crashed_run_has_no_double_points(run, sample, tmp_path):
+    def fit(*writers):
+        events = TensorBoardWriter(tmp_path / "events")
+        return fm.fit(run, sample, progress=fm.NullProgress(), writers=[events, *writers])
+
+    for epoch in (1, 3):
+        with pytest.raises(RuntimeError, match="crash"):
+            fit(Crash(epoch))
+    fit()
+    events = read(tmp_path / "events")
+    lines = files.read_lines(run.workdir / files.METRICS)
+    for split in ("train", "val"):
+        expected = [line for line in lines if line["split"] == split]
+        for name in ("loss", "accuracy"):
+            points = events.Scalars(f"{name}/{split}")
+            assert [point.step for point in points] == [4, 8, 12]
+            np.testing.assert_allclose(
+                [point.value for point in points], [line[name] for line in expected], rtol=1e-6
+            )
+    for name in ("grad_norm", "param_norm", "update_norm"):
+        assert len(events.Scalars(f"{name}/train")) == 3
+    histogram = events.Histograms("params/Conv_0/kernel")[-1]
+    state = fm.load_checkpoint(run.workdir)
+    kernel = state.arrays["state.params.Conv_0.kernel"]
+    assert histogram.histogram_value.num == kernel.size
+    assert histogram.histogram_value.max == pytest.approx(kernel.max())
+    for name in ("confusion/val", "misclassified/val"):
+        assert [image.step for image in events.Images(name)] == [4, 8, 12]
+    hparams = read(tmp_path / "events" / "hparams")
+    report = files.read_json(run.workdir / files.REPORT)
+    (point,) = hparams.Scalars("hparam/test_accuracy")
+    assert point.value == pytest.approx(report["test_accuracy"])
+    data = hparams.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"learning_rate" in data
+
+
+def test_norms_are_part_of_the_settings(run, sample):
+    fm.fit(run, sample, progress=fm.NullProgress())
+    other = dataclasses.replace(run, log_grad_norms=False)
+    with pytest.raises(fm.errors.ConfigError, match="log_grad_norms: True"):
+        fm.fit(other, sample, progress=fm.NullProgress())
