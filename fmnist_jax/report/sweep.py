@@ -41,7 +41,8 @@ def write_sweep_report(workdir: Path) -> Path:
         counts["stopped"] = sum(trial["state"] == "PRUNED" for trial in report["trials"])
         page = render("sweep", sample=report["sample"], report=report, counts=counts, **pictures)
     written = workdir / "sweep.html"
-    files.write_bytes(written, page)
+    with files.locked(workdir, wait=True):  # others may share the sweep
+        files.write_bytes(written, page)
     return written
 
 
