@@ -105,8 +105,10 @@ def test_a_signal_to_one_process_saves_and_stops_all(group, expected, tmp_path):
     assert resume.outcome(tmp_path / "run") == expected
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize(
+    "stopped",
+    [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.soak)],
+)
 def test_a_stopped_process_ends_the_others_within_the_heartbeat(stopped, group, expected, tmp_path):
     instants = ["never", "never"]
     instants[stopped] = "hang-train_steps:2"

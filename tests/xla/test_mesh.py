@@ -67,21 +67,24 @@ def test_small_network_has_the_same_bits_on_every_layout():
     assert len(hashes(lines)) == 1, lines
 
 
-# sprint_94 is sprint_93 with other epochs.
-@pytest.mark.parametrize("name", [name for name in fm.RECIPES if name != "sprint_94"])
+# They compile for one to three minutes. sprint_94 is sprint_93 with other epochs.
+SOAK = ("deep_augmented", "sprint_91", "sprint_945", "resnet20")
+
+
 @pytest.mark.parametrize(
-    ("devices", "processes"),
+    "name",
     [
-        pytest.param([1, 8], [(2, 2)], marks=pytest.mark.slow),
-        pytest.param([1, 2, 4, 8], [(2, 1), (2, 2), (4, 1)], marks=pytest.mark.soak),
+        pytest.param(name, marks=pytest.mark.soak if name in SOAK else pytest.mark.slow)
+        for name in fm.RECIPES
+        if name != "sprint_94"
     ],
 )
-def test_recipe_has_the_same_bits_on_every_layout(devices, processes, name):
-    lines = output(start(name, devices))
-    for layout in processes:
-        lines += start_processes(name, *layout)
+def test_recipe_has_the_same_bits_on_every_layout(name):
+    lines = output(start(name, [1, 8]))
+    lines += start_processes(name, 2, 2)
+    lines += start_processes(name, 4, 1)
     print(*lines, sep="\n")
-    assert len(lines) == len(devices) + len(processes)
+    assert len(lines) == 4
     assert len(hashes(lines)) == 1, lines
 
 
