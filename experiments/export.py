@@ -2,7 +2,7 @@
 
     python experiments/export.py runs/mine --format onnx --output exported/
 
-`stablehlo` runs with JAX alone on CPU, CUDA and TPU; `onnx` in ONNX Runtime and others;
+`stablehlo` runs with JAX and flatbuffers on CPU, CUDA and TPU; `onnx` in ONNX Runtime and others;
 `safetensors` holds the weights. An export is written only if it gives the results of the network.
 
 Exit status: 0 done, 1 an export differs from the network, 2 bad usage or bad input.

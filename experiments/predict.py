@@ -146,11 +146,10 @@ def _classify(
     while batch := list(itertools.islice(stream, batch_size)):
         pictures = [item for item, error in batch if error is None]
         # Batches of one size, so that one program serves all.
-        images = np.zeros((len(pictures), SIZE, SIZE), np.uint8)
+        size = batch_size if len(paths) > batch_size else len(pictures)
+        images = np.zeros((size, SIZE, SIZE), np.uint8)
         for number, picture in enumerate(pictures):
             images[number] = picture.image
-        if len(paths) > batch_size:
-            images = np.pad(images, ((0, batch_size - len(images)), (0, 0), (0, 0)))
         probabilities = iter(classifier.probabilities(images) if pictures else [])
         for item, error in batch:
             yield item, next(probabilities) if error is None else error

@@ -66,7 +66,7 @@ def create_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--log",
-        nargs="*",
+        nargs="+",
         choices=["tensorboard"],
         default=[],
         help="also log to event files in the folder of the run",

@@ -17,6 +17,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,9 +87,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     settings = create_plan(run, dataset).settings | {"space": sorted(arguments.over)}
     name = f"{arguments.arch}-sweep-{sha256_json(settings)[:8]}"
     workdir = arguments.workdir or Path("runs") / name
-    run = cli.create_run(arguments, arguments.arch, workdir)
     report = sweep(
-        run,
+        dataclasses.replace(run, workdir=workdir),
         dataset,
         space,
         arguments.trials,
