@@ -3,9 +3,9 @@
 Prints a line for each kill, and at the end the SHA-256 of the parameters of each seed.
 """
 
+import contextlib
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -32,13 +32,21 @@ def main(folder: Path) -> None:
 
 
 def kill_one(folder: Path) -> None:
-    """Kills a worker once a run has saved a checkpoint."""
-    while not list(folder.glob(f"seed-*/{files.CHECKPOINTS}/[0-9]*")):
+    """Kills the first worker that has saved a checkpoint."""
+    while not (saved := list(folder.glob(f"seed-*/{files.CHECKPOINTS}/[0-9]*"))):
         time.sleep(0.01)
-    found = subprocess.run(["pgrep", "-f", "ray::_fit_remotely"], stdout=subprocess.PIPE, text=True)
-    worker = int(found.stdout.split()[0])
+    worker = process_with(saved[0].parents[1] / ".lock")
     os.kill(worker, signal.SIGKILL)
     print("killed", worker, flush=True)
+
+
+def process_with(path: Path) -> int:
+    """The process that has a file open."""
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # it has ended, or closed the file
+            if descriptor.readlink() == path:
+                return int(descriptor.parts[2])
+    raise AssertionError(f"no process has {path} open")
 
 
 class Printer(fm.NullProgress):
