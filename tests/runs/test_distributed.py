@@ -28,7 +28,7 @@ class Group:
     def __init__(self, cache):
         self.environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "NPROC": "2"}
 
-    def start(self, workdir, instants, *flags, ranks_flags=()):
+    def start(self, workdir, instants, *flags, ranks_flags=(), ranks_groups=(None, None)):
         """Starts a process for each instant (see `crash_child`); one is not distributed."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -52,6 +52,7 @@ class Group:
                     stderr=subprocess.PIPE,
                     text=True,
                     env=self.environment | variables,
+                    group=ranks_groups[rank],
                 )
             )
         return children
@@ -142,6 +143,26 @@ def test_an_engine_is_needed(group, tmp_path):
     statuses, errors = group.run(tmp_path / "run", ["never"], "--distributed")
     assert statuses == [2]
     assert re.match("error: the processes cannot be connected", errors[0])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_network_that_drops_the_packets_of_one_process(lost, group, expected, tmp_path):
+    """Needs root and iptables, which tells the packets of a process by its group."""
+    instants, groups = ["never", "never"], [None, None]
+    instants[lost], groups[lost] = "hang-train_steps:2", 4242
+    rule = ["OUTPUT", "--out-interface", "lo", "--match", "owner", "--gid-owner", "4242"]
+    rule += ["--jump", "DROP"]
+    children = group.start(tmp_path / "run", instants, ranks_groups=groups)
+    assert any(line == "hanging\n" for line in children[lost].stdout)
+    subprocess.run(["iptables", "--append", *rule], check=True)
+    try:
+        errors = [child.communicate(timeout=TIMEOUT)[1] for child in children]
+    finally:
+        subprocess.run(["iptables", "--delete", *rule], check=True)
+    assert [child.returncode for child in children] == [LOST_STATUS] * 2, errors
+    group.finish(tmp_path / "run", 1)
+    assert resume.outcome(tmp_path / "run") == expected
 
 
 @pytest.mark.soak
