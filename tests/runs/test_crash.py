@@ -126,8 +126,8 @@ def test_a_killed_run_resumes_bitwise_identically(instant, harness, tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_kills(harness):
-    print(harness.kill_often(20, seed=0))
+def test_ten_kills(harness):
+    print(harness.kill_often(10, seed=0))
 
 
 @pytest.mark.soak
