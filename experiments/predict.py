@@ -29,6 +29,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 import fmnist_jax as fm
 from fmnist_jax.errors import ConfigError, DataError
@@ -74,8 +75,9 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     if not paths:
         raise ConfigError(f"there is no picture; expected files that end in {', '.join(SUFFIXES)}")
 
-    table = Table("file", box=None, padding=(0, 2, 0, 0))
-    for heading in ("class", *(f"{number}." for number in range(2, NUM_TOP + 1)), "background"):
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("file", overflow="fold", min_width=20)
+    for heading in ("class", *(f"{number}." for number in range(2, NUM_TOP + 1)), "inverted"):
         table.add_column(heading, no_wrap=True)
     shown: list[tuple[Picture, str]] = []
     status = 0
@@ -109,9 +111,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
             if arguments.json:
                 print(json.dumps(_json(picture, names)))
             else:
-                cells = [f"{name} {probability:.1%}" for name, probability in names]
-                note = "light, inverted" if picture.inverted else "dark"
-                table.add_row(picture.name, *cells, note)
+                cells = [f"{name} {probability:.0%}" for name, probability in names]
+                table.add_row(Text(picture.name), *cells, "yes" if picture.inverted else "no")
             if len(shown) < MAX_SHOWN:
                 shown.append((picture, f"{names[0][0]} {names[0][1]:.0%}"))
     if table.row_count:
@@ -150,9 +151,26 @@ def _classify(
         images = np.zeros((size, SIZE, SIZE), np.uint8)
         for number, picture in enumerate(pictures):
             images[number] = picture.image
-        probabilities = iter(classifier.probabilities(images) if pictures else [])
+        probabilities = iter(_probabilities(classifier, images, pictures))
         for item, error in batch:
             yield item, next(probabilities) if error is None else error
+
+
+def _probabilities(
+    classifier: fm.Classifier, images: np.ndarray, pictures: Sequence[Picture]
+) -> np.ndarray:
+    """Returns the means over each picture and its mirror image; originals are left as they are.
+
+    The shoes of Fashion-MNIST point to the left.
+    """
+    if not pictures:
+        return np.zeros((0, len(classifier.class_names)), np.float32)
+    plain = classifier.probabilities(images)[: len(pictures)]
+    is_original = np.array([picture.is_original for picture in pictures])
+    if is_original.all():
+        return plain
+    mirrored = classifier.probabilities(images[:, :, ::-1])[: len(pictures)]
+    return np.where(is_original[:, None], plain, (plain + mirrored) / 2)
 
 
 def _read(paths: Sequence[Path], on_file: Any) -> Iterator[tuple[Any, DataError | None]]:

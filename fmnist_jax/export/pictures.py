@@ -36,11 +36,13 @@ class Picture(NamedTuple):
       name: of the file, with the position of the image in an IDX file.
       image: uint8[28, 28].
       inverted: whether the background was light.
+      is_original: whether it was an image of 28 x 28 in an IDX file, which is left as it is.
     """
 
     name: str
     image: np.ndarray
     inverted: bool
+    is_original: bool
 
 
 def read_pictures(path: Path) -> Iterator[Picture]:
@@ -65,10 +67,11 @@ def read_pictures(path: Path) -> Iterator[Picture]:
     if start[:2] == b"\x1f\x8b" or start == idx.IMAGES_MAGIC.to_bytes(4, "big"):
         images = idx.read_images(path)
         for number, image in enumerate(images):
-            picture = (image, False) if image.shape == (SIZE, SIZE) else prepare(image)
-            yield Picture(f"{path}[{number}]", *picture)
+            is_original = image.shape == (SIZE, SIZE)
+            prepared = (image, False) if is_original else prepare(image)
+            yield Picture(f"{path}[{number}]", *prepared, is_original)
     else:
-        yield Picture(str(path), *prepare(_read_grey(path)))
+        yield Picture(str(path), *prepare(_read_grey(path)), is_original=False)
 
 
 def prepare(grey: np.ndarray) -> tuple[np.ndarray, bool]:
