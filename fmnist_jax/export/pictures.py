@@ -69,7 +69,7 @@ def read_pictures(path: Path) -> Iterator[Picture]:
         for number, image in enumerate(images):
             is_original = image.shape == (SIZE, SIZE)
             prepared = (image, False) if is_original else prepare(image)
-            yield Picture(f"{path}[{number}]", *prepared, is_original)
+            yield Picture(f"{path}[{number}]", *prepared, is_original=is_original)
     else:
         yield Picture(str(path), *prepare(_read_grey(path)), is_original=False)
 

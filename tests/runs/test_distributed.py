@@ -149,8 +149,9 @@ def test_an_engine_is_needed(group, tmp_path):
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_network_that_drops_the_packets_of_one_process(lost, group, expected, tmp_path):
     """Needs root and iptables, which tells the packets of a process by its group."""
-    instants, groups = ["never", "never"], [None, None]
-    instants[lost], groups[lost] = "hang-train_steps:2", 4242
+    instants = ["never", "never"]
+    instants[lost] = "hang-train_steps:2"
+    groups = [4242 if rank == lost else None for rank in range(2)]
     rule = ["OUTPUT", "--out-interface", "lo", "--match", "owner", "--gid-owner", "4242"]
     rule += ["--jump", "DROP"]
     children = group.start(tmp_path / "run", instants, ranks_groups=groups)
