@@ -19,7 +19,9 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 import argparse
 import itertools
 import json
+import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,10 +36,13 @@ from rich.text import Text
 import fmnist_jax as fm
 from fmnist_jax.errors import ConfigError, DataError
 from fmnist_jax.export.pictures import SIZE, SUFFIXES, Picture, read_pictures
-from fmnist_jax.runs import files
+from fmnist_jax.runs.files import make_folder
 
 # A contact sheet with more pictures is slow to draw and hard to read.
 MAX_SHOWN = 60
+
+# Letters that fit over a picture of the contact sheet.
+MAX_NAME = 18
 
 NUM_TOP = 3
 
@@ -70,17 +75,22 @@ def create_parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.batch_size < 1:
         raise ConfigError(f"--batch-size is {arguments.batch_size}; expected at least 1")
+    if arguments.sheet is not None and arguments.sheet.suffix.lower() != ".png":
+        raise ConfigError(f"--sheet is {arguments.sheet}; expected a name that ends in .png")
     classifier = cli.load_classifier(arguments)
-    paths = list(_files(arguments.paths))
+    paths, num_skipped = _files(arguments.paths)
     if not paths:
         raise ConfigError(f"there is no picture; expected files that end in {', '.join(SUFFIXES)}")
 
+    base = os.path.commonpath(
+        [path.absolute() if path.is_dir() else path.absolute().parent for path in arguments.paths]
+    )
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("file", overflow="fold", min_width=20)
     for heading in ("class", *(f"{number}." for number in range(2, NUM_TOP + 1)), "inverted"):
         table.add_column(heading, no_wrap=True)
     shown: list[tuple[Picture, str]] = []
-    status = 0
+    num_pictures = num_errors = 0
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -96,7 +106,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         results = _classify(classifier, paths, arguments.batch_size, lambda: progress.advance(task))
         for picture, outcome in results:
             if isinstance(outcome, DataError):
-                status = 1
+                num_errors += 1
                 error = str(outcome).removeprefix(f"{picture}: ")
                 if arguments.json:
                     print(json.dumps({"file": str(picture), "error": error}))
@@ -106,13 +116,15 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
                     )
                 continue
             assert isinstance(picture, Picture)
+            num_pictures += 1
             top = np.argsort(-outcome, kind="stable")[:NUM_TOP]
             names = [(classifier.class_names[index], float(outcome[index])) for index in top]
             if arguments.json:
                 print(json.dumps(_json(picture, names)))
             else:
                 cells = [f"{name} {probability:.0%}" for name, probability in names]
-                table.add_row(Text(picture.name), *cells, "yes" if picture.inverted else "no")
+                name = Text(os.path.relpath(picture.name, base))
+                table.add_row(name, *cells, "yes" if picture.inverted else "no")
             if len(shown) < MAX_SHOWN:
                 shown.append((picture, f"{names[0][0]} {names[0][1]:.0%}"))
     if table.row_count:
@@ -120,23 +132,38 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     if shown and (arguments.sheet is not None or not arguments.json):
         sheet = arguments.sheet or arguments.run / "sheet.png"
         _draw(shown, sheet)
-        console.print(
+        # The standard output of --json has objects only.
+        notes = Console(stderr=True, quiet=arguments.quiet) if arguments.json else console
+        notes.print(
             f"{sheet} shows what the network saw"
             + (f" of the first {MAX_SHOWN} pictures." if len(shown) == MAX_SHOWN else "."),
             highlight=False,
             soft_wrap=True,
         )
-    return status
+    if (num_errors or num_skipped) and not arguments.json:
+        console.print(
+            f"{num_pictures:,} pictures were classified, {num_errors:,} files could not be read, "
+            f"and {num_skipped:,} files of other types were skipped.",
+            soft_wrap=True,
+        )
+    return 1 if num_errors else 0
 
 
-def _files(paths: Sequence[Path]) -> Iterator[Path]:
-    """Returns the files themselves, and the pictures in folders and their subfolders."""
+def _files(paths: Sequence[Path]) -> tuple[list[Path], int]:
+    """Returns the files themselves, the pictures in folders, and the number of other files there.
+
+    Folders are searched with their subfolders.
+    """
+    chosen, num_skipped = [], 0
     for path in paths:
         if path.is_dir():
-            found = (file for file in path.rglob("*") if file.is_file())
-            yield from sorted(file for file in found if file.name.lower().endswith(SUFFIXES))
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+            pictures = [file for file in files if file.name.lower().endswith(SUFFIXES)]
+            chosen += pictures
+            num_skipped += len(files) - len(pictures)
         else:
-            yield path
+            chosen.append(path)
+    return chosen, num_skipped
 
 
 def _classify(
@@ -204,9 +231,13 @@ def _draw(shown: Sequence[tuple[Picture, str]], path: Path) -> None:
         axes.set_axis_off()
     for axes, (picture, label) in zip(figure.axes, shown, strict=False):
         axes.imshow(picture.image, cmap="gray", vmin=0, vmax=255)
-        axes.set_title(f"{Path(picture.name).name[-16:]}\n{label}", fontsize=6)
-    files.make_folder(path.absolute().parent)
-    figure.savefig(path, dpi=144)
+        name = Path(picture.name).name
+        name = name if len(name) <= MAX_NAME else f"…{name[1 - MAX_NAME :]}"
+        axes.set_title(f"{name}\n{label}", fontsize=6, parse_math=False)
+    make_folder(path.absolute().parent)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(path, dpi=144)
 
 
 if __name__ == "__main__":

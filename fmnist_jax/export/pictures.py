@@ -21,12 +21,15 @@ _MAX_PIXELS = 50_000_000
 _MAX_SIDE = 20_000
 
 # The makers of Fashion-MNIST trimmed what was within 5% of the colour of a corner (Xiao et al.
-# 2017). Photos have noise, so what is within 4 standard deviations of the border is trimmed too.
+# 2017). Photos have noise, so what is within 5 standard deviations of the border is trimmed too.
 _TOLERANCE = 0.05
-_NOISE = 4.0
+_NOISE = 5.0
+
+# The article is found in a picture of about this size, where little noise is left.
+_REDUCED = 4 * SIZE
 
 # A row or column belongs to the article if so much of it differs from the background.
-_MIN_SHARE = 0.005
+_MIN_SHARE = 0.015
 
 
 class Picture(NamedTuple):
@@ -35,7 +38,7 @@ class Picture(NamedTuple):
     Attributes:
       name: of the file, with the position of the image in an IDX file.
       image: uint8[28, 28].
-      inverted: whether the background was light.
+      inverted: whether the article was darker than the background.
       is_original: whether it was an image of 28 x 28 in an IDX file, which is left as it is.
     """
 
@@ -67,18 +70,19 @@ def read_pictures(path: Path) -> Iterator[Picture]:
     if start[:2] == b"\x1f\x8b" or start == idx.IMAGES_MAGIC.to_bytes(4, "big"):
         images = idx.read_images(path)
         for number, image in enumerate(images):
-            is_original = image.shape == (SIZE, SIZE)
-            prepared = (image, False) if is_original else prepare(image)
-            yield Picture(f"{path}[{number}]", *prepared, is_original=is_original)
+            name, is_original = f"{path}[{number}]", image.shape == (SIZE, SIZE)
+            prepared, inverted = (image, False) if is_original else prepare(image)
+            yield Picture(name, prepared, inverted, is_original)
     else:
-        yield Picture(str(path), *prepare(_read_grey(path)), is_original=False)
+        prepared, inverted = prepare(_read_grey(path))
+        yield Picture(str(path), prepared, inverted, is_original=False)
 
 
 def prepare(grey: np.ndarray) -> tuple[np.ndarray, bool]:
     """Converts a grey picture as the makers of Fashion-MNIST did, whatever its background.
 
-    The background is the median of the border. If it is light, the picture is inverted. Then the
-    background is subtracted, the article is cut out, its longer side is resized to 28 pixels with
+    The background is the median of the border, and is subtracted. If the article is darker, the
+    picture is inverted. Then the article is cut out, its longer side is resized to 28 pixels with
     antialiasing, and the shorter one is padded with black.
 
     Args:
@@ -87,6 +91,9 @@ def prepare(grey: np.ndarray) -> tuple[np.ndarray, bool]:
     Returns:
       uint8[28, 28], and whether the picture was inverted.
 
+    Raises:
+      DataError: if nothing differs from the background.
+
     Example:
       >>> picture = np.full((100, 80), 255, np.uint8)
       >>> picture[30:70, 30:50] = 55  # a dark article on white
@@ -94,22 +101,29 @@ def prepare(grey: np.ndarray) -> tuple[np.ndarray, bool]:
       >>> image.shape, inverted, image[:, 5].max(), image[:, 14].min()
       ((28, 28), True, np.uint8(0), np.uint8(200))
     """
-    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    inverted = bool(np.median(border) > 127)
-    if inverted:
-        grey, border = 255 - grey, 255 - border
-    background = float(np.median(border))
-    # Of the quieter half, because an article may touch the border.
-    noise = float(np.quantile(np.abs(border - background), 0.5)) / 0.6745
-    tolerance = max(_TOLERANCE * 255, _NOISE * noise)
-    is_article = grey > background + tolerance
-    top, bottom = _extent(is_article.mean(axis=1))
-    left, right = _extent(is_article.mean(axis=0))
-    article = np.clip(grey[top:bottom, left:right] - background, 0, None)
+    picture = Image.fromarray(grey.astype(np.float32))
+    factor = max(1, round(max(picture.size) / _REDUCED))
+    reduced = np.asarray(picture.reduce(factor))
+    border = np.concatenate([reduced[0], reduced[-1], reduced[:, 0], reduced[:, -1]])
+    background = np.median(border)
+    difference = reduced - background
+    # Squares, because an article differs more than shadows, which may be larger.
+    inverted = bool(np.sum(difference * np.abs(difference)) < 0)
+    difference = -difference if inverted else difference
+    # By the median, because an article may touch the border.
+    noise = np.median(np.abs(border - background)) / 0.6745
+    contrast = difference.max()
+    is_article = difference > max(_TOLERANCE * contrast, _NOISE * noise)
+    if contrast <= _TOLERANCE * 255 or not is_article.any():
+        raise DataError("shows no article: nothing differs from the background")
+    top, bottom = _extent(is_article.mean(axis=1), factor)
+    left, right = _extent(is_article.mean(axis=0), factor)
+    article = np.asarray(picture)[top:bottom, left:right] - background
+    article = -article if inverted else article
     height, width = article.shape
     scale = SIZE / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    resized = Image.fromarray(article.astype(np.float32)).resize(size, Image.Resampling.LANCZOS)
+    resized = Image.fromarray(article).resize(size, Image.Resampling.LANCZOS)
     small = np.clip(np.asarray(resized).round(), 0, 255).astype(np.uint8)
     image = np.zeros((SIZE, SIZE), np.uint8)
     # Odd space is divided as in Fashion-MNIST.
@@ -118,10 +132,10 @@ def prepare(grey: np.ndarray) -> tuple[np.ndarray, bool]:
     return image, inverted
 
 
-def _extent(shares: np.ndarray) -> tuple[int, int]:
-    """Returns where the article starts and ends; a picture without article is left whole."""
-    found = np.flatnonzero(shares > _MIN_SHARE)
-    return (int(found[0]), int(found[-1]) + 1) if len(found) else (0, len(shares))
+def _extent(shares: np.ndarray, factor: int) -> tuple[int, int]:
+    """Returns where the article starts and ends in a picture that was reduced by a factor."""
+    found = np.flatnonzero(shares > min(_MIN_SHARE, shares.max() / 2))
+    return int(found[0]) * factor, (int(found[-1]) + 1) * factor
 
 
 def _read_grey(path: Path) -> np.ndarray:

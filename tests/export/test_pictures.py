@@ -64,10 +64,29 @@ def test_a_tall_article_is_padded_to_a_square():
     assert image.any(axis=1).all()
 
 
-def test_a_blank_picture_is_black():
-    image, inverted = prepare(np.full((30, 40), 250, np.uint8))
-    assert inverted
-    assert not image.any()
+@pytest.mark.parametrize("size", [(30, 40), (1, 1)])
+def test_a_blank_picture_is_refused(size):
+    with pytest.raises(DataError, match="shows no article"):
+        prepare(np.full(size, 250, np.uint8))
+
+
+@pytest.mark.parametrize(("background", "shade"), [(60, -60), (120, -90), (140, 90), (190, 65)])
+def test_the_article_decides_whether_a_grey_picture_is_inverted(background, shade, article):
+    picture = background + shade / 255 * framed(article).astype(float)
+    image, inverted = prepare(picture.round().astype(np.uint8))
+    assert inverted == (shade < 0)
+    assert np.corrcoef(image.ravel(), article.ravel())[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("sigma", [0, 10, 20, 30])
+@pytest.mark.parametrize("background", [255, 128])
+def test_noise_does_not_hide_the_article(sigma, background, article):
+    noise = np.random.default_rng(0).normal(0, sigma, framed(article).shape)
+    picture = background - framed(article) * 0.5 + noise
+    image, _ = prepare(picture.round().clip(0, 255).astype(np.uint8))
+    # 0.4 if it is not cut out.
+    assert np.corrcoef(image.ravel(), article.ravel())[0, 1] > 0.75
+    assert image[:3, 12:].max() < 16  # the background above the boot
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
@@ -119,7 +138,7 @@ def test_images_of_an_idx_file_are_left_as_they_are(sample, tmp_path):
 
 
 def bad_files(folder):
-    Image.fromarray(np.zeros((50, 50), np.uint8)).save(folder / "good.png")
+    Image.fromarray(np.eye(50, dtype=np.uint8) * 255).save(folder / "good.png")
     noise = np.random.default_rng(0).integers(0, 256, (50, 50, 3), dtype=np.uint8)
     for name in ("cut.png", "cut.jpg"):
         Image.fromarray(noise).save(folder / name)
