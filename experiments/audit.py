@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def create_parser() -> argparse.ArgumentParser:
     """Creates the parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description="Examines the data: class balance, pixels, duplicates and label issues."
     )
     for name, default, text in (

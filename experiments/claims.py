@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def create_parser() -> argparse.ArgumentParser:
     """Creates the parser of the command line."""
-    parser = argparse.ArgumentParser(description="Tests the claims of the Keras projects.")
+    parser = cli.Parser(description="Tests the claims of the Keras projects.")
     parser.add_argument(
         "--arch",
         nargs="+",

@@ -10,7 +10,7 @@ import typing
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from rich.console import Console
@@ -30,6 +30,14 @@ SAMPLE_NOTE = "Trained on the embedded sample; these accuracies are not results.
 _KEPT: list[Any] = []
 
 _WARNINGS = (errors.DataWarning, errors.CheckpointWarning, errors.EnvironmentWarning)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that reports bad usage in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message and exits with status 2."""
+        self.exit(2, f"error: {message}; --help shows all flags\n")
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -235,7 +243,7 @@ def run(
             return command(arguments, console)
         # CheckpointError is an OSError.
         except (errors.ConfigError, errors.DataError, errors.DamagedFileError, OSError) as error:
-            message, status = f"error: {error}", 2
+            message, status = f"error: {_describe(error)}", 2
         except errors.VerificationError as error:
             message, status = f"verification failed: {error}", 1
         except errors.DivergedError as error:
@@ -251,6 +259,12 @@ def run(
         message = f"process {jax.process_index()}: {message}"
     error_console.print(message, highlight=False, markup=False, soft_wrap=True)
     return status
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _choose_devices(devices: str | None, is_distributed: bool) -> None:

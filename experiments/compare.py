@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def create_parser() -> argparse.ArgumentParser:
     """Creates the parser of one side's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         usage="%(prog)s SIDE [flags] --against SIDE [flags]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

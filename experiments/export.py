@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def create_parser() -> argparse.ArgumentParser:
     """Creates the parser of the command line."""
-    parser = argparse.ArgumentParser(description="Exports a trained network.")
+    parser = cli.Parser(description="Exports a trained network.")
     cli.add_network_arguments(parser)
     parser.add_argument(
         "--format", nargs="+", choices=list(FORMATS), default=list(FORMATS), help="default: all"

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def create_parser() -> argparse.ArgumentParser:
     """Creates the parser of the command line."""
-    parser = argparse.ArgumentParser(description="Classifies pictures with a trained network.")
+    parser = cli.Parser(description="Classifies pictures with a trained network.")
     cli.add_network_arguments(parser)
     parser.add_argument("paths", type=Path, nargs="+", metavar="FILE", help="files and folders")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each picture")

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def create_parser() -> argparse.ArgumentParser:
     """Creates the parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description="Trains a network on Fashion-MNIST and writes a report.",
         epilog="The same command resumes an interrupted run.",
     )

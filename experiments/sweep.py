@@ -21,6 +21,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cli
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ from fmnist_jax.digest import sha256_json
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.runs import files
 from fmnist_jax.runs.plan import create_plan
-from fmnist_jax.studies.sweep import parse_domain, sweep
+from fmnist_jax.studies.sweep import format_params, parse_domain, sweep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def create_parser() -> argparse.ArgumentParser:
     """Creates the parser of the command line."""
-    parser = argparse.ArgumentParser(description="Searches for better settings.")
+    parser = cli.Parser(description="Searches for better settings.")
     parser.add_argument("--arch", choices=list(fm.RECIPES), required=True, help="recipe")
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument(
@@ -76,17 +77,19 @@ def create_parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     dataset = cli.load_data(arguments)
+    run = cli.create_run(arguments, arguments.arch, Path())
+    settings = create_plan(run, dataset).settings
     if arguments.find_learning_rate:
-        workdir = arguments.workdir or Path("runs") / f"{arguments.arch}-learning-rate"
-        _find(cli.create_run(arguments, arguments.arch, workdir), dataset, console)
+        workdir = arguments.workdir or _name_workdir(arguments.arch, "learning-rate", settings)
+        _find(dataclasses.replace(run, workdir=workdir), dataset, console)
         return 0
     space = dict(parse_domain(text) for text in arguments.over)
     if len(space) < len(arguments.over):
         raise ConfigError("--over names a setting twice")
-    run = cli.create_run(arguments, arguments.arch, Path())
-    settings = create_plan(run, dataset).settings | {"space": sorted(arguments.over)}
-    name = f"{arguments.arch}-sweep-{sha256_json(settings)[:8]}"
-    workdir = arguments.workdir or Path("runs") / name
+    if fixed := [name for name in space if name in cli.training_settings(arguments)]:
+        raise ConfigError(f"{fixed[0]} is searched and has a flag of its own; give one of the two")
+    settings["space"] = sorted(arguments.over)
+    workdir = arguments.workdir or _name_workdir(arguments.arch, "sweep", settings)
     report = sweep(
         dataclasses.replace(run, workdir=workdir),
         dataset,
@@ -99,9 +102,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
 
     page = write_sweep_report(workdir)
     best, optimism = report["best"], report["optimism"]
-    params = ", ".join(f"{name} {value}" for name, value in best["params"].items())
     facts = {
-        "best setting": f"{params} (trial {best['number']})",
+        "best setting": f"{format_params(best['params'])} (trial {best['number']})",
         "validation accuracy of the trial": f"{best['val_accuracy']:.2%}",
         "fresh seeds, validation": cli.format_accuracy(report["val_accuracy"]),
         "optimism of the search": f"{100 * optimism['mean']:.2f} points "
@@ -111,6 +113,10 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     }
     cli.print_facts(console, facts, sample=report["sample"])
     return 0
+
+
+def _name_workdir(arch: str, task: str, settings: dict[str, Any]) -> Path:
+    return Path("runs") / f"{arch}-{task}-{sha256_json(settings)[:8]}"
 
 
 def _find(run: fm.Run, dataset: fm.Dataset, console: Console) -> None:

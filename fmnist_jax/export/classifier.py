@@ -21,7 +21,7 @@ from fmnist_jax.train.predict import predict
 _FEW = 32
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Classifier:
     """A trained network with the names of its classes.
 
@@ -41,6 +41,8 @@ class Classifier:
       >>> run = fm.Run(recipe=recipe, workdir=Path(tempfile.mkdtemp()), train_examples=200)
       >>> _ = fm.fit(run, data, progress=fm.NullProgress())
       >>> classifier = load_classifier(run.workdir)
+      >>> classifier
+      Classifier(valid_2x2, 10 classes, step 2)
       >>> classifier.probabilities(data.test_images[:3]).shape
       (3, 10)
       >>> classifier.class_names[classifier.predict(data.test_images[:1])[0]] in data.class_names
@@ -53,6 +55,10 @@ class Classifier:
     temperature: float
     recipe: Recipe
     step: int
+
+    def __repr__(self) -> str:
+        arch, num_classes = self.recipe.arch, len(self.class_names)
+        return f"Classifier({arch}, {num_classes} classes, step {self.step:,})"
 
     def logits(self, images: Any) -> np.ndarray:
         """Computes the logits.
@@ -109,10 +115,12 @@ def load_classifier(
       DamagedFileError: if the report of the run cannot be read.
     """
     workdir = Path(workdir)
-    if not (workdir / files.CONFIG).exists():
-        runs = sorted(path.parent.name for path in workdir.glob(f"*/{files.CONFIG}"))
+    if not (workdir / files.CHECKPOINTS).exists():
+        name = files.CHECKPOINTS
+        found = [*workdir.glob(f"*/{name}"), *workdir.glob(f"*/*/{name}")]
+        runs = sorted(path.parent.relative_to(workdir).as_posix() for path in found)
         hint = f"; it holds the runs {', '.join(runs)}" if runs else ""
-        raise ConfigError(f"{workdir} is not the folder of a run: it has no {files.CONFIG}{hint}")
+        raise ConfigError(f"{workdir} is not the folder of a run: it has no {name}{hint}")
     checkpoint = load_checkpoint(workdir, which)
     recipe = from_dict(checkpoint.settings, workdir).recipe
     class_names = tuple(checkpoint.settings["classes"])

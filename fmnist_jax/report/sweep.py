@@ -46,12 +46,12 @@ def write_sweep_report(workdir: Path) -> Path:
     return written
 
 
-def _draw(plot: Callable[[Any], Any], study: Any) -> bytes:
+def _draw(plot: Callable[..., Any], study: Any) -> bytes:
     import matplotlib.pyplot as plt
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna calls these functions experimental
-        axes = plot(study)
+        axes = plot(study, target_name="Validation accuracy")
         figure = axes.figure if hasattr(axes, "figure") else axes[0].figure
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")

@@ -60,6 +60,12 @@ class Result(NamedTuple):
     report: dict[str, Any]
     history: list[dict[str, Any]]
 
+    def __repr__(self) -> str:
+        accuracy = f"test accuracy {self.report['test_accuracy']:.2%}"
+        return (
+            f"Result({self.report['recipe']['arch']}, {self.report['steps']:,} steps, {accuracy})"
+        )
+
     def _repr_html_(self) -> str:
         return describe_run(self.report, self.history)
 
@@ -161,6 +167,8 @@ def _fit(plan: Plan, progress: NullProgress, writers: Sequence[Writer]) -> Resul
     if report is not None and (not plan.tta or report["tta_accuracy"] is not None):
         loop = _restore(plan, lambda like: _read_finished(plan, checkpoints, report["steps"], like))
         progress.say(f"This run is finished; its results are in {workdir}.")
+        if writers:
+            progress.say("Nothing is logged: writers log a run while it trains.")
         return Result(loop.state, plan.model, report, loop.history)
     with contextlib.ExitStack() as stack:
         processes.on_first(lambda: stack.enter_context(_exclusive(workdir, settings)))
@@ -506,7 +514,7 @@ def _exclusive(workdir: Path, settings: dict[str, Any]) -> Iterator[None]:
             _read_report(workdir, settings)  # another process may have written it meanwhile
             files.write_json(workdir / files.CONFIG, settings)
         except OSError as error:
-            raise ConfigError(f"workdir {workdir} cannot be used: {error}") from error
+            raise ConfigError(f"workdir {workdir} cannot be used: {error.strerror}") from error
         yield
 
 
@@ -520,7 +528,7 @@ def _read_report(workdir: Path, settings: dict[str, Any]) -> dict[str, Any] | No
         found = files.read_json(workdir / files.CONFIG)
         report = files.read_json(workdir / files.REPORT)
     except OSError as error:
-        raise ConfigError(f"workdir {workdir} cannot be used: {error}") from error
+        raise ConfigError(f"workdir {workdir} cannot be used: {error.strerror}") from error
     if found is None:
         return None
     message = differences_message(

@@ -62,11 +62,13 @@ def parse_domain(text: str) -> tuple[str, Domain]:
       >>> parse_domain("optimizer=adam,sgd")[1].choices
       ('adam', 'sgd')
     """
-    name, _, values = text.partition("=")
+    name, equals, values = text.partition("=")
     types = {field.name: field.type for field in dataclasses.fields(Recipe)}
     if name not in types or name == "arch":
         names = ", ".join(sorted(set(types) - {"arch"}))
         raise ConfigError(f"{text!r} names no setting of a recipe; choose one of {names}")
+    if not equals:
+        raise ConfigError(f"{text!r} has no values; expected {name}=low:high or {name}=a,b,c")
     kinds = typing.get_args(types[name]) or (types[name],)
     kind = next((kind for kind in (int, float) if kind in kinds), str)
     log = values.startswith("log:")
@@ -77,9 +79,25 @@ def parse_domain(text: str) -> tuple[str, Domain]:
         raise ConfigError(f"{text!r} has a value that is no {kind.__name__}") from error
     if ":" not in values:
         return name, Domain(choices=tuple(numbers))
-    if kind is str or len(numbers) != 2 or not numbers[0] < numbers[1] or (log and numbers[0] <= 0):
-        raise ConfigError(f"{text!r} is no range; expected name=low:high or name=log:low:high")
+    if kind is str or len(numbers) != 2:
+        raise ConfigError(f"{text!r} is no range; expected {name}=low:high or {name}=log:low:high")
+    if not numbers[0] < numbers[1] or (log and numbers[0] <= 0):
+        above = "above 0 and " if log else ""
+        raise ConfigError(f"{text!r} is an empty range; low must be {above}below high")
     return name, Domain(numbers[0], numbers[1], log)
+
+
+def format_params(params: Mapping[str, Any]) -> str:
+    """Formats settings, numbers with three digits.
+
+    Example:
+      >>> format_params({"learning_rate": 0.00123456, "optimizer": "adam"})
+      'learning_rate 0.00123, optimizer adam'
+    """
+    return ", ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in params.items()
+    )
 
 
 def sweep(
@@ -130,6 +148,10 @@ def sweep(
     plan = create_plan(run, dataset)
     if not len(plan.val_examples):
         raise ConfigError("val_fraction is 0; a sweep chooses by validation images")
+    for name, domain in space.items():
+        for value in domain.choices or (domain.low, domain.high):
+            recipe = dataclasses.replace(run.recipe, **{name: value})
+            create_plan(dataclasses.replace(run, recipe=recipe), dataset)
     files.make_folder(run.workdir)
     with files.locked(run.workdir, wait=True):
         _write_settings(plan, space)
@@ -138,7 +160,7 @@ def sweep(
         # Each process, and each continuation, draws other proposals.
         study.sampler = optuna.samplers.TPESampler(seed=run.seed + len(study.trials))
         while (done := len(study.get_trials(deepcopy=False, states=states))) < num_trials:
-            progress.say(f"trial {done + 1} of {num_trials}")
+            progress.say(f"{done} of {num_trials} trials are finished")
             study.optimize(_objective(run, dataset, space, progress, optuna), n_trials=1)
         best, trials = study.best_trial, study.trials
     recipe = dataclasses.replace(run.recipe, **best.params)
@@ -222,6 +244,7 @@ def _objective(
 ) -> Callable[[Any], float]:
     def objective(trial: Any) -> float:
         chosen = {name: _suggest(trial, name, domain) for name, domain in space.items()}
+        progress.say(f"  trial {trial.number}: {format_params(chosen)} ...")
         recipe = dataclasses.replace(run.recipe, **chosen)
         plan = create_plan(dataclasses.replace(run, recipe=recipe), dataset)
         accuracy = 0.0
@@ -230,9 +253,9 @@ def _objective(
                 raise optuna.TrialPruned  # the loss is not finite
             trial.report(accuracy, epoch)
             if epoch < recipe.epochs and trial.should_prune():
-                progress.say(f"  stopped after epoch {epoch}: {accuracy:.2%}, {_text(chosen)}")
+                progress.say(f"  stopped after epoch {epoch}: validation accuracy {accuracy:.2%}")
                 raise optuna.TrialPruned
-        progress.say(f"  validation accuracy {accuracy:.2%}, {_text(chosen)}")
+        progress.say(f"  validation accuracy {accuracy:.2%}")
         return accuracy
 
     return objective
@@ -279,13 +302,6 @@ def _write_settings(plan: Plan, space: Mapping[str, Domain]) -> None:
     if message:
         raise ConfigError(message)
     files.write_json(workdir / files.CONFIG, settings)
-
-
-def _text(chosen: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in chosen.items()
-    )
 
 
 def _optuna() -> Any:

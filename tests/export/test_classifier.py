@@ -62,7 +62,7 @@ def test_a_damaged_run_is_refused(copied):
 
 
 def test_a_folder_that_is_no_run_is_refused(workdir):
-    with pytest.raises(ConfigError, match=r"has no config\.json; it holds the runs run"):
+    with pytest.raises(ConfigError, match=r"has no checkpoints; it holds the runs run"):
         fm.load_classifier(workdir.parent)
 
 

@@ -123,9 +123,10 @@ def test_domains_are_read(text, expected):
     [
         ("rate=0:1", "names no setting of a recipe; choose one of augmentation"),
         ("arch=a,b", "names no setting"),
-        ("dropout", "is no float"),
-        ("dropout=0.5:0.1", "is no range"),
-        ("learning_rate=log:0:1", "is no range"),
+        ("dropout", "has no values; expected dropout=low:high"),
+        ("dropout=a:b", "is no float"),
+        ("dropout=0.5:0.1", "low must be below high"),
+        ("learning_rate=log:0:1", "low must be above 0 and below high"),
         ("dropout=0:1:2", "is no range"),
         ("batch_size=1.5:3", "is no int"),
         ("optimizer=adam:sgd", "is no range"),
@@ -143,6 +144,10 @@ def test_bad_input_is_refused(run, sample, monkeypatch):
         fm.sweep(run, sample, {}, 1)
     with pytest.raises(ConfigError, match="holds no sweep"):
         read_trials(run.workdir)
+    for name, values in {"optimizer": ("adam", "foo"), "dropout": (0.1, 1.5)}.items():
+        with pytest.raises(ConfigError, match=f"{name} is {values[1]!r}"):
+            fm.sweep(run, sample, {name: Domain(choices=values)}, 1)
+    assert not run.workdir.exists()
     recipe = dataclasses.replace(run.recipe, val_fraction=0.0)
     with pytest.raises(ConfigError, match="val_fraction is 0"):
         fm.sweep(dataclasses.replace(run, recipe=recipe), sample, SPACE, 1)
