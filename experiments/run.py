@@ -213,7 +213,7 @@ def _print_recipes(console: Console) -> None:
         table.add_column(heading, overflow="fold")
     for name, recipe in fm.RECIPES.items():
         claim = CLAIMS.get(name)
-        project = (claim.source, claim.text) if claim else ("", "")
+        project = (claim.source, claim.text) if claim else ("none", "accuracies are in README.md")
         table.add_row(name, ", ".join(_settings(recipe)), *project)
     console.print(table)
 

@@ -94,18 +94,22 @@ class ConsoleProgress(NullProgress):
         self._total_steps = 0
 
     def say(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+        if self._console.is_jupyter:
+            print(text)  # a block of HTML for each line takes three times the space
+        else:
+            self._console.print(text, highlight=False, soft_wrap=True)
 
     def start(self, *, step: int, total_steps: int) -> None:
         self._total_steps = total_steps
         self._started = (time.monotonic(), step)
         self._line_time = time.monotonic()
         # In a notebook, rich draws the bar as a widget.
+        is_notebook = self._console.is_jupyter
         has_widgets = importlib.util.find_spec("ipywidgets") is not None
-        if self._console.is_terminal or (self._console.is_jupyter and has_widgets):
+        if self._console.is_terminal or (is_notebook and has_widgets):
             self._bar = Progress(
                 TextColumn("epoch {task.fields[epoch]}"),
-                BarColumn(),
+                BarColumn(6 if is_notebook else 40),  # a notebook cuts off long lines
                 TextColumn(
                     "{task.completed}/{task.total} steps  {task.fields[speed]:,.0f} images/s  "
                     "loss {task.fields[loss]:.4f}"
@@ -115,6 +119,7 @@ class ConsoleProgress(NullProgress):
                 TimeRemainingColumn(),
                 console=self._console,
                 transient=True,
+                redirect_stdout=not is_notebook,
                 speed_estimate_period=120,
             )
             self._bar.add_task(
