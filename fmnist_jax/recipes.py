@@ -69,7 +69,11 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         ),
         "sprint_93": _SPRINT,
         "sprint_94": dataclasses.replace(_SPRINT, epochs=32),
-        "sprint_945": dataclasses.replace(_SPRINT, epochs=50, augmentation="shift_erase"),
+        # One run each on validation images: 94.35% with 24 epochs without erasing, and 94.28% with
+        # the network of sprint_94 and 50 epochs.
+        "sprint_945": dataclasses.replace(
+            _SPRINT, arch="sprint_wide", epochs=32, augmentation="shift_erase"
+        ),
         "resnet20": dataclasses.replace(
             _SPRINT, arch="resnet20", epochs=50, augmentation="shift_erase"
         ),

@@ -17,7 +17,7 @@ import jax
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.nn.layers import Conv, Dense, Dropout, Rate, flatten, resize
 from fmnist_jax.nn.resnet import ResNet20
-from fmnist_jax.nn.sprint import Sprint, SprintNarrow
+from fmnist_jax.nn.sprint import Sprint, SprintNarrow, SprintWide
 
 he_uniform = nn.initializers.he_uniform()  # He et al. 2015; std sqrt(2 / fan_in)
 small_normal = nn.initializers.normal(0.05)  # Keras' "random_normal"
@@ -118,6 +118,7 @@ ARCHS: Mapping[str, type[nn.Module]] = MappingProxyType(
         "deep_augmented": DeepAugmented,
         "sprint": Sprint,
         "sprint_narrow": SprintNarrow,
+        "sprint_wide": SprintWide,
         "resnet20": ResNet20,
     }
 )
