@@ -25,7 +25,7 @@ class Killer(fm.NullProgress):
 
     def say(self, text: str) -> None:
         print(text, flush=True)
-        if self.kill_at and text.startswith(f"trial {self.kill_at} "):
+        if self.kill_at and text.startswith(f"{self.kill_at - 1} of "):
             evaluate = sweep_lib.evaluate
 
             def kill(*args: object, **kwargs: object) -> None:
