@@ -290,6 +290,8 @@ def _exit_when_lost() -> None:
 def print_facts(console: Console, facts: dict[str, str], *, sample: bool = False) -> None:
     """Prints names and values in two columns, and a note if they are from the embedded sample."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")  # paths are shown whole
     for name, value in facts.items():
         table.add_row(name, value)
     console.print(table)

@@ -31,7 +31,7 @@ import fmnist_jax as fm
 from fmnist_jax.digest import sha256_json
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.runs import files
-from fmnist_jax.runs.plan import create_plan
+from fmnist_jax.runs.plan import Plan, create_plan
 from fmnist_jax.studies.sweep import format_params, parse_domain, sweep
 
 
@@ -78,10 +78,11 @@ def create_parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     dataset = cli.load_data(arguments)
     run = cli.create_run(arguments, arguments.arch, Path())
-    settings = create_plan(run, dataset).settings
+    plan = create_plan(run, dataset)
+    settings = plan.settings
     if arguments.find_learning_rate:
         workdir = arguments.workdir or _name_workdir(arguments.arch, "learning-rate", settings)
-        _find(dataclasses.replace(run, workdir=workdir), dataset, console)
+        _find(plan, workdir, console)
         return 0
     space = dict(parse_domain(text) for text in arguments.over)
     if len(space) < len(arguments.over):
@@ -119,11 +120,11 @@ def _name_workdir(arch: str, task: str, settings: dict[str, Any]) -> Path:
     return Path("runs") / f"{arch}-{task}-{sha256_json(settings)[:8]}"
 
 
-def _find(run: fm.Run, dataset: fm.Dataset, console: Console) -> None:
+def _find(plan: Plan, workdir: Path, console: Console) -> None:
     from fmnist_jax.report.plots import encode, rate_curve
 
-    plan = create_plan(run, dataset)
-    console.print(f"Compiling the training loop of {run.recipe.arch} ...")
+    dataset = plan.dataset
+    console.print(f"Compiling the training loop of {plan.run.recipe.arch} ...")
     curve = fm.find_learning_rate(
         plan.create_state(),
         jnp.asarray(dataset.train_images),
@@ -133,8 +134,8 @@ def _find(run: fm.Run, dataset: fm.Dataset, console: Console) -> None:
         plan.hyperparams,
         config=plan.config,
     )
-    files.make_folder(run.workdir)
-    path = run.workdir / "learning_rate.png"
+    files.make_folder(workdir)
+    path = workdir / "learning_rate.png"
     files.write_bytes(path, encode(rate_curve(curve), sample=dataset.sample))
     facts = {"suggested learning rate": f"{curve.suggestion:.2g}", "curve": str(path)}
     cli.print_facts(console, facts, sample=dataset.sample)

@@ -28,7 +28,8 @@ _NOISE = 5.0
 # The article is found in a picture of about this size, where little noise is left.
 _REDUCED = 4 * SIZE
 
-# A row or column belongs to the article if so much of it differs from the background.
+# A row or column belongs to the article if so much of it differs from the background, or half as
+# much as of the row or column that differs most, where the article is thinner.
 _MIN_SHARE = 0.015
 
 

@@ -514,7 +514,9 @@ def _exclusive(workdir: Path, settings: dict[str, Any]) -> Iterator[None]:
             _read_report(workdir, settings)  # another process may have written it meanwhile
             files.write_json(workdir / files.CONFIG, settings)
         except OSError as error:
-            raise ConfigError(f"workdir {workdir} cannot be used: {error.strerror}") from error
+            raise ConfigError(
+                f"workdir {workdir} cannot be used: {error.strerror or error}"
+            ) from error
         yield
 
 
@@ -528,7 +530,7 @@ def _read_report(workdir: Path, settings: dict[str, Any]) -> dict[str, Any] | No
         found = files.read_json(workdir / files.CONFIG)
         report = files.read_json(workdir / files.REPORT)
     except OSError as error:
-        raise ConfigError(f"workdir {workdir} cannot be used: {error.strerror}") from error
+        raise ConfigError(f"workdir {workdir} cannot be used: {error.strerror or error}") from error
     if found is None:
         return None
     message = differences_message(

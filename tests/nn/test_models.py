@@ -14,7 +14,21 @@ from keras import layers
 
 import fmnist_jax as fm
 
+
 # The arithmetic: kernel height x width x inputs x outputs + biases, layer by layer.
+def sprint_params(a, b, c):
+    """Batch normalization has a bias."""
+    return (
+        (25 * a + a)
+        + (3 * 3 * a * a + a)
+        + (3 * 3 * a * b + b)
+        + (3 * 3 * b * b + b)
+        + (3 * 3 * b * c + c)
+        + (3 * 3 * c * c + c)
+        + (c * 10 + 10)
+    )
+
+
 PARAMS = {
     "small_dropout": (
         (3 * 3 * 1 * 32 + 32)
@@ -54,37 +68,10 @@ PARAMS = {
         + (512 * 10 + 10),
         3_477_066,
     ),
-    # Batch normalization has a bias, and in resnet20 a scale as well.
-    "sprint": (
-        (25 * 32 + 32)
-        + (3 * 3 * 32 * 32 + 32)
-        + (3 * 3 * 32 * 64 + 64)
-        + (3 * 3 * 64 * 64 + 64)
-        + (3 * 3 * 64 * 128 + 128)
-        + (3 * 3 * 128 * 128 + 128)
-        + (128 * 10 + 10),
-        288_234,
-    ),
-    "sprint_narrow": (
-        (25 * 16 + 16)
-        + (3 * 3 * 16 * 16 + 16)
-        + (3 * 3 * 16 * 32 + 32)
-        + (3 * 3 * 32 * 32 + 32)
-        + (3 * 3 * 32 * 64 + 64)
-        + (3 * 3 * 64 * 64 + 64)
-        + (64 * 10 + 10),
-        72_698,
-    ),
-    "sprint_wide": (
-        (25 * 48 + 48)
-        + (3 * 3 * 48 * 48 + 48)
-        + (3 * 3 * 48 * 96 + 96)
-        + (3 * 3 * 96 * 96 + 96)
-        + (3 * 3 * 96 * 192 + 192)
-        + (3 * 3 * 192 * 192 + 192)
-        + (192 * 10 + 10),
-        646_618,
-    ),
+    "sprint": (sprint_params(32, 64, 128), 288_234),
+    "sprint_narrow": (sprint_params(16, 32, 64), 72_698),
+    "sprint_wide": (sprint_params(48, 96, 192), 646_618),
+    # Batch normalization has a scale as well.
     "resnet20": (
         (3 * 3 * 1 * 16 + 32)
         + (3 * 3 * 16 * 16 + 32) * 6
