@@ -13,9 +13,13 @@ from types import ModuleType
 
 # Before anything imports Keras: the reference runs on JAX, so no TensorFlow is needed.
 os.environ["KERAS_BACKEND"] = "jax"
-# Most of the time goes into compilation, a third of it into LLVM's optimizations, which change
-# neither XLA's program nor what is tested. The gate runs the slow tests with an empty value.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Most of the time goes into compilation, half of it into LLVM's optimizations and into the code of
+# fused loops, which change neither XLA's program nor what is tested. The gate runs the slow tests
+# with an empty value, as in production.
+_UNFUSED = "--xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", f"--xla_backend_optimization_level=0 {_UNFUSED}")
+# For processes whose programs differ and must round alike.
+ALIKE = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace(_UNFUSED, "")}
 
 import jax
 import numpy as np

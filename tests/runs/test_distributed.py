@@ -16,9 +16,10 @@ import fmnist_jax as fm
 from fmnist_jax.runs import files
 from fmnist_jax.runs.watchdog import LOST_STATUS
 from fmnist_jax.xla import processes
+from tests.conftest import ALIKE
 from tests.runs.test_crash import CHILD, FLAGS, TIMEOUT
 
-SHARDED = [*FLAGS, "--shards", "4"]
+SHARDED = [*FLAGS, "--shards", "4", "--no-tta"]
 LOST = "the same command resumes the run"
 
 
@@ -26,7 +27,8 @@ class Group:
     """Starts the processes of a run; each has two threads, as one process on two cores has."""
 
     def __init__(self, cache):
-        self.environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "NPROC": "2"}
+        environment = {"XDG_CACHE_HOME": str(cache), "NPROC": "2"}
+        self.environment = {**os.environ, **ALIKE, **environment}
 
     def start(self, workdir, instants, *flags, ranks_flags=(), ranks_groups=(None, None)):
         """Starts a process for each instant (see `crash_child`); one is not distributed."""

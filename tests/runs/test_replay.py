@@ -48,6 +48,8 @@ def trained(tmp_path_factory, tiny):
         yield workdir, list(seen)
 
 
+# Compiled as in production: other flags round the two programs differently.
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2, 4, 5, 11, 12])
 def test_the_batch_is_that_of_the_training(step, trained, tiny):
     workdir, seen = trained
