@@ -16,10 +16,9 @@ os.environ["KERAS_BACKEND"] = "jax"
 # Most of the time goes into compilation, half of it into LLVM's optimizations and into the code of
 # fused loops, which change neither XLA's program nor what is tested. The gate runs the slow tests
 # with an empty value, as in production.
-_UNFUSED = "--xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", f"--xla_backend_optimization_level=0 {_UNFUSED}")
-# For processes whose programs differ and must round alike.
-ALIKE = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace(_UNFUSED, "")}
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
 
 import jax
 import numpy as np
@@ -31,6 +30,9 @@ from fmnist_jax.recipes import CLAIMS
 from fmnist_jax.xla.jit import platform_jit
 
 ROOT = Path(__file__).parent.parent
+
+# For processes whose programs differ and must round alike.
+ALIKE = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("--xla_cpu_use_fusion_emitters=false", "")}
 
 # A recipe of each network.
 ONE_PER_NETWORK = [
