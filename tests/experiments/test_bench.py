@@ -99,12 +99,12 @@ def test_an_accuracy_is_reached_by_the_mean_over_seeds(time_to_accuracy):
 @pytest.mark.slow
 def test_time_to_accuracy_on_a_few_images(time_to_accuracy, sample, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(time_to_accuracy.fm, "load_fashion_mnist", lambda: sample)
-    arguments = ["--curve", "fmnist_jax, sprint_91", "--seeds", "2", "--epochs", "2"]
+    arguments = ["--curve", "fmnist_jax, sprint_91", "--seeds", "1", "--epochs", "2"]
     assert time_to_accuracy.main([*arguments, "--workdir", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "time_to_accuracy.json").read_text())
     (curves,) = report["curves"].values()
     seconds, accuracies = np.moveaxis(np.array(curves), -1, 0)
-    assert seconds.shape == (2, 2)
+    assert seconds.shape == (1, 2)
     assert np.all(np.diff(seconds) > 0)
     assert np.all(accuracies > 0.3)
     assert (tmp_path / "time_to_accuracy.png").stat().st_size > 5000

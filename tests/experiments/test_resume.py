@@ -22,8 +22,16 @@ def test_failed_run_raises():
         resume.verify("valid_2x2", Console(quiet=True), ["--unknown"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", [*CLAIMS, "sprint_93"])
+SLOW = ("small_dropout", "he_stack", "sprint_93")
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        pytest.param(arch, marks=pytest.mark.slow if arch in SLOW else pytest.mark.soak)
+        for arch in (*CLAIMS, "sprint_93")
+    ],
+)
 def test_killed_runs_resume_to_identical_bits(arch, run_py, capsys):
     assert run_py.main(["--verify-resume", "--arch", arch]) == 0
     output = capsys.readouterr().out

@@ -19,15 +19,13 @@ from tests.experiments.conftest import SMALL
 RUN = [sys.executable, str(ROOT / "experiments" / "run.py")]
 
 
-QUICK = ("small_dropout", "valid_2x2")
+# test_resume.py trains he_stack and sprint_93.
+SLOW = ("same_3x3", "deep_augmented", "sprint_91", "resnet20")
 
 
 @pytest.mark.parametrize(
     "arch",
-    [
-        arch if arch in QUICK else pytest.param(arch, marks=pytest.mark.slow)
-        for arch in (*CLAIMS, "sprint_91", "sprint_93", "resnet20")
-    ],
+    ["small_dropout", "valid_2x2", *(pytest.param(arch, marks=pytest.mark.slow) for arch in SLOW)],
 )
 def test_every_network_trains(arch, run_py, tmp_path, capsys):
     flags = ["--image-size", "48"] if arch == "deep_augmented" else []
