@@ -5,13 +5,17 @@ import os
 import platform
 import sys
 import time
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from fmnist_jax.config import differences_message
 from fmnist_jax.digest import sha256_bytes
+from fmnist_jax.errors import EnvironmentWarning
+from fmnist_jax.runs import files
 from fmnist_jax.version import __version__
 
 # What determines the bits of a run, besides its settings.
@@ -51,6 +55,34 @@ def decisive() -> dict[str, Any]:
     """Returns the part of the description that determines the bits of a run."""
     described = describe()
     return {name: described[name] for name in DECISIVE}
+
+
+def record(path: Path, *, sample: bool, is_resumed: bool) -> None:
+    """Adds this process to environment.json.
+
+    Args:
+      path: the file.
+      sample: whether the run trains on the embedded sample.
+      is_resumed: whether the run continues one that another process began.
+
+    Warns:
+      EnvironmentWarning: if a resumed run's environment has changed.
+    """
+    entry = describe()
+    if sample:
+        entry["sample"] = True
+    entries = files.read_json(path) or []
+    if entries and is_resumed:
+        before, now = ({name: each.get(name) for name in DECISIVE} for each in (entries[-1], entry))
+        message = differences_message(
+            "the environment has changed, which may change the results of the resumed run:",
+            before,
+            now,
+            ("before", "now"),
+        )
+        if message:
+            warnings.warn(message, EnvironmentWarning, stacklevel=2)
+    files.write_json(path, [*entries, entry])
 
 
 def versions() -> dict[str, str]:

@@ -5,36 +5,27 @@ import dataclasses
 import math
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmnist_jax.config import Interval, Run, differences_message
+from fmnist_jax.config import Run, differences_message
 from fmnist_jax.data.dataset import Dataset
-from fmnist_jax.errors import (
-    CheckpointError,
-    CheckpointWarning,
-    ConfigError,
-    DivergedError,
-    EnvironmentWarning,
-    Interrupted,
-    VerificationError,
-)
+from fmnist_jax.errors import CheckpointError, ConfigError, DivergedError
 from fmnist_jax.runs import environment, files
 from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.runs.html import describe_run
 from fmnist_jax.runs.plan import Plan, create_plan
-from fmnist_jax.runs.results import params_sha256, write_results
+from fmnist_jax.runs.results import write_results
+from fmnist_jax.runs.saver import LoopState, Saver, read_finished, restore
 from fmnist_jax.runs.signals import deferred_signals
 from fmnist_jax.runs.writers import ConsoleProgress, EpochLog, NullProgress, Writer
 from fmnist_jax.train import metrics as metrics_lib
 from fmnist_jax.train.loop import train_epoch, train_steps
-from fmnist_jax.train.metrics import Metrics
 from fmnist_jax.train.predict import evaluate, predict
 from fmnist_jax.train.step import TrainState
 from fmnist_jax.xla import processes
@@ -68,34 +59,6 @@ class Result(NamedTuple):
 
     def _repr_html_(self) -> str:
         return describe_run(self.report, self.history)
-
-
-class LoopState(NamedTuple):
-    """The content of a checkpoint: all that a run needs to resume.
-
-    Attributes:
-      state: parameters, optimizer state and step.
-      metrics: sums over the current epoch.
-      epoch_seconds: training time of the current epoch.
-      history: the lines of metrics.jsonl.
-    """
-
-    state: TrainState
-    metrics: Metrics
-    epoch_seconds: float
-    history: list[dict[str, Any]]
-
-    @property
-    def step(self) -> int:
-        """Number of steps taken."""
-        return int(self.state.step)
-
-    @property
-    def val_accuracy(self) -> float | None:
-        """Validation accuracy of this very state, if it was evaluated."""
-        last = self.history[-1] if self.history else {}
-        is_current = last.get("split") == "val" and last["step"] == self.step
-        return last["accuracy"] if is_current else None
 
 
 def fit(
@@ -165,7 +128,7 @@ def _fit(plan: Plan, progress: NullProgress, writers: Sequence[Writer]) -> Resul
     checkpoints = Checkpoints(workdir / files.CHECKPOINTS, settings, keep_every=plan.keep_every)
     report = processes.on_first(lambda: _read_report(workdir, settings))
     if report is not None and (not plan.tta or report["tta_accuracy"] is not None):
-        loop = _restore(plan, lambda like: _read_finished(plan, checkpoints, report["steps"], like))
+        loop = restore(plan, lambda like: read_finished(plan, checkpoints, report["steps"], like))
         progress.say(f"This run is finished; its results are in {workdir}.")
         if writers:
             progress.say("Nothing is logged: writers log a run while it trains.")
@@ -191,7 +154,7 @@ def _train(
     plan: Plan, checkpoints: Checkpoints, progress: NullProgress, writers: Sequence[Writer]
 ) -> tuple[LoopState, float]:
     """Trains the remaining epochs; returns the last state and the seconds of compilation."""
-    loop = _restore(plan, checkpoints.restore)
+    loop = restore(plan, checkpoints.restore)
     metrics_path = plan.run.workdir / files.METRICS
     if loop.step:
         progress.say(f"Resuming after step {loop.step:,} of {plan.total_steps:,}.")
@@ -199,8 +162,10 @@ def _train(
         progress.say("Starting from the first step: the earlier run has no checkpoint.")
     # Lines after the checkpoint are written again.
     files.write_lines(metrics_path, loop.history)
-    saver = _Saver(plan, checkpoints, loop.step)
-    _record_environment(plan, is_resumed=loop.step > 0)
+    saver = Saver(plan, checkpoints, loop.step)
+    environment.record(
+        plan.run.workdir / files.ENVIRONMENT, sample=plan.dataset.sample, is_resumed=loop.step > 0
+    )
     for writer in writers:
         writer.start(settings=plan.settings, step=loop.step)
     if loop.step == plan.total_steps:
@@ -232,7 +197,7 @@ def _train(
                 loop = _end_epoch(plan, loop, saver, progress, writers)
                 signal_number, *_ = _agree(signals)
                 if signal_number:
-                    _stop(plan, loop, saver, signal_number)
+                    saver.stop(loop, signal_number)
     finally:
         progress.stop()
     if saver.saved_step < loop.step:
@@ -248,7 +213,7 @@ def _train_epoch(
     plan: Plan,
     data: tuple[jax.Array, jax.Array, jax.Array],
     loop: LoopState,
-    saver: "_Saver",
+    saver: Saver,
     pace: "_Pace",
     signals: list[int],
     progress: NullProgress,
@@ -290,7 +255,7 @@ def _train_epoch(
         # The end of an epoch is evaluated and logged before it is saved.
         if step < last_step:
             if signal_number:
-                _stop(plan, loop, saver, signal_number)
+                saver.stop(loop, signal_number)
             if is_due:
                 saver.save(loop)
         started = time.perf_counter()
@@ -300,7 +265,7 @@ def _train_epoch(
 def _end_epoch(
     plan: Plan,
     loop: LoopState,
-    saver: "_Saver",
+    saver: Saver,
     progress: NullProgress,
     writers: Sequence[Writer],
 ) -> LoopState:
@@ -376,132 +341,6 @@ class _Pace:
         if num_steps == self.num_steps:  # a call that was cut short says little
             target = round(num_steps * _CALL_SECONDS / seconds)
             self.num_steps = max(1, min(target, 16 * num_steps))
-
-
-class _Saver:
-    """Decides when to save, and saves."""
-
-    def __init__(self, plan: Plan, checkpoints: Checkpoints, saved_step: int) -> None:
-        self._every = Interval.parse("checkpoint_every", plan.run.checkpoint_every)
-        self._plan = plan
-        self._checkpoints = checkpoints
-        self._saved_at = time.monotonic()  # the time of day may jump
-        self.saved_step = saved_step
-
-    def steps_until_due(self, step: int) -> int:
-        """Number of steps until a checkpoint that is due at a step."""
-        if self._every.unit != "st":
-            return self._plan.total_steps
-        return self._every.number - step % self._every.number
-
-    def is_due(self, step: int) -> bool:
-        """Whether to save inside an epoch."""
-        if self._every.unit == "s":
-            return time.monotonic() - self._saved_at >= self._every.number
-        return self._every.unit == "st" and step % self._every.number == 0
-
-    def is_due_after(self, epoch: int) -> bool:
-        """Whether to save at the end of an epoch, counted from 1."""
-        is_last = epoch == self._plan.run.recipe.epochs
-        return is_last or self._every.unit != "ep" or epoch % self._every.number == 0
-
-    def save(self, loop: LoopState) -> None:
-        """Saves; warns if it fails.
-
-        Raises:
-          VerificationError: if the processes have different parameters.
-        """
-        if jax.process_count() > 1:
-            values = {"params_sha256": params_sha256(loop.state.params)}
-            processes.check_same(f"parameters at step {loop.step:,}", values, VerificationError)
-        tree = {"state": loop.state, "metrics": loop.metrics}
-        meta = {"epoch_seconds": loop.epoch_seconds, "history": loop.history}
-        try:
-            processes.on_first(
-                lambda: self._checkpoints.save(loop.step, tree, meta, loop.val_accuracy)
-            )
-        except CheckpointError as error:
-            warnings.warn(
-                f"{error}; training continues, and the next checkpoint is tried as usual",
-                CheckpointWarning,
-                stacklevel=2,
-            )
-        else:
-            self.saved_step = loop.step
-        self._saved_at = time.monotonic()
-
-
-def _stop(plan: Plan, loop: LoopState, saver: _Saver, signal_number: int) -> NoReturn:
-    if saver.saved_step < loop.step:
-        saver.save(loop)
-    if saver.saved_step < loop.step:
-        raise CheckpointError(
-            f"stopped after step {loop.step:,} of {plan.total_steps:,}, which could not be saved; "
-            f"the same command resumes after step {saver.saved_step:,}"
-        )
-    raise Interrupted(
-        f"Stopped after step {loop.step:,} of {plan.total_steps:,}; the state is saved. The same "
-        "command resumes the run.",
-        signal_number,
-    )
-
-
-def _restore(plan: Plan, read: Callable[[Any], tuple[Any, dict[str, Any]] | None]) -> LoopState:
-    """Returns what the first process reads, or the initial state if that is None."""
-    like = plan.abstract_checkpoint
-
-    def read_leaves() -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-        restored = read(like)
-        if restored is None:
-            return None
-        leaves = {str(n): np.asarray(leaf) for n, leaf in enumerate(jax.tree.leaves(restored[0]))}
-        return leaves, restored[1]
-
-    restored = processes.on_first(read_leaves)
-    if restored is None:
-        metrics = metrics_lib.zeros(plan.config.log_norms)
-        tree = {"state": plan.create_state(), "metrics": metrics}
-        meta: dict[str, Any] = {"epoch_seconds": 0.0, "history": []}
-    else:
-        leaves, meta = restored
-        tree = jax.tree.unflatten(
-            jax.tree.structure(like), [leaves[str(n)] for n in range(len(leaves))]
-        )
-    tree = replicate(tree, plan.config.mesh)
-    return LoopState(tree["state"], tree["metrics"], meta["epoch_seconds"], meta["history"])
-
-
-def _read_finished(
-    plan: Plan, checkpoints: Checkpoints, step: int, like: Any
-) -> tuple[Any, dict[str, Any]]:
-    if not checkpoints.steps():
-        raise CheckpointError(
-            f"the run in {plan.run.workdir} is finished, but its checkpoints are gone; its results "
-            "are unchanged, and another folder starts a new run"
-        )
-    return checkpoints.restore_step(step, like)
-
-
-def _record_environment(plan: Plan, *, is_resumed: bool) -> None:
-    """Adds this process to environment.json, and warns if a resumed run's environment changed."""
-    path = plan.run.workdir / files.ENVIRONMENT
-    entry = environment.describe()
-    if plan.dataset.sample:
-        entry["sample"] = True
-    entries = files.read_json(path) or []
-    if entries and is_resumed:
-        before, now = (
-            {name: each.get(name) for name in environment.DECISIVE} for each in (entries[-1], entry)
-        )
-        message = differences_message(
-            "the environment has changed, which may change the results of the resumed run:",
-            before,
-            now,
-            ("before", "now"),
-        )
-        if message:
-            warnings.warn(message, EnvironmentWarning, stacklevel=2)
-    files.write_json(path, [*entries, entry])
 
 
 @contextlib.contextmanager
