@@ -74,7 +74,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         create_plan(run, dataset)  # refuses settings that do not fit before any training
     rows = []
     for name, run in zip(archs, runs, strict=True):
-        console.print(f"[bold]{name}[/bold]")
+        console.print(name, style="bold")
         workdir = cli.name_workdir(arguments.workdir, run, dataset, seeds=True)
         summary = fm.fit_seeds(
             dataclasses.replace(run, workdir=workdir),

@@ -3,8 +3,10 @@
 import argparse
 import ctypes
 import dataclasses
+import os
 import re
 import signal
+import sys
 import types
 import typing
 import warnings
@@ -15,6 +17,7 @@ from typing import Any, NoReturn
 import jax
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import fmnist_jax as fm
 from fmnist_jax import config, errors
@@ -38,6 +41,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Prints the message and exits with status 2."""
         self.exit(2, f"error: {message}; --help shows all flags\n")
+
+
+class CommandConsole(Console):
+    """Prints text as it is, without markup; goes on when nobody reads it, as after `| head`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def on_broken_pipe(self) -> None:
+        """Prints nothing more."""
+        self.quiet = True
+        _discard_output()
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -215,15 +230,15 @@ def run(
 
     Returns:
       The exit status: that of the command, or 1 if a verification failed, 2 for bad input or if
-      the state could not be saved, 3 if training diverged, 130 or 143 if it was interrupted.
+      the state could not be saved or memory does not suffice, 3 if training diverged, 130 or 143 if
+      it was interrupted, 141 if nobody reads the results.
     """
-    console, error_console = Console(quiet=arguments.quiet), Console(stderr=True)
+    console = CommandConsole(quiet=arguments.quiet)
+    error_console = CommandConsole(stderr=True)
 
     def show_warning(message: Any, *_args: Any, **_kwargs: Any) -> None:
         remove_unreadable_entry(str(message))
-        error_console.print(
-            f"warning: {message}", style="bold yellow", highlight=False, markup=False
-        )
+        error_console.print(f"warning: {message}", style="bold yellow", highlight=False)
 
     with warnings.catch_warnings():
         for category in _WARNINGS:
@@ -241,6 +256,9 @@ def run(
             if not arguments.no_cache:
                 enable_compilation_cache()
             return command(arguments, console)
+        except BrokenPipeError:  # the reader of the standard output has ended
+            _discard_output()
+            return 128 + signal.SIGPIPE
         # CheckpointError is an OSError.
         except (errors.ConfigError, errors.DataError, errors.DamagedFileError, OSError) as error:
             message, status = f"error: {_describe(error)}", 2
@@ -252,13 +270,26 @@ def run(
             message, status = str(stop), 128 + stop.signal_number
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             # JAX's errors begin with a status such as UNAVAILABLE.
+            if str(error).startswith("RESOURCE_EXHAUSTED"):
+                first, *_ = str(error).splitlines()
+                error_console.print(
+                    f"error: the memory does not suffice; a smaller batch, microbatch or image "
+                    f"needs less ({first})",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+                return 2
             if not (is_distributed and re.match(r"[A-Z_]+: ", str(error))):
                 raise
             end_lost(f"another process has ended or cannot be reached ({str(error)[:60]}...)")
     if is_distributed and not processes.is_first():
         message = f"process {jax.process_index()}: {message}"
-    error_console.print(message, highlight=False, markup=False, soft_wrap=True)
+    error_console.print(message, highlight=False, soft_wrap=True)
     return status
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _describe(error: Exception) -> str:
@@ -269,7 +300,8 @@ def _describe(error: Exception) -> str:
 
 def _choose_devices(devices: str | None, is_distributed: bool) -> None:
     """Makes JAX divide the CPU into as many devices as the flag asks for."""
-    if devices is not None and devices.isdecimal() and not is_distributed:
+    # A larger number is refused for want of devices.
+    if devices is not None and re.fullmatch("[0-9]{1,4}", devices) and not is_distributed:
         jax.config.update("jax_num_cpu_devices", int(devices))
 
 
@@ -287,13 +319,22 @@ def _exit_when_lost() -> None:
     ctypes.CDLL(None).signal(signal.SIGABRT, handler)
 
 
-def print_facts(console: Console, facts: dict[str, str], *, sample: bool = False) -> None:
-    """Prints names and values in two columns, and a note if they are from the embedded sample."""
+def print_facts(
+    console: Console, facts: dict[str, str], *, bold: str = "", sample: bool = False
+) -> None:
+    """Prints names and values in two columns.
+
+    Args:
+      console: receives them.
+      facts: the values by name.
+      bold: name of the most important one.
+      sample: whether to add that they are from the embedded sample.
+    """
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")  # paths are shown whole
     for name, value in facts.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(value, "bold" if name == bold else ""))
     console.print(table)
     if sample:
         console.print(SAMPLE_NOTE, style="bold red")

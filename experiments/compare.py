@@ -104,7 +104,7 @@ def _run(first: argparse.Namespace, second: argparse.Namespace, console: Console
     files.make_folder(second.workdir)
     files.write_json(second.workdir / "comparison.json", comparison)
     console.print()
-    cli.print_facts(console, _facts(comparison), sample=comparison["sample"])
+    cli.print_facts(console, _facts(comparison), bold="b minus a", sample=comparison["sample"])
     return 0
 
 
@@ -194,7 +194,7 @@ def _facts(comparison: dict[str, Any]) -> dict[str, str]:
         for side in ("a", "b")
     }
     facts["settings that differ"] = "\n".join(comparison["differs_in"]) or "none"
-    facts["b minus a"] = f"[bold]{_points(difference['mean'])} points[/bold]"
+    facts["b minus a"] = f"{_points(difference['mean'])} points"
     if difference["low"] is not None:
         facts["b minus a"] += (
             f", 95% interval {_points(difference['low'])} to {_points(difference['high'])} "

@@ -91,13 +91,14 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         table.add_column(heading, no_wrap=True)
     shown: list[tuple[Picture, str]] = []
     num_pictures = num_errors = 0
+    errors = cli.CommandConsole(stderr=True, highlight=False)
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=errors,
         transient=True,
         disable=arguments.quiet or len(paths) < arguments.batch_size,
     )
@@ -111,9 +112,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
                 if arguments.json:
                     print(json.dumps({"file": str(picture), "error": error}))
                 else:
-                    Console(stderr=True, highlight=False, soft_wrap=True).print(
-                        f"error: {picture}: {error}", style="red", markup=False
-                    )
+                    errors.print(f"error: {picture}: {error}", style="red", soft_wrap=True)
                 continue
             assert isinstance(picture, Picture)
             num_pictures += 1
@@ -128,18 +127,22 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
             if len(shown) < MAX_SHOWN:
                 shown.append((picture, f"{names[0][0]} {names[0][1]:.0%}"))
     if table.row_count:
-        console.print(table, highlight=False, markup=False)
+        console.print(table, highlight=False)
     if shown and (arguments.sheet is not None or not arguments.json):
         sheet = arguments.sheet or arguments.run / "sheet.png"
-        _draw(shown, sheet)
-        # The standard output of --json has objects only.
-        notes = Console(stderr=True, quiet=arguments.quiet) if arguments.json else console
-        notes.print(
-            f"{sheet} shows what the network saw"
-            + (f" of the first {MAX_SHOWN} pictures." if len(shown) == MAX_SHOWN else "."),
-            highlight=False,
-            soft_wrap=True,
+        note = f"{sheet} shows what the network saw" + (
+            f" of the first {MAX_SHOWN} pictures." if len(shown) == MAX_SHOWN else "."
         )
+        try:
+            _draw(shown, sheet)
+        except OSError as error:
+            if arguments.sheet is not None:
+                raise
+            note = f"The contact sheet was not written: {sheet}: {error.strerror}."
+        # The standard output of --json has objects only.
+        notes = errors if arguments.json else console
+        if not arguments.quiet:
+            notes.print(note, highlight=False, soft_wrap=True)
     if (num_errors or num_skipped) and not arguments.json:
         console.print(
             f"{num_pictures:,} pictures were classified, {num_errors:,} files could not be read, "
@@ -233,6 +236,7 @@ def _draw(shown: Sequence[tuple[Picture, str]], path: Path) -> None:
         axes.imshow(picture.image, cmap="gray", vmin=0, vmax=255)
         name = Path(picture.name).name
         name = name if len(name) <= MAX_NAME else f"…{name[1 - MAX_NAME :]}"
+        name = name.encode(errors="replace").decode()  # not all bytes of a name are text
         axes.set_title(f"{name}\n{label}", fontsize=6, parse_math=False)
     make_folder(path.absolute().parent)
     with warnings.catch_warnings():

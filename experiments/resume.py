@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from rich.console import Console
@@ -78,14 +78,20 @@ def verify(arch: str, console: Console, flags: Sequence[str] = ()) -> bool:
         flags = [*flags, "--image-size", str(IMAGE_SIZE)]
         name += f" at {IMAGE_SIZE} x {IMAGE_SIZE} pixels"
     with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, _exit))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         straight, killed = Path(folder) / "straight", Path(folder) / "killed"
 
         def start(workdir: Path) -> subprocess.Popen[str]:
             command = [sys.executable, str(RUN), "--arch", arch, *FLAGS, *flags]
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [*command, "--quiet", "--workdir", str(workdir)], stderr=subprocess.PIPE, text=True
             )
+            # None outlives this function, however that ends.
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            return process
 
         def interrupt(text: str, number: signal.Signals, *reached: str) -> None:
             console.print(f"{text} ...", highlight=False)
@@ -99,8 +105,6 @@ def verify(arch: str, console: Console, flags: Sequence[str] = ()) -> bool:
         # The training loop is cached by now.
         console.print("Training another without interruption, meanwhile:", highlight=False)
         whole = start(straight)
-        stack.callback(whole.wait)  # in case of an error before its end
-        stack.callback(whole.kill)
         interrupt("Resuming the first; stopping it after step 4", signal.SIGTERM, "4")
         interrupt("Resuming; killing it after step 10", signal.SIGKILL, "10")
         console.print("Resuming to the end ...")
@@ -109,6 +113,11 @@ def verify(arch: str, console: Console, flags: Sequence[str] = ()) -> bool:
         _finish(last, killed)
         expected, found = outcome(straight), outcome(killed)
     return _print_comparison(expected, found, console, time.monotonic() - started)
+
+
+def _exit(number: int, frame: Any) -> NoReturn:
+    del frame
+    raise SystemExit(128 + number)
 
 
 def _finish(process: subprocess.Popen[str], workdir: Path) -> None:

@@ -134,11 +134,7 @@ def _train(plan: Plan, log: Sequence[str], console: Console) -> None:
     report = fit_plan(plan, progress=_progress(console), writers=writers).report
     if not processes.is_first():
         return
-    console.print("Writing the report ...")
-    from fmnist_jax.report.run import write_report  # matplotlib takes a second to import
-
-    page = write_report(plan.run.workdir)
-    facts = {"test accuracy": f"[bold]{report['test_accuracy']:.2%}[/bold]"}
+    facts = {"test accuracy": f"{report['test_accuracy']:.2%}"}
     for name in ("val_accuracy", "train_accuracy", "tta_accuracy"):
         if report[name] is not None:
             facts[name.replace("_", " ")] = f"{report[name]:.2%}"
@@ -149,7 +145,11 @@ def _train(plan: Plan, log: Sequence[str], console: Console) -> None:
         f"images/s, {report['compile_seconds']:.1f} s of compilation"
     )
     console.print()
-    cli.print_facts(console, facts | {"report": str(page)}, sample=report["sample"])
+    cli.print_facts(console, facts, bold="test accuracy", sample=report["sample"])
+    from fmnist_jax.report.run import write_report  # matplotlib takes a second to import
+
+    page = write_report(plan.run.workdir)
+    console.print(f"The report is {page}.", highlight=False, soft_wrap=True)
 
 
 def _train_seeds(
@@ -221,7 +221,7 @@ def _print_recipes(console: Console) -> None:
 def _print_plan(plan: Plan, console: Console) -> None:
     run, dataset = plan.run, plan.dataset
     facts = {
-        "network": f"[bold]{run.recipe.arch}[/bold]",
+        "network": run.recipe.arch,
         "data": f"{dataset.source}: {len(plan.train_examples):,} training, "
         f"{len(plan.val_examples):,} validation, {len(dataset.test_labels):,} test images; "
         f"{len(dataset.class_names)} classes",
@@ -230,7 +230,7 @@ def _print_plan(plan: Plan, console: Console) -> None:
         "seed": str(run.seed),
         "folder": str(run.workdir),
     }
-    cli.print_facts(console, facts)
+    cli.print_facts(console, facts, bold="network")
     table = Table()
     table.add_column("parameters")
     table.add_column("shape")

@@ -7,7 +7,8 @@ The study is in `study.db` in the folder of the sweep: the same command continue
 processes share it, and Optuna's dashboard opens it. Trials see the validation images alone.
 `--find-learning-rate` draws the loss by learning rate instead.
 
-Exit status: 0 done, 2 bad usage or bad input, 130 or 143 interrupted.
+Exit status: 0 done, 2 bad usage or bad input, 3 the best setting diverged from another seed, 130 or
+143 interrupted.
 """
 
 import signal
@@ -91,6 +92,10 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         raise ConfigError(f"{fixed[0]} is searched and has a flag of its own; give one of the two")
     settings["space"] = sorted(arguments.over)
     workdir = arguments.workdir or _name_workdir(arguments.arch, "sweep", settings)
+    console.print(
+        f"The sweep is in {workdir}. The same command continues it after Ctrl-C.",
+        highlight=False,
+    )
     report = sweep(
         dataclasses.replace(run, workdir=workdir),
         dataset,

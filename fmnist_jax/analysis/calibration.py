@@ -51,7 +51,7 @@ def describe(predictions: Mapping[str, np.ndarray]) -> dict[str, Any]:
       `ece`, the expected calibration error, with `ece_low` and `ece_high`, its 95% interval;
       `aurc`, the area under the risk-coverage curve; and, with the temperature fitted on the
       validation images, `temperature`, `ece_scaled` and `loss_scaled`. The last three are None
-      without validation images.
+      without validation images, and where these determine no temperature, because all are correct.
 
     Raises:
       ValueError: if shapes do not match, logits are not finite or labels are out of range.
@@ -73,10 +73,11 @@ def describe(predictions: Mapping[str, np.ndarray]) -> dict[str, Any]:
     }
     if len(predictions.get("val_labels", ())):
         temperature = fit_temperature(predictions["val_logits"], predictions["val_labels"])
-        scaled = logits / temperature
-        result["temperature"] = temperature
-        result["ece_scaled"] = expected_calibration_error(scaled, labels)
-        result["loss_scaled"] = float(cross_entropy(scaled, labels).mean())
+        if _MIN_TEMPERATURE < temperature < _MAX_TEMPERATURE:
+            scaled = logits / temperature
+            result["temperature"] = temperature
+            result["ece_scaled"] = expected_calibration_error(scaled, labels)
+            result["loss_scaled"] = float(cross_entropy(scaled, labels).mean())
     return result
 
 

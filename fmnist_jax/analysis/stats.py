@@ -168,8 +168,7 @@ def sign_flip_test(differences: ArrayLike, seed: int = 0) -> float:
     have had the opposite sign. The p-value is the share of sign patterns whose sum is at least as
     far from zero as the observed one. Up to n = 16 it is exact, over all 2**n patterns. Above,
     9,999 random patterns are drawn, and the observed one is counted too, so that p is never 0
-    (Phipson & Smyth 2010). The smallest p-value is 2 / 2**n: 0.25 for three seeds, 0.0625 for five
-    and 0.03125 for six. Fewer than six seeds never reach 0.05.
+    (Phipson & Smyth 2010). `smallest_sign_flip_p` is the smallest p-value.
 
     Args:
       differences: float[n], one per seed.
@@ -206,6 +205,18 @@ def sign_flip_test(differences: ArrayLike, seed: int = 0) -> float:
             rng=np.random.default_rng(seed),
         ).pvalue
     )
+
+
+def smallest_sign_flip_p(n: int) -> float:
+    """Returns the smallest p-value of `sign_flip_test` for n seeds.
+
+    Fewer than six seeds never reach 0.05.
+
+    Example:
+      >>> [smallest_sign_flip_p(n) for n in (1, 3, 5, 6, 20)]
+      [1.0, 0.25, 0.0625, 0.03125, 0.0001]
+    """
+    return 2.0 ** (1 - n) if n <= _MAX_EXACT_DIFFERENCES else 1 / (_NUM_RANDOM_PATTERNS + 1)
 
 
 def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemar:

@@ -1,6 +1,7 @@
 """The IDX files in which Fashion-MNIST is published."""
 
 import gzip
+import math
 import zlib
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def _read(path: Path, magic: int, noun: str, *, dimensions: int) -> np.ndarray:
             f"{path}: not an IDX file of {noun}: it starts with {found}, expected {magic:#x}"
         )
     shape = tuple(int(size) for size in header[1:])
-    expected = int(np.prod(shape))
+    expected = math.prod(shape)
     if len(shape) < dimensions or len(content) - header_size != expected:
         raise DataError(
             f"{path}: holds {max(len(content) - header_size, 0):,} bytes of {noun}, but its header "

@@ -1,5 +1,6 @@
 """Pictures of articles, prepared like the images of Fashion-MNIST: light on black, 28 x 28."""
 
+import struct
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,8 @@ def read_pictures(path: Path) -> Iterator[Picture]:
         raise DataError("is empty")
     if start[:2] == b"\x1f\x8b" or start == idx.IMAGES_MAGIC.to_bytes(4, "big"):
         images = idx.read_images(path)
+        if not images.size:
+            raise DataError(f"holds no pixel: its header says {images.shape}")
         for number, image in enumerate(images):
             name, is_original = f"{path}[{number}]", image.shape == (SIZE, SIZE)
             prepared, inverted = (image, False) if is_original else prepare(image)
@@ -157,7 +160,8 @@ def _read_grey(path: Path) -> np.ndarray:
         raise DataError("is no PNG, JPEG, WebP or IDX file") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise DataError(f"has too many pixels; expected at most {_MAX_PIXELS:,}") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow has no error of its own
+    # Pillow has no error of its own.
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"is damaged: {error}") from error

@@ -49,10 +49,9 @@ class TensorBoardWriter(Writer):
         self._folder = folder
         self._events: Any = None
         self._class_names: list[str] = []
-        self._settings: Mapping[str, Any] = {}
 
     def start(self, *, settings: Mapping[str, Any], step: int) -> None:
-        self._settings, self._class_names = settings, settings["classes"]
+        self._class_names = settings["classes"]
         self._events = self._package.SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def epoch(self, log: EpochLog) -> None:
@@ -81,8 +80,6 @@ class TensorBoardWriter(Writer):
             for name, value in settings.items()
         }
         metrics = {f"hparam/{name}": value for name, value in values.items() if value is not None}
-        if self._events is None:  # the run had been trained before
-            self.start(settings={"classes": []}, step=report["steps"])
         self._events.add_hparams(hparams, metrics, name="hparams")
         self._events.close()
 

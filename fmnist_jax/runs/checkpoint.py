@@ -44,6 +44,9 @@ _ARRAYS, _MANIFEST = "arrays", "manifest.json"
 _SAVING, _REMOVING, _DAMAGED = ".saving-", ".removing-", "damaged-"
 _SAVED = ".saved"
 
+# A file or folder is gone or was exchanged. Other errors may pass, and are no damage.
+_NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
 
 class _DamagedError(Exception):
     """A checkpoint differs from what was written."""
@@ -189,8 +192,8 @@ class Checkpoints:
                 return tree, checkpoint.meta
         if any(path.name.startswith((_DAMAGED, _SAVED)) for path in self._paths()):
             raise CheckpointError(
-                f"every checkpoint in {self._directory} is damaged or missing; nothing was "
-                "changed. Move the folder away to start from the first step"
+                f"every checkpoint in {self._directory} is damaged or missing; damaged ones are "
+                f"named {_DAMAGED}STEP. Move the folder away to start from the first step"
             )
         return None
 
@@ -308,10 +311,10 @@ def _verified_content(path: Path) -> dict[str, Any]:
     for name, sha256 in content["files"].items():
         try:
             intact = sha256_file(path / name) == sha256
-        except FileNotFoundError:
+        except _NO_FILE:
             raise _DamagedError(f"{name} is missing") from None
         except OSError as error:
-            raise _DamagedError(f"{name} cannot be read: {error.strerror}") from error
+            raise _unreadable(path / name, error) from error
         if not intact:
             raise _DamagedError(f"{name} has another SHA-256")
     return content
@@ -322,9 +325,11 @@ def _manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / _MANIFEST).read_bytes())
         content = manifest["content"]
         intact = manifest["sha256"] == sha256_json(content)
-    except FileNotFoundError:
+    except _NO_FILE:
         raise _DamagedError(f"{_MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except OSError as error:
+        raise _unreadable(path / _MANIFEST, error) from error
+    except (ValueError, KeyError, TypeError, RecursionError):
         intact = False
     if not intact:
         raise _DamagedError(f"{_MANIFEST} has another SHA-256")
@@ -334,6 +339,10 @@ def _manifest(path: Path) -> dict[str, Any]:
             f"{FORMAT}"
         )
     return content
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read: {error.strerror}; try again when it can be")
 
 
 def _read(path: Path, content: dict[str, Any]) -> Checkpoint:

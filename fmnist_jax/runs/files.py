@@ -24,11 +24,17 @@ REPORT = "report.json"
 SEEDS = "seeds.json"
 CHECKPOINTS = "checkpoints"
 
+# What NumPy raises for a missing or damaged file. The last two come from a changed header.
+_UNREADABLE = (
+    OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError,
+    RuntimeError,
+)  # fmt: skip
+
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replaces a file atomically and forces it to the disk.
 
-    On return it would survive a loss of power.
+    On return it would survive a loss of power. Only one process may write a file at a time.
     """
     # One name for all processes, so that the next one replaces what a killed one left.
     temporary = path.with_name(f".{path.name}.new")
@@ -100,7 +106,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         # From memory: NumPy leaves a file open that it cannot read.
         with np.load(io.BytesIO(path.read_bytes())) as arrays:
             return dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except _UNREADABLE as error:
         raise DamagedFileError(f"{path} cannot be read: {error}") from error
 
 

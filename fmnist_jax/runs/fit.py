@@ -128,15 +128,18 @@ def _fit(plan: Plan, progress: NullProgress, writers: Sequence[Writer]) -> Resul
     checkpoints = Checkpoints(workdir / files.CHECKPOINTS, settings, keep_every=plan.keep_every)
     report = processes.on_first(lambda: _read_report(workdir, settings))
     if report is not None and (not plan.tta or report["tta_accuracy"] is not None):
-        loop = restore(plan, lambda like: read_finished(plan, checkpoints, report["steps"], like))
+        loop = _restore_finished(plan, checkpoints, report)
         progress.say(f"This run is finished; its results are in {workdir}.")
         if writers:
             progress.say("Nothing is logged: writers log a run while it trains.")
         return Result(loop.state, plan.model, report, loop.history)
     with contextlib.ExitStack() as stack:
         processes.on_first(lambda: stack.enter_context(_exclusive(workdir, settings)))
-        loop, compile_seconds = _train(plan, checkpoints, progress, writers)
-        if report is not None:
+        if report is None:
+            loop, compile_seconds = _train(plan, checkpoints, progress, writers)
+        else:
+            progress.say("This run is finished; only test-time augmentation is evaluated.")
+            loop, writers = _restore_finished(plan, checkpoints, report), ()
             compile_seconds = report["compile_seconds"]
         report = write_results(
             plan,
@@ -148,6 +151,10 @@ def _fit(plan: Plan, progress: NullProgress, writers: Sequence[Writer]) -> Resul
         for writer in writers:
             writer.finish(report=report)
     return Result(loop.state, plan.model, report, loop.history)
+
+
+def _restore_finished(plan: Plan, checkpoints: Checkpoints, report: dict[str, Any]) -> LoopState:
+    return restore(plan, lambda like: read_finished(plan, checkpoints, report["steps"], like))
 
 
 def _train(

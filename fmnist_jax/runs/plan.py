@@ -181,6 +181,11 @@ def create_plan(run: Run, dataset: Dataset) -> Plan:
         log_norms=run.log_grad_norms,
     )
     plan = Plan(run, dataset, streams, train_examples, val_examples, config)
+    if plan.total_steps >= 2**31:
+        raise ConfigError(
+            f"epochs is {recipe.epochs:,}, which makes {plan.total_steps:,} steps; expected fewer "
+            f"than {2**31:,}, because steps are counted in 32 bits"
+        )
     _check_keep_every(plan)
     return plan
 

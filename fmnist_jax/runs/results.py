@@ -12,6 +12,7 @@ from jax import lax
 
 from fmnist_jax.data.augment import Augmentation
 from fmnist_jax.data.batches import augmented
+from fmnist_jax.errors import DivergedError
 from fmnist_jax.runs import environment, files
 from fmnist_jax.runs.plan import Plan
 from fmnist_jax.train.predict import NUM_VIEWS, predict, predict_tta
@@ -38,6 +39,9 @@ def write_results(
 
     Returns:
       The content of report.json. It is written last, because it marks the run as finished.
+
+    Raises:
+      DivergedError: if the logits of the test images are not finite.
     """
     from fmnist_jax.analysis import calibration, scores  # SciPy and scikit-learn take a second
 
@@ -63,6 +67,10 @@ def write_results(
         "val_labels": dataset.train_labels[plan.val_examples],
         "val_indices": plan.val_examples,
     }
+    if not np.isfinite(predictions["logits"]).all():
+        raise DivergedError(
+            "the logits of the test images are not finite; a lower learning rate often helps"
+        )
     test = scores.score(predictions["logits"], dataset.test_labels, dataset.class_names)
     tta_accuracy = None
     if plan.tta:

@@ -97,7 +97,7 @@ class ConsoleProgress(NullProgress):
         if self._console.is_jupyter:
             print(text)  # a block of HTML for each line takes three times the space
         else:
-            self._console.print(text, highlight=False, soft_wrap=True)
+            self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def start(self, *, step: int, total_steps: int) -> None:
         self._total_steps = total_steps

@@ -69,7 +69,7 @@ def compare(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> dict[str, Any]:
         "differs_in": differences(a[0].settings, b[0].settings, ("in a", "in b")),
         "difference": difference,
         "sign_flip_p": stats.sign_flip_test(gains) if several else None,
-        "sign_flip_smallest": 2.0 ** (1 - len(seeds)) if several else None,
+        "sign_flip_smallest": stats.smallest_sign_flip_p(len(seeds)) if several else None,
         "mcnemar": {
             "only_a_right": mcnemar.only_a,
             "only_b_right": mcnemar.only_b,

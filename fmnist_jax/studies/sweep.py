@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import sqlite3
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -143,15 +144,19 @@ def sweep(
         )
     if not space:
         raise ConfigError("the sweep has no setting to search; name at least one")
+    dataclasses.replace(run, seed=run.seed + num_seeds)  # refuses seeds that are too large
     progress = progress or ConsoleProgress()
     optuna = _optuna()
     plan = create_plan(run, dataset)
-    if not len(plan.val_examples):
-        raise ConfigError("val_fraction is 0; a sweep chooses by validation images")
-    for name, domain in space.items():
-        for value in domain.choices or (domain.low, domain.high):
-            recipe = dataclasses.replace(run.recipe, **{name: value})
-            create_plan(dataclasses.replace(run, recipe=recipe), dataset)
+    values = [
+        {name: value}
+        for name, domain in space.items()
+        for value in domain.choices or (domain.low, domain.high)
+    ]
+    for changes in ({}, *values):
+        recipe = dataclasses.replace(run.recipe, **changes)
+        if not len(create_plan(dataclasses.replace(run, recipe=recipe), dataset).val_examples):
+            raise ConfigError("val_fraction is 0; a sweep chooses by validation images")
     files.make_folder(run.workdir)
     with files.locked(run.workdir, wait=True):
         _write_settings(plan, space)
@@ -162,7 +167,13 @@ def sweep(
         while (done := len(study.get_trials(deepcopy=False, states=states))) < num_trials:
             progress.say(f"{done} of {num_trials} trials are finished")
             study.optimize(_objective(run, dataset, space, progress, optuna), n_trials=1)
-        best, trials = study.best_trial, study.trials
+        trials = study.trials
+        if not any(trial.state == optuna.trial.TrialState.COMPLETE for trial in trials):
+            raise ConfigError(
+                f"none of the {done} trials has a result: the loss was not finite, or their "
+                "settings do not fit each other; choose another domain and another folder"
+            )
+        best = study.best_trial
     recipe = dataclasses.replace(run.recipe, **best.params)
     fresh = dataclasses.replace(
         run, recipe=recipe, seed=run.seed + 1, workdir=run.workdir / f"best-{best.number}"
@@ -215,12 +226,20 @@ def load_study(workdir: Path) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _open_study(workdir: Path, optuna: Any) -> Iterator[Any]:
+    import sqlalchemy  # a dependency of Optuna
+
+    path = workdir / STORAGE
     with contextlib.ExitStack() as stack:
         stack.enter_context(files.locked(workdir, wait=True))  # the tables are created once
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         storage = optuna.storages.RDBStorage(
-            f"sqlite:///{workdir / STORAGE}",
+            "sqlite://",
+            # A URL would read characters such as ? and % of a path.
+            engine_kwargs={
+                "creator": lambda: sqlite3.connect(path, check_same_thread=False, timeout=60),
+                "poolclass": sqlalchemy.pool.NullPool,
+            },
             heartbeat_interval=_HEARTBEAT_SECONDS,
             grace_period=_GRACE_SECONDS,
             heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
@@ -245,8 +264,12 @@ def _objective(
     def objective(trial: Any) -> float:
         chosen = {name: _suggest(trial, name, domain) for name, domain in space.items()}
         progress.say(f"  trial {trial.number}: {format_params(chosen)} ...")
-        recipe = dataclasses.replace(run.recipe, **chosen)
-        plan = create_plan(dataclasses.replace(run, recipe=recipe), dataset)
+        try:
+            recipe = dataclasses.replace(run.recipe, **chosen)
+            plan = create_plan(dataclasses.replace(run, recipe=recipe), dataset)
+        except ConfigError as error:  # the ends of a range may fit where a value between does not
+            progress.say(f"  not trained: {error}")
+            raise optuna.TrialPruned from error
         accuracy = 0.0
         for epoch, accuracy in enumerate(_train(plan), 1):
             if math.isnan(accuracy):

@@ -214,3 +214,8 @@ def test_description_scales_by_the_temperature_of_the_validation_split():
     for without in (test, {**test, "val_logits": logits[:0], "val_labels": labels[:0]}):
         expected = found | dict.fromkeys(("temperature", "ece_scaled", "loss_scaled"))
         assert describe(without) == expected
+    # Correct predictions alone fit every smaller temperature better.
+    num_classes = logits.shape[1]
+    correct = {"val_logits": np.eye(num_classes), "val_labels": np.arange(num_classes)}
+    perfect = test | correct
+    assert describe(perfect) == expected

@@ -20,6 +20,7 @@ from fmnist_jax.analysis.stats import (
     prediction_interval,
     seeds_needed,
     sign_flip_test,
+    smallest_sign_flip_p,
 )
 
 
@@ -137,6 +138,11 @@ def test_random_sign_flips_approximate_the_exact_p_value():
     assert sign_flip_test(differences, 0) == found[0]
     # The observed pattern counts, so p is never 0.
     assert sign_flip_test(np.ones(40)) == 1 / 10_000
+
+
+@pytest.mark.parametrize("n", [1, 2, 6, 16, 17, 20])
+def test_smallest_sign_flip_p_is_that_of_equal_differences(n):
+    assert smallest_sign_flip_p(n) == sign_flip_test(np.ones(n))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -80,6 +81,18 @@ def test_a_bad_file_is_reported_and_the_others_are_classified(
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2
     assert errors[0] == f"error: {files[0]}: is no PNG, JPEG, WebP or IDX file"
+
+
+def test_a_default_sheet_that_cannot_be_written_is_reported(
+    predict_py, finished, pictures, tmp_path, capsys
+):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "sheet.png").unlink(missing_ok=True)
+    (run / "sheet.png").mkdir()
+    assert predict_py.main([str(run), str(pictures)]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"The contact sheet was not written: {run}/sheet.png: Is a directory." in output
+    assert predict_py.main([str(run), str(pictures), "--sheet", f"{run}/sheet.png"]) == 2
 
 
 @pytest.mark.parametrize(

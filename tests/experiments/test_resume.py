@@ -1,11 +1,18 @@
 """run.py --verify-resume."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 import resume
 from rich.console import Console
 
 import fmnist_jax as fm
 from fmnist_jax.recipes import CLAIMS
+from tests.conftest import ROOT
 
 EXPECTED = {"a: x": "1", "a: y": "2"}
 
@@ -20,6 +27,22 @@ def test_any_difference_is_reported(found, capsys):
 def test_failed_run_raises():
     with pytest.raises(fm.errors.VerificationError, match=r"(?s)status 2 before .*unrecognized"):
         resume.verify("valid_2x2", Console(quiet=True), ["--unknown"])
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_trainings_too(tmp_path):
+    command = [sys.executable, str(ROOT / "experiments" / "run.py"), "--verify-resume"]
+    process = subprocess.Popen(
+        [*command, "--arch", "valid_2x2"], stdout=subprocess.DEVNULL,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    while not list(tmp_path.glob("*/killed/config.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
+    assert subprocess.run(["pgrep", "-f", str(tmp_path)], check=False).returncode == 1
 
 
 SLOW = ("small_dropout", "he_stack", "sprint_93")

@@ -72,6 +72,8 @@ def test_same_command_finds_the_finished_run(run_py, tmp_path, monkeypatch, caps
         (["--sample", "--arch", "he_stack", "--dropout", "0.5"], "he_stack has no dropout"),
         (["--sample", "--image-size", "64"], "image_size"),
         (["--sample", "--seeds", "0"], "is 0"),
+        (["--sample", "--devices", "9" * 20], f"devices is {'9' * 20}, but JAX has"),
+        (["--sample", "--arch", "deep_augmented", "--image-size", "30", "--dry-run"], "too small"),
         (["--sample", "--replay", "1"], "--replay needs --workdir"),
         (["--sample", "--replay", "1", "--workdir", "nowhere"], "nowhere holds no run"),
         (["--exclude", "nowhere"], "nowhere"),
@@ -140,6 +142,30 @@ def test_seeds_and_replay(run_py, tmp_path, capsys):
     assert "Step 2: mean loss" in output
     assert "gradient norm" in output
     assert (workdir / "plots" / "replay-2.png").stat().st_size > 5_000
+
+
+def test_a_folder_may_have_the_name_of_markup(run_py, tmp_path, capsys):
+    workdir = tmp_path / "x[/b]:bag:"
+    command = [*SMALL, "--arch", "valid_2x2", "--workdir", str(workdir)]
+    assert run_py.main(command) == 0
+    page = workdir / "report.html"
+    assert f"The report is {page}." in capsys.readouterr().out
+    page.unlink()
+    page.mkdir()  # the report cannot be written
+    assert run_py.main(command) == 2
+    captured = capsys.readouterr()
+    assert "test accuracy" in captured.out
+    assert captured.err.startswith("error: ")
+
+
+def test_training_ends_without_a_reader(tmp_path):
+    flags = [*SMALL, "--arch", "valid_2x2", "--workdir", str(tmp_path / "run")]
+    process = subprocess.Popen([*RUN, *flags], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_list_shows_recipes_and_claims(run_py, capsys):

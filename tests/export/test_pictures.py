@@ -1,5 +1,7 @@
 """Pictures are brought to the format of Fashion-MNIST, whatever they look like."""
 
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -148,6 +150,14 @@ def bad_files(folder):
     (folder / "empty.png").write_bytes(b"")
     Image.new("L", (100_000, 2)).save(folder / "wide.png")
     Image.new("1", (15_000, 15_000)).save(folder / "bomb.png")
+    (folder / "no-rows").write_bytes(np.array([idx.IMAGES_MAGIC, 3, 0, 28], ">u4").tobytes())
+    header = np.array([idx.IMAGES_MAGIC, 2**31, 2**31, 4], ">u4")
+    (folder / "wraps").write_bytes(header.tobytes())
+    content = (folder / "good.png").read_bytes()
+    # A chunk of an Exif header that ends within its second number.
+    exif = b"eXIfMM\x00*\x00\x00"
+    chunk = len(exif[4:]).to_bytes(4, "big") + exif + zlib.crc32(exif).to_bytes(4, "big")
+    (folder / "exif.png").write_bytes(content[:33] + chunk + content[33:])
     (folder / "gzip.gz").write_bytes(b"\x1f\x8bnothing")
     (folder / "folder.png").mkdir()
 
@@ -158,6 +168,7 @@ def bad_files(folder):
         ("cut.png", "is damaged"), ("cut.jpg", "is damaged"), ("text.png", "is no PNG, JPEG"),
         ("empty.png", "is empty"), ("wide.png", "100,000 x 2 pixels"),
         ("bomb.png", "too many pixels"), ("gzip.gz", "damaged gzip file"),
+        ("no-rows", "holds no pixel"), ("wraps", "its header says"), ("exif.png", "is damaged"),
         ("missing.png", "cannot be read"), ("folder.png", "cannot be read"),
     ],
 )  # fmt: skip

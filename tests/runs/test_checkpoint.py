@@ -1,5 +1,6 @@
 """Checkpoints: bits survive a round trip, and damage is detected."""
 
+import errno
 import itertools
 import json
 import os
@@ -406,6 +407,28 @@ def test_the_manifest_lists_arrays_and_files(tmp_path):
         if path.is_file()
     }
     assert set(content["files"]) == there - {"manifest.json"}
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "arrays"])
+def test_a_file_that_cannot_be_read_for_now_is_no_damage(name, tmp_path, monkeypatch):
+    checkpoints = save(tmp_path, 1, 2)
+    before = names(tmp_path)
+
+    def refuse(path, *args, **kwargs):
+        if name in path.parts:
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return read_bytes(path, *args, **kwargs)
+
+    read_bytes = Path.read_bytes
+    with monkeypatch.context() as patch:
+        if name == "arrays":
+            patch.setattr(checkpoint_lib, "sha256_file", refuse)
+        else:
+            patch.setattr(Path, "read_bytes", refuse)
+        with pytest.raises(CheckpointError, match="cannot be read: Stale file handle"):
+            checkpoints.restore(LIKE)
+    assert names(tmp_path) == before
+    assert restore(checkpoints, LIKE)[1] == {"step": 2}
 
 
 def test_a_full_disk_is_found_before_anything_is_written(tmp_path, monkeypatch):

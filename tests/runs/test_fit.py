@@ -330,8 +330,9 @@ def test_a_finished_run_without_checkpoints_keeps_its_results(straight, tmp_path
     _, workdir = straight
     moved = shutil.copytree(workdir, tmp_path / "run", ignore=lambda *_: ["checkpoints"])
     before = {path: path.read_bytes() for path in moved.iterdir() if path.is_file()}
-    with pytest.raises(CheckpointError, match="is finished, but its checkpoints are gone"):
-        fm.fit(make_run(moved), tiny, progress=fm.NullProgress())
+    for tta in (False, True):
+        with pytest.raises(CheckpointError, match="is finished, but its checkpoints are gone"):
+            fm.fit(make_run(moved, tta=tta), tiny, progress=fm.NullProgress())
     assert {path: path.read_bytes() for path in moved.iterdir() if path.is_file()} == before
 
 
@@ -418,6 +419,21 @@ def test_divergence_names_epoch_and_step(tmp_path, tiny):
     with pytest.raises(DivergedError, match=r"in epoch 1, step [23];"):
         fm.fit(run, tiny, progress=fm.NullProgress())
     assert not (tmp_path / files.REPORT).exists()
+
+
+def test_divergence_in_the_last_step_is_found_without_validation_images(tmp_path, tiny):
+    run = make_run(
+        tmp_path, optimizer="sgd", learning_rate=1e30, schedule="constant", epochs=1,
+        batch_size=60, val_fraction=0.0,
+    )  # fmt: skip
+    with pytest.raises(DivergedError, match="logits of the test images are not finite"):
+        fm.fit(run, tiny, progress=fm.NullProgress())
+    assert not (tmp_path / files.REPORT).exists()
+
+
+def test_more_steps_than_the_counter_holds_are_refused(tmp_path, tiny):
+    with pytest.raises(ConfigError, match="epochs is 1,000,000,000, which makes 3,000,000,000"):
+        create_plan(make_run(tmp_path, epochs=10**9), tiny)
 
 
 def test_a_folder_with_another_run_is_refused(straight, tiny):

@@ -69,6 +69,18 @@ def test_a_sweep_compiles_once_and_its_winner_is_trained_from_fresh_seeds(run, s
         fm.sweep(other, sample, SPACE, 5, progress=fm.NullProgress())
 
 
+def test_trials_without_result_are_reported(run, sample):
+    # Of the sizes of a batch, only multiples of the microbatch can be trained.
+    recipe = dataclasses.replace(run.recipe, microbatch_size=50, batch_size=50)
+    # Characters that mean something in a URL.
+    run = dataclasses.replace(run, recipe=recipe, workdir=run.workdir / "a?b%41")
+    with pytest.raises(ConfigError, match="none of the 1 trials has a result"):
+        fm.sweep(run, sample, {"batch_size": Domain(50, 100)}, 1, progress=fm.NullProgress())
+    assert (run.workdir / "study.db").stat().st_size
+    (trial,) = read_trials(run.workdir)
+    assert trial.state.name == "PRUNED"
+
+
 @pytest.mark.slow
 def test_a_killed_sweep_continues(tmp_path):
     def start(num_trials, kill_at):
@@ -148,6 +160,10 @@ def test_bad_input_is_refused(run, sample, monkeypatch):
         with pytest.raises(ConfigError, match=f"{name} is {values[1]!r}"):
             fm.sweep(run, sample, {name: Domain(choices=values)}, 1)
     assert not run.workdir.exists()
+    with pytest.raises(ConfigError, match="seed is 4294967297"):
+        fm.sweep(dataclasses.replace(run, seed=2**32 - 1), sample, SPACE, 1, num_seeds=2)
+    with pytest.raises(ConfigError, match="val_fraction is 0"):
+        fm.sweep(run, sample, {"val_fraction": Domain(choices=(0.1, 0.0))}, 1)
     recipe = dataclasses.replace(run.recipe, val_fraction=0.0)
     with pytest.raises(ConfigError, match="val_fraction is 0"):
         fm.sweep(dataclasses.replace(run, recipe=recipe), sample, SPACE, 1)
