@@ -148,7 +148,7 @@ class Interval(NamedTuple):
         Raises:
           ConfigError: if the text has another form.
         """
-        match = re.fullmatch(rf"([1-9][0-9]*)({'|'.join(units)})", text)
+        match = re.fullmatch(rf"([1-9][0-9]*)({'|'.join(units)})", str(text))
         if match is None:
             counts = {"st": 500, "ep": 1, "s": 60}
             examples = " or ".join(f"{counts[unit]}{unit}" for unit in units)
@@ -318,7 +318,7 @@ def check_shards(shards: int, batch_size: int) -> None:
     """
     # & -size is the largest power of two that divides the size.
     choices = [2**power for power in range((batch_size & -batch_size).bit_length())]
-    if isinstance(shards, bool) or shards not in choices:
+    if type(shards) is not int or shards not in choices:
         raise ConfigError(
             f"shards is {shards!r}, but batch_size is {batch_size}; choose one of "
             f"{', '.join(map(str, choices))}"

@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from fmnist_jax.errors import ConfigError
 
@@ -32,7 +33,8 @@ class Streams(NamedTuple):
 
 
 def create_streams(
-    seed: int | jax.Array, stream_seeds: Mapping[str, int | jax.Array] = MappingProxyType({})
+    seed: int | np.integer | jax.Array,
+    stream_seeds: Mapping[str, int | np.integer | jax.Array] = MappingProxyType({}),
 ) -> Streams:
     """Derives the streams from a seed by folding in one number per purpose.
 
@@ -41,16 +43,22 @@ def create_streams(
       stream_seeds: other seeds for single streams, by name.
 
     Raises:
-      ConfigError: if the seed is outside its range, of which JAX would silently drop bits.
+      ConfigError: if the seed is outside its range, of which JAX would silently drop bits, or a
+        stream is unknown.
 
     Example:
       >>> a, b = create_streams(0), create_streams(1)
       >>> bool(jax.random.bits(a.init) == jax.random.bits(b.init))
       False
     """
-    if isinstance(seed, int) and not 0 <= seed < 2**32:
+    if isinstance(seed, int | np.integer) and not 0 <= seed < 2**32:
         raise ConfigError(f"seed is {seed}; expected an integer in [0, 2**32)")
-    root = jax.random.key(seed)
+    if unknown := sorted(set(stream_seeds) - set(Streams._fields)):
+        raise ConfigError(
+            f"stream_seeds has {unknown[0]!r}; choose of {', '.join(Streams._fields)}"
+        )
+    # By name, because the default can be changed. Others draw an example's numbers by its batch.
+    root = jax.random.key(seed, impl="threefry2x32")
     streams = Streams(*(jax.random.fold_in(root, number) for number in range(len(Streams._fields))))
     others = {name: getattr(create_streams(other), name) for name, other in stream_seeds.items()}
     return streams._replace(**others)

@@ -3,6 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+import chex
+import jax
+import numpy as np
 import pytest
 
 import fmnist_jax as fm
@@ -27,6 +30,7 @@ GOOD = fm.Recipe(arch="same_3x3", epochs=1)
         ({"schedule": "step"}, "schedule is 'step'; choose one of constant, cosine, one_cycle"),
         ({"augmentation": "mixup"}, "augmentation is 'mixup'; choose one of none, keras"),
         ({"image_size": 0}, "image_size is 0"),
+        ({"shards": 2.0}, "shards is 2.0"),
         ({"microbatch_size": 0}, "microbatch_size is 0"),
         (
             {"microbatch_size": 125, "batch_size": 200},
@@ -60,6 +64,7 @@ def test_invalid_recipes_are_refused(change, message):
         ({"exclude": [3, -1]}, "exclude has -1"),
         ({"exclude": [0.5]}, "exclude has 0.5"),
         ({"exclude": ["3"]}, "exclude has '3'"),
+        ({"checkpoint_every": None}, "checkpoint_every is None"),
     ],
 )
 def test_invalid_runs_are_refused(change, message, tmp_path):
@@ -72,10 +77,19 @@ def test_workdir_accepts_a_string():
     assert fm.Run(recipe=GOOD, workdir="runs/a").workdir == Path("runs/a")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32])
+@pytest.mark.parametrize("seed", [-1, 2**32, np.int64(2**32)])
 def test_seeds_of_more_than_32_bits_are_refused(seed):
     with pytest.raises(ConfigError, match="seed is"):
         fm.create_streams(seed)
+
+
+def test_streams_are_those_of_threefry_whatever_the_default():
+    expected = jax.random.key_data(fm.create_streams(1).dropout)
+    with jax.default_prng_impl("rbg"):
+        streams = fm.create_streams(np.int64(1))
+    chex.assert_trees_all_equal(jax.random.key_data(streams.dropout), expected)
+    with pytest.raises(ConfigError, match="stream_seeds has 'data'; choose of init, split"):
+        fm.create_streams(1, {"data": 2})
 
 
 def test_every_network_has_a_recipe_and_every_project_a_claim():

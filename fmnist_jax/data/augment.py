@@ -125,7 +125,15 @@ class RandomAffine:
         """Draws a transform for each image and applies it (see `Augmentation`).
 
         The strength also scales the probability of a flip.
+
+        Raises:
+          ValueError: if the images are not square.
         """
+        if images.shape[1] != images.shape[2]:
+            raise ValueError(
+                f"images have {images.shape[1]} x {images.shape[2]} pixels; RandomAffine needs "
+                "square ones"
+            )
         keys = example_keys(key, epoch, examples)
         transforms = jax.vmap(self.draw, (0, None))(keys, jnp.asarray(strength, jnp.float32))
         return apply(transforms, images, keras_shear=self.keras_shear, image_size=self.image_size)
@@ -158,7 +166,8 @@ class RandomShift:
         drawn ("alternating flip", Jordan 2024): two epochs show an image both ways.
       erase: probability that a rectangle is set to the mean pixel (random erasing, Zhong et al.
         2017).
-      erase_area: smallest and largest area of the rectangle, as a fraction of the image.
+      erase_area: smallest and largest area of the rectangle, as a fraction of the image. What is
+        longer than the image is cut off.
       erase_aspect: smallest ratio of the rectangle's sides; the largest is its inverse.
       image_size: None; images keep their own size.
 

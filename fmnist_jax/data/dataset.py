@@ -64,12 +64,19 @@ class Dataset:
                     f"{split}_labels have shape {labels.shape} for {len(images):,} images; "
                     "expected one label per image"
                 )
+            if not np.issubdtype(labels.dtype, np.integer):
+                raise DataError(f"{split}_labels are {labels.dtype}; expected integers")
             if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(self.class_names):
                 raise DataError(
                     f"{split}_labels are empty or out of range; expected at least one label, each "
                     f"from 0 to {len(self.class_names) - 1}"
                 )
             object.__setattr__(self, f"{split}_labels", labels.astype(np.int32))
+        if self.train_images.shape[1:] != self.test_images.shape[1:]:
+            raise DataError(
+                f"train_images have {list(self.train_images.shape[1:])} pixels and test_images "
+                f"{list(self.test_images.shape[1:])}; expected the same"
+            )
         if self.test_indices is None:
             object.__setattr__(
                 self, "test_indices", np.arange(len(self.test_labels), dtype=np.int32)

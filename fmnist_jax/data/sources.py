@@ -67,14 +67,12 @@ def load_fashion_mnist(data_dir: str | Path | None = None, *, sample: bool = Fal
     if data_dir is not None:
         return _load_directory(Path(data_dir).expanduser())
     for place in standard_places():
-        if not place.is_dir():
-            continue
         try:
             return _load_directory(place)
-        except DataError as error:
-            # Only a damaged copy is worth a warning, not an empty or unrelated folder.
-            if any(place.iterdir()) and not isinstance(error, _NotFoundError):
-                warnings.warn(f"skipped: {error}", DataWarning, stacklevel=2)
+        except _NotFoundError:
+            continue
+        except DataError as error:  # a damaged copy
+            warnings.warn(f"skipped: {error}", DataWarning, stacklevel=2)
     try:
         return _load_prepared(tfds_source.prepare(_tfds_dir()))
     except DataError as error:
@@ -102,6 +100,13 @@ class _NotFoundError(DataError):
 
 
 def _load_directory(directory: Path) -> Dataset:
+    try:
+        return _read_directory(directory)
+    except PermissionError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def _read_directory(directory: Path) -> Dataset:
     if not directory.is_dir():
         raise _NotFoundError(f"{directory}: not a folder; expected one with the four IDX files")
     prepared = tfds_source.find_prepared(directory)
@@ -163,9 +168,9 @@ def _cached(name: str, read: Callable[[], list[np.ndarray]]) -> list[np.ndarray]
     arrays = read()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            np.savez(file, *arrays)
-        Path(file.name).replace(folder / name)
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            np.savez(Path(place) / name, *arrays)
+            (Path(place) / name).replace(folder / name)
     except OSError:
         pass  # a read-only home only costs time
     return arrays

@@ -25,9 +25,6 @@ class Conv(nn.Module):
     Attributes:
       in_channels: the kernel's input channels where they differ from the images'. A kernel of three
         channels over one grey image repeated three times is the sum of its channels over the image.
-
-    Raises:
-      ConfigError: if convolution and pooling leave nothing of the images.
     """
 
     features: int
@@ -39,11 +36,6 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        smallest = (self.kernel_size if self.padding == "VALID" else 1) + self.pool
-        if min(images.shape[1:3]) < smallest:
-            raise ConfigError(
-                "the images are too small: convolutions and pooling leave nothing of them"
-            )
         channels = self.in_channels or images.shape[-1]
         shape = (self.kernel_size, self.kernel_size, channels, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
@@ -114,6 +106,10 @@ class Dropout(nn.Module):
 
 def flatten(x: jax.Array) -> jax.Array:
     """float[batch, ...] to float[batch, features], channels fastest, as in Keras."""
+    if 0 in x.shape[1:]:
+        raise ConfigError(
+            "the images are too small: convolutions and pooling leave nothing of them"
+        )
     return x.reshape(x.shape[0], -1)
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fmnist_jax.errors import ConfigError
 from fmnist_jax.nn import cpu
 from fmnist_jax.nn.cpu import Pads
 from fmnist_jax.xla.noinline import fence, fenced_transpose
@@ -39,7 +40,9 @@ def conv2d(images: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
       >>> conv2d(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 2)), "VALID").shape
       (1, 2, 2, 2)
     """
-    return _by_platform(cpu.convolve, _convolve, images, kernel, pads=_pads(kernel, padding))
+    return _by_platform(
+        cpu.convolve, _convolve, images, kernel, pads=_pads(images, kernel, padding)
+    )
 
 
 def _conv2d_forward(images, kernel, padding):
@@ -55,7 +58,7 @@ def _conv2d_backward(padding, residuals, cotangent):
         images,
         kernel,
         _fence(cotangent),
-        pads=_pads(kernel, padding),
+        pads=_pads(images, kernel, padding),
     )
 
 
@@ -94,7 +97,7 @@ def _conv2d_max_pool_forward(images, kernel, padding):
         _convolve_max_pool_without_winner,
         images,
         kernel,
-        pads=_pads(kernel, padding),
+        pads=_pads(images, kernel, padding),
     )
     return outputs, (images, kernel, winner)
 
@@ -108,7 +111,7 @@ def _conv2d_max_pool_backward(padding, residuals, cotangent):
         kernel,
         winner,
         _fence(cotangent),
-        pads=_pads(kernel, padding),
+        pads=_pads(images, kernel, padding),
     )
 
 
@@ -334,7 +337,17 @@ def _fence(array: jax.Array) -> jax.Array:
     return _by_platform(fence, lambda array: array, array)
 
 
-def _pads(kernel: jax.Array, padding: Padding) -> Pads:
+def _pads(images: jax.Array, kernel: jax.Array, padding: Padding) -> Pads:
+    """Returns the zeros before and behind the rows and the columns.
+
+    Raises:
+      ConfigError: if the images are smaller than the kernel, or empty.
+    """
+    smallest = kernel.shape[:2] if padding == "VALID" else (1, 1)
+    if any(side < least for side, least in zip(images.shape[1:3], smallest, strict=True)):
+        raise ConfigError(
+            "the images are too small: convolutions and pooling leave nothing of them"
+        )
     if padding == "VALID":
         return (0, 0), (0, 0)
     # XLA's "SAME" at stride 1: the odd zero goes behind.

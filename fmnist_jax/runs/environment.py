@@ -21,8 +21,12 @@ from fmnist_jax.version import __version__
 # What determines the bits of a run, besides its settings.
 DECISIVE = ("source", "versions", "device", "processor", "num_threads", "settings")
 
-# Variables that XLA reads.
-_SETTINGS = ("XLA_FLAGS",)
+# Settings of JAX that change what a run computes, and their defaults.
+_DEFAULTS = {
+    "jax_default_matmul_precision": None,
+    "jax_enable_x64": False,
+    "jax_threefry_partitionable": True,
+}
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -47,7 +51,7 @@ def describe() -> dict[str, Any]:
         "machine": platform.platform(),
         "processor": _processor(),
         "num_threads": max(num_threads(), jax.local_device_count()),
-        "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
+        "settings": _settings(),
     }
 
 
@@ -88,6 +92,13 @@ def record(path: Path, *, sample: bool, is_resumed: bool) -> None:
 def versions() -> dict[str, str]:
     """Versions of this package and of those that determine what a run computes."""
     return {"fmnist_jax": __version__} | {name: metadata.version(name) for name in _PACKAGES}
+
+
+def _settings() -> dict[str, Any]:
+    """Returns XLA's flags, and the settings of JAX that differ from their defaults."""
+    flags = {name: os.environ[name] for name in ("XLA_FLAGS",) if name in os.environ}
+    values = {name: getattr(jax.config, name) for name in _DEFAULTS}
+    return flags | {name: value for name, value in values.items() if value != _DEFAULTS[name]}
 
 
 def _source_sha256() -> str:

@@ -157,10 +157,15 @@ def train_epoch(
       metrics: sums over the epoch so far; None starts at zero.
       config: what is fixed at compile time.
       next_num_steps: called before each compiled call with the number of steps that are left;
-        returns how many to take. None takes them all in one call.
+        returns how many to take, at least one. None takes them all in one call.
 
     Yields:
       The state and the metrics of the epoch so far, after each compiled call.
+
+    Raises:
+      TypeError: as `train_steps`.
+      ValueError: as `train_steps`, or if there are no examples, or `next_num_steps` returns a
+        number outside its range.
 
     Example:
       >>> import fmnist_jax as fm
@@ -174,6 +179,8 @@ def train_epoch(
       ...     print(int(state.step), int(metrics.num_examples))
       4 500
     """
+    if not len(examples):
+        raise ValueError("examples is empty; expected at least one position")
     num_steps = steps_per_epoch(len(examples), config.batch_size)
     epoch, done = divmod(int(state.step), num_steps)
     order = epoch_order(streams.shuffle, epoch, examples)
@@ -185,6 +192,8 @@ def train_epoch(
     while done < num_steps:
         left = num_steps - done
         count = left if next_num_steps is None else next_num_steps(left)
+        if not 1 <= count <= left:
+            raise ValueError(f"next_num_steps returned {count} for {left} steps that are left")
         state, metrics = train_steps(
             state,
             images,

@@ -46,7 +46,7 @@ class Metrics(NamedTuple):
         }
         if norms is not None:
             for name, total in zip(("grad_norm", "param_norm", "update_norm"), norms, strict=True):
-                means[name] = float(total) / float(num_steps)
+                means[name] = float(total) / max(float(num_steps), 1.0)
         return means
 
 
@@ -107,7 +107,7 @@ def cross_entropy(
         2016), in [0, 1), which may be traced; None is 0.
 
     Returns:
-      float[batch].
+      float[batch]; NaN for a label outside its range.
 
     Example:
       >>> print(cross_entropy(jnp.zeros((1, 4)), jnp.array([2])))
@@ -115,6 +115,8 @@ def cross_entropy(
     """
     is_label = labels[:, None] == jnp.arange(logits.shape[-1])[None, :]
     picked = jnp.sum(jnp.where(is_label, logits, 0), axis=-1)
+    # A label that is no class must not pass for a small loss.
+    picked = jnp.where(jnp.any(is_label, axis=-1), picked, jnp.nan)
     if label_smoothing is not None:
         picked += label_smoothing * (jnp.mean(logits, axis=-1) - picked)
     return jax.nn.logsumexp(logits, axis=-1) - picked

@@ -60,7 +60,7 @@ def predict(
 
     Raises:
       TypeError: if the images are not uint8.
-      ValueError: if they have another shape.
+      ValueError: if they have another shape, or `batch_size` is below 1.
 
     Example:
       >>> import optax, fmnist_jax as fm
@@ -70,6 +70,8 @@ def predict(
       (5, 10)
     """
     images = checked_images(images)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     if batch_size is None:
         batch_size = choose_microbatch_size(variables, model, images.shape[1:], EVAL_BATCH_SIZE)
     # On the host, so that one program serves any number of images.
@@ -195,6 +197,7 @@ def predict_tta(
         view = padded[:, 1 - row : 1 - row + height, 1 - column : 1 - column + width]
         views += [view, view[:, :, ::-1]]
     logits = predict(variables, np.concatenate(views), model=model, on_call=on_call, mesh=mesh)
-    log_probabilities = jax.nn.log_softmax(logits).reshape(NUM_VIEWS, len(images), -1)
+    shape = (NUM_VIEWS, len(images), logits.shape[-1])
+    log_probabilities = jax.nn.log_softmax(logits).reshape(shape)
     weights = jnp.array(_TTA_WEIGHTS)[:, None, None]
     return jax.nn.logsumexp(log_probabilities + jnp.log(weights), axis=0)

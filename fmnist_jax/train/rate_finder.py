@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fmnist_jax.data.batches import epoch_order
+from fmnist_jax.data.batches import check_labels, checked_images, epoch_order
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.rng import Streams
 from fmnist_jax.train.loop import read_shards, with_microbatch_size
@@ -71,7 +71,10 @@ def find_learning_rate(
       The curve up to where the loss diverged.
 
     Raises:
-      ConfigError: if a value is outside its range, or the loss diverged within ten steps.
+      ConfigError: if a value is outside its range, or the loss diverged within ten steps or never
+        fell.
+      TypeError: if the images are not uint8, or the labels are not integers.
+      ValueError: if their shapes do not fit together.
 
     Example:
       >>> import fmnist_jax as fm
@@ -89,6 +92,8 @@ def find_learning_rate(
         raise ConfigError(f"low is {low} and high is {high}; expected 0 < low < high")
     if num_steps < 10:
         raise ConfigError(f"num_steps is {num_steps}; expected at least 10")
+    images = checked_images(images)
+    check_labels(images, labels)
     rates = np.geomspace(low, high, num_steps).astype(np.float32)
     order = epoch_order(streams.shuffle, 0, examples)
     losses = np.asarray(
@@ -101,7 +106,13 @@ def find_learning_rate(
     length = int(np.argmax(diverged)) if diverged.any() else num_steps
     if length < 10:
         raise ConfigError(
-            f"the loss diverged after {length} steps; choose a smaller low than {low}"
+            f"the loss diverged after {length} of {num_steps} steps; choose more steps, or a "
+            f"smaller low or high than {low} and {high}"
+        )
+    if np.argmin(smoothed[:length]) == 0:
+        raise ConfigError(
+            f"the loss does not fall at any rate from {low} to {rates[length - 1]:.3g}; choose "
+            "more steps, or a larger low"
         )
     rates, losses, smoothed = rates[:length], losses[:length], smoothed[:length]
     slope = np.gradient(smoothed, np.log(rates))

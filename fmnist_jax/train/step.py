@@ -35,11 +35,13 @@ class StepConfig:
       model: a Linen module, or any hashable object with its `init` and `apply`. It is called as
         `model.apply(variables, images, train=..., rngs={"dropout": key})` with images
         float32[batch, height, width, 1] in [0, 1], and returns logits, float[batch, num_classes].
-        Variables other than its parameters, such as batch statistics, are updated in training.
+        Variables other than its parameters, such as batch statistics, are updated in training:
+        then `mutable` is passed too, and with `Hyperparams.dropout` the rate as `dropout`.
       tx: an optax transformation. `learning_rate` and `weight_decay` of `Hyperparams` are passed
         to its `update` as extra arguments; optax's own optimizers ignore them.
       batch_size: examples per step, at least 1.
-      loss: maps logits, float[batch, num_classes], and labels, int32[batch], to float[batch].
+      loss: maps logits, float[batch, num_classes], and labels, int32[batch], to float[batch]. With
+        `Hyperparams.label_smoothing` it gets that as a third argument.
       augment: applied to every training image; None only scales to [0, 1].
       schedule: maps the fraction of the run that is done to a fraction of the learning rate; None
         is constant. It needs `Hyperparams.total_steps`.
@@ -374,6 +376,11 @@ def _learning_rate(
 ) -> jax.Array | None:
     learning_rate, total_steps = hyperparams.learning_rate, hyperparams.total_steps
     if learning_rate is None:
+        if schedule is not None:
+            raise ValueError(
+                "the schedule scales Hyperparams.learning_rate, which is None; leave it out for an "
+                "optimizer with a learning rate of its own"
+            )
         return None
     learning_rate = jnp.asarray(learning_rate, jnp.float32)
     if schedule is None:

@@ -92,7 +92,8 @@ def on_first(function: Callable[[], Any]) -> Any:
       The result; the other processes get equal copies.
 
     Raises:
-      The error that the function raised, in all processes.
+      The error that the function raised; in the other processes, one of `fmnist_jax.errors` keeps
+      its class, and any other becomes a `ConfigError`.
 
     Example:
       >>> on_first(lambda: {"step": 3})

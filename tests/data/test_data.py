@@ -1,5 +1,6 @@
 """Finding, verifying, loading and splitting the data; every way in which it can be wrong."""
 
+import errno
 import gzip
 import shutil
 import struct
@@ -170,6 +171,17 @@ def test_standard_places_are_searched_in_order(idx_dir, tmp_path_factory, monkey
     places = [Path("/nowhere"), empty_dir, broken, idx_dir]
     monkeypatch.setattr(sources, "standard_places", lambda: iter(places))
     with pytest.warns(fm.errors.DataWarning, match=f"skipped: {broken}"):
+        assert_same(fm.load_fashion_mnist(), sample)
+    is_dir = Path.is_dir
+
+    def refuse(path):
+        if path == empty_dir:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    places.remove(broken)
+    with pytest.warns(fm.errors.DataWarning, match=rf"skipped: {empty_dir}.*Permission denied"):
         assert_same(fm.load_fashion_mnist(), sample)
 
 
@@ -364,6 +376,11 @@ def test_excluded_examples_are_in_neither_split():
         ({"train_images": np.zeros((60, 784), np.uint8)}, r"uint8\[60, 784\]"),
         ({"test_labels": np.zeros(3, int)}, "test_labels have shape \\(3,\\) for 20 images"),
         ({"train_labels": np.full(60, 10)}, "train_labels are empty or out of range"),
+        ({"train_labels": np.full(60, 0.7)}, "train_labels are float64; expected integers"),
+        (
+            {"test_images": np.zeros((20, 32, 32), np.uint8)},
+            r"train_images have \[28, 28\] pixels and test_images \[32, 32\]; expected the same",
+        ),
     ],
 )
 def test_arrays_of_ones_own_are_checked(change, message, tiny):

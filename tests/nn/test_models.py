@@ -286,12 +286,25 @@ def test_first_filters_of_small_dropout_are_normal():
     np.testing.assert_allclose(np.mean(np.abs(draws) > 0.05), 0.317, atol=0.02)
 
 
-def test_images_that_are_too_small():
-    model = fm.create_model("deep_augmented", image_size=45)
-    with pytest.raises(fm.errors.ConfigError, match="the images are too small"):
-        jax.eval_shape(
-            lambda: model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)), train=False)
-        )
+# The smallest images by arithmetic. resnet20 pads, and takes the mean over what is left.
+SMALLEST = {
+    "small_dropout": 18, "valid_2x2": 7, "same_3x3": 4, "he_stack": 8, "deep_augmented": 46,
+    "sprint": 12,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_images_that_are_too_small(name):
+    def init(side):
+        is_resized = name == "deep_augmented"
+        model = fm.create_model(name, **({"image_size": side} if is_resized else {}))
+        images = jnp.zeros((1, side, side, 1))
+        return jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+
+    init(SMALLEST[name])
+    for side in (1, SMALLEST[name] // 2, SMALLEST[name] - 1):
+        with pytest.raises(fm.errors.ConfigError, match="the images are too small"):
+            init(side)
 
 
 @pytest.mark.parametrize(

@@ -284,12 +284,23 @@ def test_a_changed_environment_is_reported(tmp_path, tiny, monkeypatch):
     before = describe()["num_threads"]
     monkeypatch.setattr(environment, "describe", lambda: describe() | {"processor": "another"})
     monkeypatch.setenv("NPROC", "77")
+    settings = describe()["settings"]
+    monkeypatch.setattr(environment, "_settings", lambda: settings | {"jax_enable_x64": True})
     with pytest.warns(EnvironmentWarning, match="the environment has changed") as caught:
         fm.fit(make_run(tmp_path), tiny, progress=fm.NullProgress())
     assert str(caught[0].message).splitlines()[1:] == [
         f"  processor: {describe()['processor']} before, another now",
         f"  num_threads: {before} before, 77 now",
+        "  settings.jax_enable_x64: absent before, True now",
     ]
+
+
+def test_settings_of_jax_are_part_of_the_environment():
+    assert not set(environment.describe()["settings"]) & set(environment._DEFAULTS)
+    with jax.enable_x64(True), jax.default_matmul_precision("bfloat16"):
+        settings = environment.describe()["settings"]
+    assert settings["jax_enable_x64"] is True
+    assert settings["jax_default_matmul_precision"] == "bfloat16"
 
 
 def test_a_plan_knows_the_shapes_of_its_state(tmp_path, tiny):
@@ -369,6 +380,8 @@ def test_the_files_of_a_run(straight, tiny):
     chex.assert_trees_all_equal(logits, np.asarray(expected))
 
 
+# Compiled as in production: other flags round the two programs differently.
+@pytest.mark.slow
 def test_augmented_examples_are_those_of_the_training(straight, tiny):
     _, workdir = straight
     with np.load(workdir / files.EXAMPLES) as examples:

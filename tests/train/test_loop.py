@@ -134,6 +134,25 @@ def test_train_epoch_resumes_inside_an_epoch(arrays):
     chex.assert_trees_all_equal(jax.device_get((state, total)), (expected, sums[1]))
 
 
+def test_an_epoch_needs_examples_and_steps(arrays):
+    streams = fm.create_streams(3)
+    state = fm.create_train_state(streams.init, CONFIG)
+
+    def train(examples, **options):
+        images, labels = arrays
+        return next(
+            fm.train_epoch(
+                state, images, labels, examples, streams, HYPERPARAMS, config=CONFIG, **options
+            )
+        )
+
+    with pytest.raises(ValueError, match="examples is empty"):
+        train(jnp.arange(0))
+    for count in (0, 5):
+        with pytest.raises(ValueError, match=f"next_num_steps returned {count} for 4 steps"):
+            train(jnp.arange(60), next_num_steps=lambda left, count=count: count)
+
+
 def test_only_the_streams_in_use_matter(arrays):
     state, _ = run(arrays, [2], epochs=1)
     for name in ("augment", "dropout"):
@@ -198,14 +217,23 @@ def test_the_loop_can_be_mapped_over_seeds_and_hyperparameters(transform, arrays
         ({"loss": lambda logits, labels: jnp.mean(logits)}, ValueError, r"the loss has shape \(\)"),
         ({"hyperparams": fm.Hyperparams()}, ConfigError, "adam has no learning rate"),
         ({"schedule": fm.create_schedule("cosine")}, ValueError, "needs total_steps"),
+        (
+            {
+                "schedule": fm.create_schedule("cosine"),
+                "tx": optax.sgd(0.1),
+                "hyperparams": fm.Hyperparams(total_steps=4),
+            },
+            ValueError,
+            "the schedule scales Hyperparams.learning_rate, which is None",
+        ),
     ],
 )
 def test_invalid_arguments_are_refused(change, error, message, arrays):
     streams = fm.create_streams(0)
-    state = fm.create_train_state(streams.init, CONFIG)
     config = dataclasses.replace(
-        CONFIG, **{name: change.pop(name) for name in ("loss", "schedule") if name in change}
+        CONFIG, **{name: change.pop(name) for name in ("loss", "schedule", "tx") if name in change}
     )
+    state = fm.create_train_state(streams.init, config)
     images, labels = arrays
     arguments = {
         "images": images, "labels": labels, "order": jnp.arange(60), "hyperparams": HYPERPARAMS,

@@ -80,6 +80,16 @@ def test_finite_steps_end_before_the_first_bad_loss(bad, position):
     assert int(total.finite_steps) == position
 
 
+def test_a_label_that_is_no_class_has_no_loss():
+    losses = metrics.cross_entropy(jnp.zeros((3, 2)), jnp.array([1, 2, -1]))
+    np.testing.assert_array_equal(np.isnan(losses), [False, True, True])
+
+
+def test_means_of_norms_before_the_first_finite_step():
+    sums = metrics.zeros(log_norms=True)._replace(num_examples=jnp.int32(4))
+    assert sums.means()["grad_norm"] == 0
+
+
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.7])
 def test_smoothed_labels(label_smoothing, predictions):
     logits, labels = predictions

@@ -69,7 +69,10 @@ def test_images_may_have_a_channel_be_on_the_device_traced_or_missing(variables,
         chex.assert_trees_all_equal(fm.predict(variables, same, model=Small()), expected)
     traced = jax.jit(lambda x: fm.predict(variables, x, model=Small()))(images)
     chex.assert_trees_all_close(traced, expected, rtol=1e-5, atol=1e-5)
-    chex.assert_shape(fm.predict(variables, images[:0], model=Small()), (0, 10))
+    for function in (fm.predict, predict_tta):
+        chex.assert_shape(function(variables, images[:0], model=Small()), (0, 10))
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        fm.predict(variables, images, model=Small(), batch_size=0)
 
 
 @pytest.mark.parametrize(

@@ -26,18 +26,18 @@ def arguments(tiny):
 def test_losses_are_those_of_a_plain_loop_and_the_state_is_untouched(arguments):
     (state, images, labels, examples, streams), config = arguments
     before = jax.tree.map(np.array, state)
-    curve = fm.find_learning_rate(*arguments[0], config=config, low=1e-4, high=1e-2, num_steps=10)
+    curve = fm.find_learning_rate(*arguments[0], config=config, low=1e-3, high=1e-1, num_steps=10)
     chex.assert_trees_all_equal(state, before)
 
     order = fm.epoch_order(streams.shuffle, 0, examples)
     losses = []
-    for rate in np.geomspace(1e-4, 1e-2, 10).astype(np.float32):
+    for rate in np.geomspace(1e-3, 1e-1, 10).astype(np.float32):
         _, batch = read_batch(images, labels, order, state.step, streams, batch_size=20)
         key = jax.random.fold_in(streams.dropout, state.step)
         state, metrics = train_step(state, batch, key, fm.Hyperparams(rate), config=config)
         losses.append(metrics.means()["loss"])
     np.testing.assert_allclose(curve.losses, losses, rtol=1e-5)
-    np.testing.assert_allclose(curve.rates, np.geomspace(1e-4, 1e-2, 10), rtol=1e-6)
+    np.testing.assert_allclose(curve.rates, np.geomspace(1e-3, 1e-1, 10), rtol=1e-6)
 
 
 def test_the_suggestion_is_where_the_loss_falls_fastest(arguments, monkeypatch):
@@ -50,6 +50,9 @@ def test_the_suggestion_is_where_the_loss_falls_fastest(arguments, monkeypatch):
     assert -2.5 < np.log10(curve.suggestion) < -2.0
     assert curve.rates[-1] < 1.5
     assert np.isfinite(curve.smoothed).all()
+    monkeypatch.setattr(rate_finder, "_losses", lambda *_, **__: np.linspace(2.3, 3, 100))
+    with pytest.raises(ConfigError, match="the loss does not fall at any rate from"):
+        fm.find_learning_rate(*arguments[0], config=arguments[1])
 
 
 @pytest.mark.parametrize(
@@ -64,3 +67,11 @@ def test_the_suggestion_is_where_the_loss_falls_fastest(arguments, monkeypatch):
 def test_bad_input_is_refused(options, message, arguments):
     with pytest.raises(ConfigError, match=message):
         fm.find_learning_rate(*arguments[0], config=arguments[1], **options)
+
+
+def test_other_images_and_labels_are_refused(arguments):
+    (state, images, labels, *rest), config = arguments
+    with pytest.raises(TypeError, match="images are float32"):
+        fm.find_learning_rate(state, images / 255, labels, *rest, config=config)
+    with pytest.raises(ValueError, match="one label per image"):
+        fm.find_learning_rate(state, images, labels[1:], *rest, config=config)
