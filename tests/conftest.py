@@ -11,14 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+from tests.flags import QUICK
+
 # Before anything imports Keras: the reference runs on JAX, so no TensorFlow is needed.
 os.environ["KERAS_BACKEND"] = "jax"
-# Most of the time goes into compilation, half of it into LLVM's optimizations and into the code of
-# fused loops, which change neither XLA's program nor what is tested. The gate runs the slow tests
-# with an empty value, as in production.
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-)
+# The gate runs the slow tests with an empty value, as in production.
+os.environ.setdefault("XLA_FLAGS", QUICK)
 
 import jax
 import numpy as np
@@ -30,9 +28,6 @@ from fmnist_jax.recipes import CLAIMS
 from fmnist_jax.xla.jit import platform_jit
 
 ROOT = Path(__file__).parent.parent
-
-# For processes whose programs differ and must round alike.
-ALIKE = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("--xla_cpu_use_fusion_emitters=false", "")}
 
 # A recipe of each network.
 ONE_PER_NETWORK = [

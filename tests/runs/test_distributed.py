@@ -16,7 +16,7 @@ import fmnist_jax as fm
 from fmnist_jax.runs import files
 from fmnist_jax.runs.watchdog import LOST_STATUS
 from fmnist_jax.xla import processes
-from tests.conftest import ALIKE
+from tests.flags import alike
 from tests.runs.test_crash import CHILD, FLAGS, TIMEOUT
 
 SHARDED = [*FLAGS, "--shards", "4", "--no-tta"]
@@ -28,7 +28,7 @@ class Group:
 
     def __init__(self, cache):
         environment = {"XDG_CACHE_HOME": str(cache), "NPROC": "2"}
-        self.environment = {**os.environ, **ALIKE, **environment}
+        self.environment = {**os.environ, **alike(), **environment}
 
     def start(self, workdir, instants, *flags, ranks_flags=(), ranks_groups=(None, None)):
         """Starts a process for each instant (see `crash_child`); one is not distributed."""

@@ -14,14 +14,14 @@ import pytest
 
 import fmnist_jax as fm
 from fmnist_jax.xla.mesh import create_mesh, on_each_device, sum_shards
-from tests.conftest import ALIKE
+from tests.flags import alike
 
 LAYOUTS = Path(__file__).parent / "layouts.py"
 
 
 def start(name, devices, *, num_devices=8, **variables):
     """Starts a process of so many CPU devices, with eight threads in every layout."""
-    environment = ALIKE | {"JAX_NUM_CPU_DEVICES": str(num_devices), "NPROC": "8"}
+    environment = alike() | {"JAX_NUM_CPU_DEVICES": str(num_devices), "NPROC": "8"}
     return subprocess.Popen(
         [sys.executable, str(LAYOUTS), name, *map(str, devices)],
         stdout=subprocess.PIPE,
