@@ -55,7 +55,7 @@ def create_streams(
         raise ConfigError(f"seed is {seed}; expected an integer in [0, 2**32)")
     if unknown := sorted(set(stream_seeds) - set(Streams._fields)):
         raise ConfigError(
-            f"stream_seeds has {unknown[0]!r}; choose of {', '.join(Streams._fields)}"
+            f"stream_seeds has {unknown[0]!r}; choose one of {', '.join(Streams._fields)}"
         )
     # By name, because the default can be changed. Others draw an example's numbers by its batch.
     root = jax.random.key(seed, impl="threefry2x32")

@@ -88,7 +88,7 @@ def test_streams_are_those_of_threefry_whatever_the_default():
     with jax.default_prng_impl("rbg"):
         streams = fm.create_streams(np.int64(1))
     chex.assert_trees_all_equal(jax.random.key_data(streams.dropout), expected)
-    with pytest.raises(ConfigError, match="stream_seeds has 'data'; choose of init, split"):
+    with pytest.raises(ConfigError, match="stream_seeds has 'data'; choose one of init, split"):
         fm.create_streams(1, {"data": 2})
 
 
