@@ -44,13 +44,13 @@ class Parser(argparse.ArgumentParser):
 
 
 class CommandConsole(Console):
-    """Prints text as it is, without markup; goes on when nobody reads it, as after `| head`."""
+    """Prints text without markup; keeps running if its output is closed, as by `| head`."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
 
     def on_broken_pipe(self) -> None:
-        """Prints nothing more."""
+        """Discards all further output."""
         self.quiet = True
         _discard_output()
 
@@ -230,8 +230,8 @@ def run(
 
     Returns:
       The exit status: that of the command, or 1 if a verification failed, 2 for bad input or if
-      the state could not be saved or memory does not suffice, 3 if training diverged, 130 or 143 if
-      it was interrupted, 141 if nobody reads the results.
+      the state could not be saved or memory ran out, 3 if training diverged, 130 or 143 if it was
+      interrupted, 141 if standard output was closed.
     """
     console = CommandConsole(quiet=arguments.quiet)
     error_console = CommandConsole(stderr=True)
@@ -256,7 +256,7 @@ def run(
             if not arguments.no_cache:
                 enable_compilation_cache()
             return command(arguments, console)
-        except BrokenPipeError:  # the reader of the standard output has ended
+        except BrokenPipeError:  # standard output was closed
             _discard_output()
             return 128 + signal.SIGPIPE
         # CheckpointError is an OSError.
@@ -270,18 +270,14 @@ def run(
             message, status = str(stop), 128 + stop.signal_number
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             # JAX's errors begin with a status such as UNAVAILABLE.
-            if str(error).startswith("RESOURCE_EXHAUSTED"):
-                first, *_ = str(error).splitlines()
-                error_console.print(
-                    f"error: the memory does not suffice; a smaller batch, microbatch or image "
-                    f"needs less ({first})",
-                    highlight=False,
-                    soft_wrap=True,
-                )
-                return 2
-            if not (is_distributed and re.match(r"[A-Z_]+: ", str(error))):
+            first_line = str(error).partition("\n")[0]
+            if first_line.startswith("RESOURCE_EXHAUSTED"):
+                hint = "a smaller batch, microbatch or image size needs less memory"
+                message, status = f"error: out of memory; {hint} ({first_line})", 2
+            elif is_distributed and re.match(r"[A-Z_]+: ", first_line):
+                end_lost(f"another process has ended or cannot be reached ({first_line[:60]}...)")
+            else:
                 raise
-            end_lost(f"another process has ended or cannot be reached ({str(error)[:60]}...)")
     if is_distributed and not processes.is_first():
         message = f"process {jax.process_index()}: {message}"
     error_console.print(message, highlight=False, soft_wrap=True)

@@ -88,7 +88,7 @@ def verify(arch: str, console: Console, flags: Sequence[str] = ()) -> bool:
             process = subprocess.Popen(
                 [*command, "--quiet", "--workdir", str(workdir)], stderr=subprocess.PIPE, text=True
             )
-            # None outlives this function, however that ends.
+            # Killed at the end of this function, also after an error or a signal.
             stack.callback(process.wait)
             stack.callback(process.kill)
             return process

@@ -44,7 +44,7 @@ _ARRAYS, _MANIFEST = "arrays", "manifest.json"
 _SAVING, _REMOVING, _DAMAGED = ".saving-", ".removing-", "damaged-"
 _SAVED = ".saved"
 
-# A file or folder is gone or was exchanged. Other errors may pass, and are no damage.
+# A file or folder is missing or was exchanged. Other errors may be temporary and are not damage.
 _NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -342,7 +342,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be read: {error.strerror}; try again when it can be")
+    return CheckpointError(f"{path} cannot be read: {error.strerror}; retry when it is readable")
 
 
 def _read(path: Path, content: dict[str, Any]) -> Checkpoint:

@@ -21,7 +21,7 @@ from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.runs.html import describe_run
 from fmnist_jax.runs.plan import Plan, create_plan
 from fmnist_jax.runs.results import write_results
-from fmnist_jax.runs.saver import LoopState, Saver, read_finished, restore
+from fmnist_jax.runs.saver import LoopState, Saver, restore, restore_finished
 from fmnist_jax.runs.signals import deferred_signals
 from fmnist_jax.runs.writers import ConsoleProgress, EpochLog, NullProgress, Writer
 from fmnist_jax.train import metrics as metrics_lib
@@ -128,7 +128,7 @@ def _fit(plan: Plan, progress: NullProgress, writers: Sequence[Writer]) -> Resul
     checkpoints = Checkpoints(workdir / files.CHECKPOINTS, settings, keep_every=plan.keep_every)
     report = processes.on_first(lambda: _read_report(workdir, settings))
     if report is not None and (not plan.tta or report["tta_accuracy"] is not None):
-        loop = _restore_finished(plan, checkpoints, report)
+        loop = restore_finished(plan, checkpoints)
         progress.say(f"This run is finished; its results are in {workdir}.")
         if writers:
             progress.say("Nothing is logged: writers log a run while it trains.")
@@ -139,7 +139,7 @@ def _fit(plan: Plan, progress: NullProgress, writers: Sequence[Writer]) -> Resul
             loop, compile_seconds = _train(plan, checkpoints, progress, writers)
         else:
             progress.say("This run is finished; only test-time augmentation is evaluated.")
-            loop, writers = _restore_finished(plan, checkpoints, report), ()
+            loop, writers = restore_finished(plan, checkpoints), ()
             compile_seconds = report["compile_seconds"]
         report = write_results(
             plan,
@@ -151,10 +151,6 @@ def _fit(plan: Plan, progress: NullProgress, writers: Sequence[Writer]) -> Resul
         for writer in writers:
             writer.finish(report=report)
     return Result(loop.state, plan.model, report, loop.history)
-
-
-def _restore_finished(plan: Plan, checkpoints: Checkpoints, report: dict[str, Any]) -> LoopState:
-    return restore(plan, lambda like: read_finished(plan, checkpoints, report["steps"], like))
 
 
 def _train(

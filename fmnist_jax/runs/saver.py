@@ -156,17 +156,19 @@ def restore(plan: Plan, read: Callable[[Any], tuple[Any, dict[str, Any]] | None]
     return LoopState(tree["state"], tree["metrics"], meta["epoch_seconds"], meta["history"])
 
 
-def read_finished(
-    plan: Plan, checkpoints: Checkpoints, step: int, like: Any
-) -> tuple[Any, dict[str, Any]]:
-    """Reads the last checkpoint of a finished run.
+def restore_finished(plan: Plan, checkpoints: Checkpoints) -> LoopState:
+    """Returns the last state of a finished run.
 
     Raises:
-      CheckpointError: if it is gone or damaged.
+      CheckpointError: if its checkpoint is missing or damaged.
     """
-    if not checkpoints.steps():
-        raise CheckpointError(
-            f"the run in {plan.run.workdir} is finished, but its checkpoints are gone; its results "
-            "are unchanged, and another folder starts a new run"
-        )
-    return checkpoints.restore_step(step, like)
+
+    def read(like: Any) -> tuple[Any, dict[str, Any]]:
+        if not checkpoints.steps():
+            raise CheckpointError(
+                f"the run in {plan.run.workdir} is finished, but its checkpoints are gone; its "
+                "results are unchanged, and another folder starts a new run"
+            )
+        return checkpoints.restore_step(plan.total_steps, like)
+
+    return restore(plan, read)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import cli
+import jax
 import pytest
 
 import fmnist_jax as fm
@@ -106,3 +107,13 @@ def test_examples_in_docstrings(module):
     result = doctest.testmod(importlib.import_module(module))
     assert result.attempted
     assert not result.failed
+
+
+def test_out_of_memory_is_reported_in_one_line(capsys):
+    def command(arguments, console):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmany more lines")
+
+    assert cli.run(command, argparse.Namespace(quiet=False, no_cache=False)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: out of memory; ")
+    assert len(error.splitlines()) == 1
