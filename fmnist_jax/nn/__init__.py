@@ -1,1 +1,1 @@
-"""The networks and the operations they are made of."""
+"""Networks, layers and operations."""

@@ -1,13 +1,12 @@
-"""The layers of the networks, on the operations of `ops`.
+"""The layers of the networks, built from the operations of `ops`.
 
-Kernels start as Keras' `glorot_uniform` and biases at zero unless a layer says otherwise.
+By default kernels are initialized as Keras' `glorot_uniform` and biases with zeros.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fmnist_jax.errors import ConfigError
 from fmnist_jax.nn import ops
 
 Initializer = jax.nn.initializers.Initializer
@@ -17,14 +16,14 @@ glorot_uniform = nn.initializers.glorot_uniform()  # Keras' default, Glorot and 
 
 
 class Conv(nn.Module):
-    """Convolution, optional 2x2 max pool, bias, ReLU.
+    """Convolution, optional 2x2 max pooling, bias, ReLU.
 
-    Bias and ReLU never change which of four values is the largest, so pooling first gives what
-    pooling last gives, on a quarter of the elements.
+    Bias and ReLU are monotonic, so pooling first gives the same result as pooling last, with a
+    quarter of the elements.
 
     Attributes:
-      in_channels: the kernel's input channels where they differ from the images'. A kernel of three
-        channels over one grey image repeated three times is the sum of its channels over the image.
+      in_channels: input channels of the kernel; None takes those of the images. With grey images, a
+        kernel of three channels acts as on three equal channels: its channels are summed.
     """
 
     features: int
@@ -63,12 +62,12 @@ class Dense(nn.Module):
 class BatchNorm(nn.Module):
     """Batch normalization over all axes but the last (Ioffe and Szegedy 2015).
 
-    In training each feature has mean 0 and variance 1 over the batch, or over the microbatch where
-    a step has several. The collection "batch_stats" holds moving averages for evaluation.
+    Training normalizes with the statistics of the batch, or of each microbatch. Evaluation uses
+    their moving averages, the collection "batch_stats".
 
     Attributes:
-      momentum: share of the old average that is retained. 0.95 for each of eight microbatches is
-        0.66 a step; airbench94 has 0.6.
+      momentum: decay of the moving averages per microbatch. For eight microbatches 0.95 is 0.66 per
+        step; airbench94 uses 0.6.
       use_scale: whether each feature is multiplied by a parameter.
     """
 
@@ -93,7 +92,7 @@ class BatchNorm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """`ops.dropout` with a key from the "dropout" stream, at its own rate or the one given."""
+    """`ops.dropout` with a key from the "dropout" stream; an argument `rate` overrides its own."""
 
     rate: float
 
@@ -105,16 +104,12 @@ class Dropout(nn.Module):
 
 
 def flatten(x: jax.Array) -> jax.Array:
-    """float[batch, ...] to float[batch, features], channels fastest, as in Keras."""
-    if 0 in x.shape[1:]:
-        raise ConfigError(
-            "the images are too small: convolutions and pooling leave nothing of them"
-        )
+    """Flattens float[batch, ...] to float[batch, features], channels fastest, as in Keras."""
     return x.reshape(x.shape[0], -1)
 
 
 def resize(images: jax.Array, side: int) -> jax.Array:
-    """float[batch, height, width, channels] to float[batch, side, side, channels], bilinearly."""
+    """Resizes float[batch, height, width, channels] bilinearly to height and width `side`."""
     batch, height, width, channels = images.shape
     if (height, width) == (side, side):
         return images

@@ -1,10 +1,11 @@
-"""The networks of the five Keras projects, one class each, and all networks by name.
+"""The networks of the five Keras projects, and all networks by name.
 
 Every network maps images, float32[batch, height, width, channels] with values in [0, 1], to logits,
-float32[batch, num_classes]. `train=True` turns dropout on and then needs `rngs={"dropout": key}`.
-Networks with dropout take `dropout`, one rate for all their layers in place of their own; it may be
-traced. Networks with batch normalization have the collection "batch_stats", which `train=True`
-updates.
+float32[batch, num_classes].
+
+Networks with dropout need `rngs={"dropout": key}` if `train=True`. Their argument `dropout`, which
+may be traced, overrides the rates of all layers. Networks with batch normalization have the
+collection "batch_stats", which `train=True` updates.
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ small_normal = nn.initializers.normal(0.05)  # Keras' "random_normal"
 
 
 class SmallDropout(nn.Module):
-    """Three convolutions with dropout, the first filters drawn from a normal."""
+    """Three convolutions with dropout; the first kernel is initialized from a normal."""
 
     num_classes: int = 10
 
@@ -73,7 +74,7 @@ class Same3x3(nn.Module):
 
 
 class HeStack(nn.Module):
-    """Three convolutions in a row, He initialisation, no dropout."""
+    """Three convolutions in a row, He initialization, no dropout."""
 
     num_classes: int = 10
 
@@ -88,10 +89,10 @@ class HeStack(nn.Module):
 
 
 class DeepAugmented(nn.Module):
-    """Four convolutions on large images of three channels, which are equal for grey images.
+    """Four convolutions on large images; grey images act as three equal channels.
 
     Attributes:
-      image_size: images of another side are resized to it, bilinearly.
+      image_size: height and width to which images are resized bilinearly.
     """
 
     num_classes: int = 10
@@ -125,15 +126,15 @@ ARCHS: Mapping[str, type[nn.Module]] = MappingProxyType(
 
 
 def create_model(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
-    """Makes a network by name.
+    """Creates a network by name.
 
     Args:
       name: a key of `ARCHS`.
       num_classes: number of logits, at least 2.
-      **options: the network's other attributes, such as `image_size` of "deep_augmented".
+      **options: other attributes of the network, such as `image_size` of "deep_augmented".
 
     Raises:
-      ConfigError: if there is no such network or option.
+      ConfigError: if the network or an option is unknown, or `num_classes` is less than 2.
 
     Example:
       >>> create_model("deep_augmented", num_classes=3, image_size=64)

@@ -1,10 +1,10 @@
-"""Convolution, pooling, dense product, bias, batch normalization and dropout, fast in a loop.
+"""Convolution, pooling, dense product, bias, batch normalization and dropout, fast inside a loop.
 
-GPUs and TPUs compute the plain XLA operations, which this module holds; CPUs compute the forms in
-`cpu`. Both return the same values up to rounding.
+GPUs and TPUs run the plain XLA operations of this module, CPUs those of `cpu`. Both return the same
+values up to rounding.
 
-All but `normalize` and `dropout` are `custom_vjp` functions: reverse mode, `vmap` and `jit`
-compose, forward mode (`jvp`) is not supported.
+All but `normalize` and `dropout` are `custom_vjp` functions. Reverse mode, `vmap` and `jit`
+compose; forward mode (`jvp`) is not supported.
 """
 
 import functools
@@ -21,6 +21,9 @@ from fmnist_jax.nn.cpu import Pads
 from fmnist_jax.xla.noinline import fence, fenced_transpose
 
 Padding = Literal["SAME", "VALID"]
+Arrays = tuple[jax.Array, ...]
+
+_NORM_EPSILON = 1e-5  # PyTorch's default; Keras uses 1e-3, airbench94 1e-12.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -40,26 +43,22 @@ def conv2d(images: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
       >>> conv2d(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 2)), "VALID").shape
       (1, 2, 2, 2)
     """
-    return _by_platform(
-        cpu.convolve, _convolve, images, kernel, pads=_pads(images, kernel, padding)
-    )
+    pads = _pads(images, kernel, padding)
+    return _by_platform(cpu.convolve, cpu.xla_convolve, images, kernel, pads=pads)
 
 
-def _conv2d_forward(images, kernel, padding):
+def _conv2d_forward(
+    images: jax.Array, kernel: jax.Array, padding: Padding
+) -> tuple[jax.Array, Arrays]:
     images = _fence(images)
     return _fence(conv2d(images, kernel, padding)), (images, kernel)
 
 
-def _conv2d_backward(padding, residuals, cotangent):
+def _conv2d_backward(padding: Padding, residuals: Arrays, cotangent: jax.Array) -> Arrays:
     images, kernel = residuals
-    return _by_platform(
-        cpu.convolve_gradients,
-        _convolve_gradients,
-        images,
-        kernel,
-        _fence(cotangent),
-        pads=_pads(images, kernel, padding),
-    )
+    arrays = images, kernel, _fence(cotangent)
+    pads = _pads(images, kernel, padding)
+    return _by_platform(cpu.convolve_gradients, _convolve_gradients, *arrays, pads=pads)
 
 
 conv2d.defvjp(_conv2d_forward, _conv2d_backward)
@@ -70,8 +69,8 @@ def conv2d_max_pool(images: jax.Array, kernel: jax.Array, padding: Padding) -> j
     """Applies `conv2d`, then 2x2 max pooling with stride 2.
 
     An odd last row or column is dropped. If values tie, the gradient goes to the first in reading
-    order, as in TensorFlow and PyTorch. On a CPU, for outputs of 20 x 20 and more, equal non-zero
-    patches may give outputs that differ by rounding, and then do not tie.
+    order, as in TensorFlow and PyTorch. On a CPU, with outputs of 20 x 20 or more, the outputs of
+    equal non-zero patches may differ by rounding; they do not tie then.
 
     Args:
       images: float[batch, height, width, channels].
@@ -90,28 +89,23 @@ def conv2d_max_pool(images: jax.Array, kernel: jax.Array, padding: Padding) -> j
     return _conv2d_max_pool_forward(images, kernel, padding)[0]
 
 
-def _conv2d_max_pool_forward(images, kernel, padding):
+def _conv2d_max_pool_forward(
+    images: jax.Array, kernel: jax.Array, padding: Padding
+) -> tuple[jax.Array, Arrays]:
     images = _fence(images)
+    pads = _pads(images, kernel, padding, smallest=2)
     outputs, winner = _by_platform(
-        cpu.convolve_max_pool,
-        _convolve_max_pool_without_winner,
-        images,
-        kernel,
-        pads=_pads(images, kernel, padding),
+        cpu.convolve_max_pool, _convolve_max_pool_without_winner, images, kernel, pads=pads
     )
     return outputs, (images, kernel, winner)
 
 
-def _conv2d_max_pool_backward(padding, residuals, cotangent):
+def _conv2d_max_pool_backward(padding: Padding, residuals: Arrays, cotangent: jax.Array) -> Arrays:
     images, kernel, winner = residuals
+    arrays = images, kernel, winner, _fence(cotangent)
+    pads = _pads(images, kernel, padding)
     return _by_platform(
-        cpu.convolve_max_pool_gradients,
-        _convolve_max_pool_gradients,
-        images,
-        kernel,
-        winner,
-        _fence(cotangent),
-        pads=_pads(images, kernel, padding),
+        cpu.convolve_max_pool_gradients, _convolve_max_pool_gradients, *arrays, pads=pads
     )
 
 
@@ -123,8 +117,8 @@ def global_max_pool(activations: jax.Array) -> jax.Array:
     """Takes the maximum over height and width.
 
     If values tie, the gradient goes to the first in reading order. JAX's gradient of a maximum
-    compares it with recomputed activations; where XLA rounds these in another way, none is equal,
-    and the gradient is 0 / 0.
+    compares the maximum with recomputed activations. If XLA rounds these differently, none is
+    equal, and that gradient is 0 / 0.
 
     Args:
       activations: float[batch, height, width, features].
@@ -140,12 +134,16 @@ def global_max_pool(activations: jax.Array) -> jax.Array:
     return _global_max_pool_forward(activations)[0]
 
 
-def _global_max_pool_forward(activations):
+def _global_max_pool_forward(
+    activations: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, tuple[int, ...]]]:
     pixels = _fence(activations).reshape(activations.shape[0], -1, activations.shape[-1])
     return pixels.max(axis=1), (jnp.argmax(pixels, axis=1), activations.shape)
 
 
-def _global_max_pool_backward(residuals, cotangent):
+def _global_max_pool_backward(
+    residuals: tuple[jax.Array, tuple[int, ...]], cotangent: jax.Array
+) -> Arrays:
     winner, (batch, height, width, features) = residuals
     position = jnp.arange(height * width).reshape(1, -1, 1)
     gradient = jnp.where(winner[:, None] == position, cotangent[:, None], 0)
@@ -174,14 +172,14 @@ def matmul(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
     return inputs @ kernel
 
 
-def _matmul_forward(inputs, kernel):
+def _matmul_forward(inputs: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Arrays]:
     return matmul(inputs, kernel), (inputs, kernel)
 
 
-def _matmul_backward(residuals, cotangent):
+def _matmul_backward(residuals: Arrays, cotangent: jax.Array) -> Arrays:
     inputs, kernel = residuals
-    # XLA:CPU multiplies few rows with a transposed matrix slowly: 60 against 150 GFLOP/s for
-    # [32, 256] and [1568, 256], including the transposition.
+    # XLA:CPU multiplies few rows with a transposed matrix slowly: 60 GFLOP/s for [32, 256] and
+    # [1568, 256], against 150 GFLOP/s with the transpose stored, including the transposition.
     transposed = _by_platform(fenced_transpose, jnp.transpose, kernel)
     return cotangent @ transposed, inputs.T @ cotangent
 
@@ -191,7 +189,7 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 @jax.custom_vjp
 def add_bias(activations: jax.Array, bias: jax.Array) -> jax.Array:
-    """Adds one number to each feature.
+    """Adds one bias to each feature.
 
     Args:
       activations: float[..., features].
@@ -208,11 +206,11 @@ def add_bias(activations: jax.Array, bias: jax.Array) -> jax.Array:
     return activations + _like(bias, activations)
 
 
-def _add_bias_forward(activations, bias):
+def _add_bias_forward(activations: jax.Array, bias: jax.Array) -> tuple[jax.Array, None]:
     return add_bias(activations, bias), None
 
 
-def _add_bias_backward(_, cotangent):
+def _add_bias_backward(_: None, cotangent: jax.Array) -> Arrays:
     return cotangent, _by_platform(cpu.sum_rows, _sum_rows, cotangent)
 
 
@@ -228,11 +226,11 @@ def batch_norm(
     Args:
       activations: float[..., features].
       scale: float[features], the standard deviation of the outputs.
-      bias: float[features], their mean.
+      bias: float[features], the mean of the outputs.
 
     Returns:
-      float[..., features]; and the mean and the variance of the activations, float32[features]
-      each, for moving averages: no gradient passes through these two.
+      The outputs, float[..., features], and mean and variance of the activations, float32[features]
+      each. No gradient passes through mean and variance, which are for moving averages.
 
     Example:
       >>> import jax.numpy as jnp
@@ -247,7 +245,7 @@ def batch_norm(
 def normalize(
     activations: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> jax.Array:
-    """Does what `batch_norm` does, with a given mean and variance, float32[features] each."""
+    """Returns the outputs of `batch_norm` for a given mean and variance, float32[features]."""
     mean, slope, bias = (
         _like(values, activations)
         for values in (mean, scale * lax.rsqrt(var + _NORM_EPSILON), bias)
@@ -255,7 +253,9 @@ def normalize(
     return (activations - mean) * slope + bias
 
 
-def _batch_norm_forward(activations, scale, bias):
+def _batch_norm_forward(
+    activations: jax.Array, scale: jax.Array, bias: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Arrays]:
     activations = _fence(activations)
     mean = _mean_rows(activations)
     var = _mean_rows(jnp.square(activations - _like(mean, activations)))
@@ -263,54 +263,50 @@ def _batch_norm_forward(activations, scale, bias):
     return (outputs, mean, var), (activations, mean, var, scale)
 
 
-def _batch_norm_backward(residuals, cotangents):
+def _batch_norm_backward(residuals: Arrays, cotangents: Arrays) -> Arrays:
     activations, mean, var, scale = residuals
     cotangent = _fence(cotangents[0])
     normalized = normalize(activations, mean, var, jnp.ones_like(mean), jnp.zeros_like(mean))
-    bias_gradient = _mean_rows(cotangent)
-    scale_gradient = _mean_rows(cotangent * normalized)
+    # Averages over the rows of the gradients of bias and scale.
+    bias_mean = _mean_rows(cotangent)
+    scale_mean = _mean_rows(cotangent * normalized)
     bias_part, scale_part, slope = (
         _like(values, cotangent)
-        for values in (bias_gradient, scale_gradient, scale * lax.rsqrt(var + _NORM_EPSILON))
+        for values in (bias_mean, scale_mean, scale * lax.rsqrt(var + _NORM_EPSILON))
     )
     gradient = slope * (cotangent - bias_part - normalized * scale_part)
     rows = cotangent.size // cotangent.shape[-1]
-    return gradient, *(
-        (rows * mean).astype(scale.dtype) for mean in (scale_gradient, bias_gradient)
-    )
+    return gradient, *((rows * m).astype(scale.dtype) for m in (scale_mean, bias_mean))
 
 
 batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
-# PyTorch's; Keras has 1e-3, airbench94 1e-12.
-_NORM_EPSILON = 1e-5
 
-
-def _mean_rows(array):
+def _mean_rows(array: jax.Array) -> jax.Array:
     """Returns float32[features], the mean over all axes but the last."""
     sums = _by_platform(cpu.sum_rows, _sum_rows, array.astype(jnp.float32))
     return sums / (array.size // array.shape[-1])
 
 
-def _like(values, array):
-    """Gives one value per feature the dtype and the number of axes of the array."""
+def _like(values: jax.Array, array: jax.Array) -> jax.Array:
+    """Casts and reshapes one value per feature to the dtype and the rank of the array."""
     return values.astype(array.dtype).reshape((1,) * (array.ndim - 1) + values.shape)
 
 
 def dropout(key: jax.Array, activations: jax.Array, rate: float | jax.Array) -> jax.Array:
     """Sets a random fraction of the activations to zero and scales up the rest.
 
-    One random byte decides about each activation, so the rate is rounded to a multiple of 1/256
-    (0.2 acts as 0.19922, 0.3 as 0.30078, 0.5 is exact). The rest is scaled by the rounded rate, so
-    the expected value is exact. Each 32-bit draw gives four bytes.
+    Each activation uses one random byte, a quarter of a 32-bit draw. The rate is therefore rounded
+    to a multiple of 1/256: 0.2 becomes 0.19922, 0.3 becomes 0.30078, 0.5 is exact. The scale uses
+    the rounded rate, so the expected value is exact.
 
     Args:
-      key: a typed PRNG key, used here only.
+      key: a typed PRNG key.
       activations: float[...].
       rate: fraction to drop, in [0, 1); may be traced. At most 255/256 are dropped.
 
     Returns:
-      float[...], shape and dtype of `activations`.
+      float[...], with the shape and dtype of `activations`.
 
     Example:
       >>> import jax
@@ -325,11 +321,12 @@ def dropout(key: jax.Array, activations: jax.Array, rate: float | jax.Array) -> 
     return jnp.where(kept, activations * scale, 0)
 
 
-def _by_platform(cpu: Callable, default: Callable, *arrays: jax.Array, **options: Any) -> Any:
+def _by_platform(fast: Callable, plain: Callable, *arrays: jax.Array, **options: Any) -> Any:
+    """Calls `fast` on CPUs and `plain` on other platforms."""
     return lax.platform_dependent(
         *arrays,
-        cpu=functools.partial(cpu, **options),
-        default=functools.partial(default, **options),
+        cpu=functools.partial(fast, **options),
+        default=functools.partial(plain, **options),
     )
 
 
@@ -337,52 +334,51 @@ def _fence(array: jax.Array) -> jax.Array:
     return _by_platform(fence, lambda array: array, array)
 
 
-def _pads(images: jax.Array, kernel: jax.Array, padding: Padding) -> Pads:
-    """Returns the zeros before and behind the rows and the columns.
+def _pads(images: jax.Array, kernel: jax.Array, padding: Padding, *, smallest: int = 1) -> Pads:
+    """Returns the zero padding of a convolution.
 
     Raises:
-      ConfigError: if the images are smaller than the kernel, or empty.
+      ConfigError: if height or width of the outputs is less than `smallest`.
     """
-    smallest = kernel.shape[:2] if padding == "VALID" else (1, 1)
-    if any(side < least for side, least in zip(images.shape[1:3], smallest, strict=True)):
-        raise ConfigError(
-            "the images are too small: convolutions and pooling leave nothing of them"
-        )
-    if padding == "VALID":
-        return (0, 0), (0, 0)
-    # XLA's "SAME" at stride 1: the odd zero goes behind.
-    rows, columns = (((size - 1) // 2, size // 2) for size in kernel.shape[:2])
-    return rows, columns
+    pads = (0, 0), (0, 0)
+    if padding == "SAME":
+        # As XLA at stride 1: the odd zero is added at the bottom and on the right.
+        height, width = kernel.shape[:2]
+        pads = ((height - 1) // 2, height // 2), ((width - 1) // 2, width // 2)
+    if min(cpu.out_shape(images, kernel, pads)) < smallest:
+        raise ConfigError("the images are too small: convolutions and pooling leave no pixels")
+    return pads
 
 
 # The plain operations.
 
 
-def _convolve(images, kernel, *, pads):
-    dimensions = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(images, kernel, (1, 1), pads, dimension_numbers=dimensions)
-
-
-def _convolve_gradients(images, kernel, cotangent, *, pads):
-    _, vjp = jax.vjp(functools.partial(_convolve, pads=pads), images, kernel)
+def _convolve_gradients(
+    images: jax.Array, kernel: jax.Array, cotangent: jax.Array, *, pads: Pads
+) -> Arrays:
+    _, vjp = jax.vjp(functools.partial(cpu.xla_convolve, pads=pads), images, kernel)
     return vjp(cotangent)
 
 
-def _convolve_max_pool(images, kernel, *, pads):
-    outputs = _convolve(images, kernel, pads=pads)
+def _convolve_max_pool(images: jax.Array, kernel: jax.Array, *, pads: Pads) -> jax.Array:
+    outputs = cpu.xla_convolve(images, kernel, pads=pads)
     return lax.reduce_window(outputs, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
 
 
-def _convolve_max_pool_without_winner(images, kernel, *, pads):
+def _convolve_max_pool_without_winner(
+    images: jax.Array, kernel: jax.Array, *, pads: Pads
+) -> tuple[jax.Array, jax.Array]:
     outputs = _convolve_max_pool(images, kernel, pads=pads)
-    return outputs, jnp.zeros(outputs.shape, jnp.uint8)  # shape and dtype as on a CPU; unused
+    return outputs, jnp.zeros(outputs.shape, jnp.uint8)  # unused; shape and dtype as on a CPU
 
 
-def _convolve_max_pool_gradients(images, kernel, winner, cotangent, *, pads):
+def _convolve_max_pool_gradients(
+    images: jax.Array, kernel: jax.Array, winner: jax.Array, cotangent: jax.Array, *, pads: Pads
+) -> Arrays:
     del winner
     _, vjp = jax.vjp(functools.partial(_convolve_max_pool, pads=pads), images, kernel)
     return vjp(cotangent)
 
 
-def _sum_rows(cotangent):
+def _sum_rows(cotangent: jax.Array) -> jax.Array:
     return cotangent.sum(range(cotangent.ndim - 1))

@@ -8,14 +8,14 @@ from jax import lax
 from fmnist_jax.nn import ops
 from fmnist_jax.nn.layers import BatchNorm, Dense
 
-he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # of He et al. 2015
+he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015
 
 
 class ResNet20(nn.Module):
-    """Three stages of three residual blocks with 16, 32 and 64 filters, global mean.
+    """Three stages of three residual blocks with 16, 32 and 64 filters, global mean pooling.
 
-    The first block of a later stage halves height and width by taking every second pixel, and fills
-    the new channels of its shortcut with zeros (option A of the paper).
+    The first block of the second and third stage has stride 2. Its shortcut takes every second
+    pixel and pads the new channels with zeros (option A of the paper).
     """
 
     num_classes: int = 10
@@ -31,7 +31,7 @@ class ResNet20(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions and a shortcut."""
+    """Residual block of two convolutions."""
 
     features: int
     stride: int = 1
@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 class NormConv(nn.Module):
-    """3 x 3 convolution, padded and without bias, and batch statistics with a scale."""
+    """3x3 convolution, padded and without bias, then batch normalization with a scale."""
 
     features: int
     stride: int = 1
@@ -61,5 +61,5 @@ class NormConv(nn.Module):
 
 
 def _strided(x: jax.Array, stride: int) -> jax.Array:
-    # Indexing would become a gather where the batch size is symbolic.
+    # Indexing would become a gather if the batch size is symbolic.
     return lax.slice(x, (0, 0, 0, 0), x.shape, (1, stride, stride, 1))

@@ -1,24 +1,24 @@
-"""Convolution by Winograd's minimal filtering: fewer multiplications than the definition needs.
+"""Convolution by Winograd's minimal filtering, with fewer multiplications than direct convolution.
 
-The output is cut into tiles. With a 3x3 kernel a tile of 2x2 takes 16 multiplications for each pair
-of channel and feature instead of 36, one of 4x4 takes 36 instead of 144; with a 2x2 kernel a tile
-of 2x2 takes 9 instead of 16. Before and after them come additions, and for tiles of 4x4 scalings.
-The multiplications over all tiles are matrix products, one for each position of what a tile reads,
-which is what a CPU is best at.
+The output is cut into tiles. Per pair of channel and feature, a 2x2 tile takes 16 multiplications
+instead of 36 with a 3x3 kernel, and 9 instead of 16 with a 2x2 kernel. A 4x4 tile takes 36 instead
+of 144 with a 3x3 kernel. Additions precede and follow the multiplications; 4x4 tiles need scalings
+as well. Over all tiles, the multiplications are one matrix product per position of the transformed
+data.
 
-Tiles of 2x2 give zero where all that an output reads is zero. Larger ones would leave there what
-rounding leaves of their other pixels, and half of that would pass a ReLU: those outputs are set to
-zero.
+If an output reads only zeros, 2x2 tiles return exactly zero. 4x4 tiles return the rounding error of
+other pixels of the tile, and a ReLU would pass it where it is positive. Those outputs are therefore
+set to zero.
 
-From Winograd, Arithmetic Complexity of Computations, 1980; for networks Lavin and Gray, Fast
-Algorithms for Convolutional Neural Networks, 2016. In one dimension the outputs of data d and
-kernel g are A' ((G g) * (B' d)); in two dimensions each matrix is applied along the rows and along
-the columns.
+References: Winograd, Arithmetic Complexity of Computations, 1980; Lavin and Gray, Fast Algorithms
+for Convolutional Neural Networks, 2016. In one dimension, the outputs of data d and kernel g are
+A' ((G g) * (B' d)). In two dimensions, each matrix is applied along rows and along columns.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import operator
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,18 +27,20 @@ from jax import lax
 
 from fmnist_jax.xla.noinline import fence, fenced_transpose
 
-# The polynomials of data and kernel are multiplied by their values at these points and at infinity.
-# The points of a tile and a kernel of these sides decide about rounding: on standard normal values
-# the largest error over the largest value is 3e-7 with tiles of 2x2, as by the definition, and
-# 1.5e-6 with 4x4; with the usual points of these, 0, 1, -1, 2, -2, it is 7e-6.
+# Evaluation points by the sides of tile and kernel; infinity is one more. The polynomials of data
+# and kernel are multiplied by their values at these points. The points determine the rounding
+# error. Measured on standard normal values, relative to the largest value, the largest error is
+# 3e-7 with 2x2 tiles, as by direct convolution, and 1.5e-6 with 4x4 tiles. The usual points of 4x4
+# tiles, 0, 1, -1, 2, -2, give 7e-6.
 POINTS = {(2, 2): (0, 1), (2, 3): (0, 1, -1), (4, 3): (0, 0.75, -0.75, 1.5, -1.5)}
 
-# An array for each position of a tile's outputs or inputs, over all tiles: grid[row][column].
+# grid[row][column] holds that position of every tile, float[batch, tile rows, tile columns, ...].
 Grid = list[list[jax.Array]]
+T = TypeVar("T")
 
 
 class Matrices(NamedTuple):
-    """The transforms of data (B'), kernel (G) and outputs (A'), float64."""
+    """The transforms of data (B'), kernel (G) and outputs (A') in float64."""
 
     data: np.ndarray
     kernel: np.ndarray
@@ -47,7 +49,7 @@ class Matrices(NamedTuple):
 
 @functools.cache
 def matrices(tile: int, kernel: int) -> Matrices:
-    """The transforms for tiles and kernels of these sides, a key of `POINTS`.
+    """Returns the transforms for the sides of tile and kernel, a key of `POINTS`.
 
     Example:
       >>> matrices(tile=2, kernel=2).outputs.tolist()
@@ -56,7 +58,7 @@ def matrices(tile: int, kernel: int) -> Matrices:
     points = POINTS[tile, kernel]
     others = [[q for q in points if q != p] for p in points]
     size = len(points) + 1
-    # The polynomials that vanish at all points but one, and at all.
+    # The polynomials that vanish at all points but one, then the one that vanishes at all.
     data = np.zeros((size, size))
     for row, roots in enumerate([*others, points]):
         data[row, : len(roots) + 1] = np.poly(roots)[::-1]
@@ -71,17 +73,17 @@ def matrices(tile: int, kernel: int) -> Matrices:
 
 
 def tile_outputs(images: jax.Array, kernel: jax.Array, tiles: tuple[int, int], tile: int) -> Grid:
-    """Cross-correlates, without padding; returns one array for each position in a tile.
+    """Cross-correlates images with a kernel, without padding.
 
     Args:
       images: float[batch, height, width, channels]; read as zero beyond its last row and column.
       kernel: float[size, size, channels, features].
-      tiles: how many rows and columns of tiles.
-      tile: side of the tiles; `POINTS` has those that there are for a kernel.
+      tiles: numbers of rows and columns of tiles.
+      tile: side of the tiles; (tile, size) is a key of `POINTS`.
 
     Returns:
-      tile x tile arrays, float[batch, *tiles, features]: with tiles of 2x2 [i][j] holds the outputs
-      (2r + i, 2c + j).
+      tile x tile arrays, float[batch, *tiles, features]. Element [r, c] of grid[i][j] is the output
+      (tile * r + i, tile * c + j).
 
     Example:
       >>> outputs = tile_outputs(jnp.ones((1, 5, 5, 2)), jnp.ones((2, 2, 2, 3)), (2, 2), tile=2)
@@ -89,68 +91,52 @@ def tile_outputs(images: jax.Array, kernel: jax.Array, tiles: tuple[int, int], t
       ((1, 2, 2, 3), 8.0)
     """
     transforms = matrices(tile, len(kernel))
-    products = [
-        [_product(data, factor) for data, factor in zip(*rows, strict=True)]
-        for rows in zip(
-            _transformed(transforms.data, images, tile, tiles),
-            _transformed_kernel(kernel, transforms),
-            strict=True,
-        )
-    ]
+    data = _transformed(transforms.data, images, tile, tiles)
+    products = _map(_product, data, _transformed_kernel(kernel, transforms))
     lines = _stored([_combined(transforms.outputs, row) for row in products], tile)
     columns = [_combined(transforms.outputs, line) for line in zip(*lines, strict=True)]
     outputs = [list(row) for row in zip(*columns, strict=True)]
     if tile == 2:
         return outputs
     reads_content = _reads_content(images, len(kernel), tile, tiles)
-    return [
-        [jnp.where(seen, array, 0) for seen, array in zip(*rows, strict=True)]
-        for rows in zip(reads_content, outputs, strict=True)
-    ]
+    return _map(lambda seen, array: jnp.where(seen, array, 0), reads_content, outputs)
 
 
 def tile_gradients(
     images: jax.Array, kernel: jax.Array, cotangent: jax.Array, tile: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradients of `join(tile_outputs(...))` with respect to images and kernel.
+    """Returns the gradients of `join(tile_outputs(...))` with respect to images and kernel.
 
     Args:
       images: as for `tile_outputs`.
       kernel: as for `tile_outputs`.
       cotangent: float[batch, rows, columns, features]; read as zero beyond its last row and column.
-      tile: side of the tiles; `POINTS` has those that there are for a kernel.
+      tile: as for `tile_outputs`.
     """
     transforms = matrices(tile, len(kernel))
-    rows, columns = cotangent.shape[1:3]
-    tiles = -(-rows // tile), -(-columns // tile)
+    tiles = [-(-side // tile) for side in cotangent.shape[1:3]]
     data = fence(_transformed(transforms.data, images, tile, tiles))
     factors = _transformed_kernel(kernel, transforms)
-    outer = fence(_transformed(transforms.outputs.T, cotangent, tile, tiles))
+    # The cotangents of the products of data and factors.
+    cotangents = fence(_transformed(transforms.outputs.T, cotangent, tile, tiles))
 
-    products = [
-        [_product(cotangent, factor.T) for cotangent, factor in zip(*rows, strict=True)]
-        for rows in zip(outer, factors, strict=True)
-    ]
-    images_gradient = _untransformed_images(products, transforms)
+    data_gradient = _map(lambda c, factor: _product(c, factor.T), cotangents, factors)
+    images_gradient = _untransformed_images(data_gradient, transforms)
     height, width = images.shape[1:3]
     images_gradient = _extended(images_gradient[:, :height, :width], height, width)
 
-    # Stored transposed, because a product that sums over the rows of both is slow: 113 against 145
-    # GFLOP/s for two of [2304, 64], the transposition counted in.
-    sums = jnp.stack(
+    factors_gradient = jnp.stack(
         [
-            jnp.stack(
-                [fenced_transpose(_matrix(d)) @ _matrix(c) for d, c in zip(*rows, strict=True)]
-            )
-            for rows in zip(data, outer, strict=True)
+            jnp.stack([_product_over_rows(d, c) for d, c in zip(*row, strict=True)])
+            for row in zip(data, cotangents, strict=True)
         ]
     )
-    back = transforms.kernel.astype(kernel.dtype)
-    return images_gradient, jnp.einsum("ki,klcf,lj->ijcf", back, sums, back)
+    matrix = transforms.kernel.astype(kernel.dtype)
+    return images_gradient, jnp.einsum("ki,klcf,lj->ijcf", matrix, factors_gradient, matrix)
 
 
 def join(grid: Grid) -> jax.Array:
-    """The positions of all tiles, float[batch, rows, columns, channels] each, as whole images."""
+    """Interleaves the positions of all tiles to float[batch, height, width, channels]."""
     tile = len(grid)
     lines = [jnp.stack(row, axis=3) for row in _stored(grid, tile)]
     images = jnp.stack(_stored(lines, tile), axis=2)
@@ -158,12 +144,20 @@ def join(grid: Grid) -> jax.Array:
     return images.reshape(batch, tile * rows, tile * columns, channels)
 
 
+def _map(function: Callable[..., jax.Array], *grids: Grid | jax.Array) -> Grid:
+    """Applies a function to the arrays of each position."""
+    return [
+        [function(*arrays) for arrays in zip(*rows, strict=True)]
+        for rows in zip(*grids, strict=True)
+    ]
+
+
 def _transformed(matrix: np.ndarray, images: jax.Array, tile: int, tiles: Sequence[int]) -> Grid:
-    """`matrix @ data @ matrix.T`, where the data of a tile are what it reads of the images."""
+    """Returns `matrix @ data @ matrix.T` for the pixels, `data`, that each tile reads."""
     reach = matrix.shape[1]
     rows, columns = (tile * (count - 1) + 1 for count in tiles)
     images = _extended(images, rows + reach - 1, columns + reach - 1)
-    # Rows first, because they are read whole.
+    # Rows first, because their slices are whole rows, contiguous in memory.
     lines = _stored(_combined(matrix, [images[:, i : i + rows : tile] for i in range(reach)]), tile)
     return [
         _combined(matrix, [line[:, :, j : j + columns : tile] for j in range(reach)])
@@ -172,7 +166,7 @@ def _transformed(matrix: np.ndarray, images: jax.Array, tile: int, tiles: Sequen
 
 
 def _reads_content(images: jax.Array, kernel: int, tile: int, tiles: Sequence[int]) -> Grid:
-    """bool[batch, *tiles] for each position of a tile: whether an output there reads a non-zero."""
+    """Returns bool[batch, *tiles, 1] per position: whether its output reads a non-zero pixel."""
     height, width = (tile * count for count in tiles)
     content = _extended(
         (images != 0).any(-1, keepdims=True), height + kernel - 1, width + kernel - 1
@@ -182,8 +176,8 @@ def _reads_content(images: jax.Array, kernel: int, tile: int, tiles: Sequence[in
     return [[seen[:, i:height:tile, j:width:tile] for j in range(tile)] for i in range(tile)]
 
 
-def _stored(arrays: Any, tile: int) -> Any:
-    """Fences arrays with many consumers; for tiles of 2x2 recomputing them is as fast."""
+def _stored(arrays: T, tile: int) -> T:
+    """Fences arrays with many consumers, except for 2x2 tiles, where recomputing is as fast."""
     return fence(arrays) if tile > 2 else arrays
 
 
@@ -193,21 +187,21 @@ def _transformed_kernel(kernel: jax.Array, transforms: Matrices) -> jax.Array:
 
 
 def _combined(matrix: np.ndarray, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """`matrix @ arrays`."""
+    """Returns `matrix @ arrays`."""
     return _sums(tuple(map(tuple, matrix.tolist())), list(arrays))
 
 
-# `jit` only remembers the equations here, and writes them into what calls it: a network is traced
-# in two thirds to nine tenths of the time.
+# `jit` caches the traced equations, which are inlined in the caller. Tracing a network takes two
+# thirds to nine tenths of the time.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _sums(matrix: tuple[tuple[float, ...], ...], arrays: Sequence[jax.Array]) -> list[jax.Array]:
     return [_sum(row, arrays) for row in matrix]
 
 
 def _sum(weights: tuple[float, ...], arrays: Sequence[jax.Array]) -> jax.Array:
-    """The weighted sum; what has the weight 1 or -1 is not multiplied, nor what has 0 read."""
+    """Returns the weighted sum, without multiplications by 1 or -1 and without zero terms."""
     terms = [(w, a) for w, a in zip(weights, arrays, strict=True) if w != 0]
-    # A positive term first, so that nothing is negated.
+    # A positive term first, so that no array is negated.
     terms.sort(key=lambda term: term[0] < 0)
     (first, array), *rest = terms
     total = array if first == 1 else first * array
@@ -225,35 +219,38 @@ def _product(array: jax.Array, matrix: jax.Array) -> jax.Array:
     return (_matrix(array) @ matrix).reshape(*array.shape[:-1], matrix.shape[1])
 
 
+def _product_over_rows(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Returns the sum over batch and tiles, [channels, features]."""
+    # The transpose is stored, because XLA:CPU is slow at products that sum over the rows of both
+    # matrices: 113 against 145 GFLOP/s for two of [2304, 64], including the transposition.
+    return fenced_transpose(_matrix(left)) @ _matrix(right)
+
+
 def _untransformed_images(grid: Grid, transforms: Matrices) -> jax.Array:
-    """The transpose of reading the data: tiles overlap, and what they share is summed."""
-    rows = [_overlap(transforms, column, axis=1) for column in zip(*grid, strict=True)]
-    # Stored in between: 0.12 instead of 0.74 ms for 11 x 11 tiles of 64 channels and 8 images.
-    rows = fence(rows)
-    return join([_overlap(transforms, row, axis=2) for row in zip(*rows, strict=True)])
+    """Transposes `_transformed`: sums the pixels that overlapping tiles share."""
+    # Fenced: 0.12 instead of 0.74 ms for 11 x 11 tiles of 64 channels and 8 images.
+    columns = fence([_overlap(transforms, column, axis=1) for column in zip(*grid, strict=True)])
+    return join([_overlap(transforms, row, axis=2) for row in zip(*columns, strict=True)])
 
 
 def _overlap(transforms: Matrices, arrays: Sequence[jax.Array], axis: int) -> list[jax.Array]:
-    """The pixels along one axis by their position in a tile."""
-    tile, size = transforms.outputs.shape
+    """Returns the pixels along one axis by their position in a tile."""
     elements = _combined(transforms.data.T, arrays)
+    tile = len(transforms.outputs)
 
     def shifted(array: jax.Array, count: int) -> jax.Array:
         widths = [(0, 0)] * array.ndim
         widths[axis] = (count, 1 - count)
         return jnp.pad(array, widths)
 
-    # A tile's first pixels are also the last ones that the tile before it reads.
+    # The first pixels of a tile are the last pixels that the previous tile reads.
     return [
-        shifted(elements[i], 0) + shifted(elements[tile + i], 1)
-        if tile + i < size
-        else shifted(elements[i], 0)
-        for i in range(tile)
+        functools.reduce(operator.add, map(shifted, elements[i::tile], (0, 1))) for i in range(tile)
     ]
 
 
 def _extended(images: jax.Array, height: int, width: int) -> jax.Array:
-    """With zeros behind up to that height and width, where it is smaller."""
+    """Appends zeros to reach that height and width, where the images are smaller."""
     below, right = (
         max(0, wanted - size)
         for wanted, size in zip((height, width), images.shape[1:3], strict=True)
