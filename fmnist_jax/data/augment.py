@@ -1,7 +1,7 @@
 """Random augmentation of training images: affine maps, or shifts by whole pixels and erasing.
 
-All functions are pure and traceable. Coordinates are (row, column) in pixels,
-with pixel centres at whole numbers.
+All functions are pure and traceable. Coordinates are (row, column) in pixels, and pixel centers are
+integers.
 """
 
 import dataclasses
@@ -12,18 +12,15 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-# Of the training images.
-_PIXEL_MEAN = 0.2860
-
-# In place of an epoch, for draws that hold for a whole run.
-_NO_EPOCH = 2**31 - 1
+_PIXEL_MEAN = 0.2860  # of the training images
+_NO_EPOCH = 2**31 - 1  # replaces the epoch for draws that are shared by all epochs
 
 
 class Augmentation(Protocol):
-    """A random augmentation; hashable, so that it can be fixed at compile time.
+    """A random augmentation, hashable because it is a compile-time constant.
 
     Attributes:
-      image_size: side of the square result in pixels; None keeps the images' own.
+      image_size: side of the square result in pixels; None keeps that of the images.
       flip: whether images are mirrored.
     """
 
@@ -40,14 +37,14 @@ class Augmentation(Protocol):
         images: jax.Array,
         strength: float | jax.Array = 1.0,
     ) -> jax.Array:
-        """Augments images of an epoch; each depends on key, epoch and its number, not on the batch.
+        """Augments images; each result depends on key, epoch and example, not on the batch.
 
         Args:
           key: the augment stream of the run.
           epoch: int32[], counted from 0.
-          examples: int32[batch], the numbers of the images in the training data.
+          examples: int32[batch], indices of the images in the training data.
           images: uint8[batch, side, side].
-          strength: scales every range; 0 changes nothing but the size. It may be traced.
+          strength: scale of every range, may be traced; 0 changes only the size.
 
         Returns:
           float32[batch, image_size, image_size, 1], values in [0, 1].
@@ -56,23 +53,23 @@ class Augmentation(Protocol):
 
 
 def example_keys(key: jax.Array, epoch: int | jax.Array, examples: jax.Array) -> jax.Array:
-    """Derives one key per example of an epoch from the augment stream, the same in any batch."""
+    """Derives one key per example of an epoch from the augment stream, for any batching."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, epoch), examples)
 
 
 class Transform(NamedTuple):
-    """The geometric transform of one example. Every field is a float32 scalar.
+    """The geometric transform of one example; every field is a float32 scalar.
 
     The fields are those of Keras' `ImageDataGenerator.get_random_transform`, in other units.
 
     Attributes:
       rotation: radians.
-      row_shift: fraction of the image's side.
-      column_shift: fraction of the image's side.
-      shear: radians for Keras' shear, a slope for the geometric one.
+      row_shift: fraction of the side.
+      column_shift: fraction of the side.
+      shear: radians if `keras_shear`, else a slope.
       row_zoom: source pixels per pixel; above 1 the content shrinks.
       column_zoom: source pixels per pixel.
-      flip: 1.0 mirrors left and right, 0.0 does not.
+      flip: 1.0 mirrors left to right, 0.0 does not.
     """
 
     rotation: jax.Array
@@ -86,18 +83,18 @@ class Transform(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RandomAffine:
-    """Random affine augmentation; each example draws uniformly from its own key.
+    """Random affine maps, drawn uniformly with one key per example.
 
     Attributes:
-      rotation: largest rotation in degrees, in either direction.
-      shift: largest shift of rows and of columns, as a fraction of the side.
-      shear: largest shear: degrees if `keras_shear`, else a slope (0.2 moves a row's pixels by 0.2
-        of its distance from the centre).
-      zoom: rows and columns are scaled independently by 1 - zoom to 1 + zoom.
+      rotation: maximum rotation in degrees, in either direction.
+      shift: maximum shift of rows and of columns, as a fraction of the side.
+      shear: maximum shear, in degrees if `keras_shear`, else a slope. A slope of 0.2 shifts each
+        row by 0.2 of its distance from the center.
+      zoom: rows and columns are scaled independently by factors in [1 - zoom, 1 + zoom].
       flip: whether half of the images are mirrored.
-      keras_shear: whether the shear is in degrees, as Keras' `shear_range`, of which 0.2 is
+      keras_shear: whether `shear` is in degrees, as Keras' `shear_range`; 0.2 degrees are
         invisible.
-      image_size: side of the square result in pixels; None keeps the images' own.
+      image_size: side of the square result in pixels; None keeps that of the images.
 
     Example:
       >>> images = jnp.zeros((2, 28, 28), jnp.uint8)
@@ -122,9 +119,7 @@ class RandomAffine:
         images: jax.Array,
         strength: float | jax.Array = 1.0,
     ) -> jax.Array:
-        """Draws a transform for each image and applies it (see `Augmentation`).
-
-        The strength also scales the probability of a flip.
+        """Implements `Augmentation`; the strength also scales the probability of a flip.
 
         Raises:
           ValueError: if the images are not square.
@@ -156,20 +151,20 @@ class RandomAffine:
 
 @dataclasses.dataclass(frozen=True)
 class RandomShift:
-    """Random shift by whole pixels, alternating mirror images, and random erasing.
+    """Random shifts by whole pixels, alternating flips and random erasing.
 
     Pixels that a shift uncovers are 0, the background of Fashion-MNIST.
 
     Attributes:
-      shift: largest shift of rows and of columns in pixels, in either direction.
-      flip: whether an image is mirrored left to right in every second epoch, which of the two is
-        drawn ("alternating flip", Jordan 2024): two epochs show an image both ways.
-      erase: probability that a rectangle is set to the mean pixel (random erasing, Zhong et al.
+      shift: maximum shift of rows and of columns in pixels, in either direction.
+      flip: whether each image is mirrored left to right in every second epoch, starting at random
+        with the first or second ("alternating flip", Jordan 2024).
+      erase: probability of setting a rectangle to the mean pixel (random erasing, Zhong et al.
         2017).
-      erase_area: smallest and largest area of the rectangle, as a fraction of the image. What is
-        longer than the image is cut off.
-      erase_aspect: smallest ratio of the rectangle's sides; the largest is its inverse.
-      image_size: None; images keep their own size.
+      erase_area: minimum and maximum area of the rectangle, as a fraction of the image. Sides are
+        clipped to the image.
+      erase_aspect: minimum aspect ratio of the rectangle; the maximum is its inverse.
+      image_size: None; images keep their size.
 
     Example:
       >>> images = jnp.arange(9, dtype=jnp.uint8).reshape(1, 3, 3)
@@ -196,15 +191,14 @@ class RandomShift:
         images: jax.Array,
         strength: float | jax.Array = 1.0,
     ) -> jax.Array:
-        """Draws a shift, a flip and a rectangle for each image (see `Augmentation`)."""
+        """Implements `Augmentation`."""
         strength = jnp.asarray(strength, jnp.float32)
         keys = example_keys(key, _NO_EPOCH, examples)
-        is_odd = jax.vmap(lambda key: jax.random.bits(key, (), jnp.uint32) % 2)(keys)
+        is_odd = jax.vmap(lambda k: jax.random.bits(k, (), jnp.uint32) % 2)(keys)
         mirrored = (is_odd.astype(jnp.int32) + epoch) % 2 == 1
         mirrored &= self.flip & (strength > 0)
-        draws = jax.vmap(lambda key: jax.random.uniform(key, (7,)))(
-            example_keys(key, epoch, examples)
-        )
+        keys = example_keys(key, epoch, examples)
+        draws = jax.vmap(lambda k: jax.random.uniform(k, (7,)))(keys)
         pixels = jax.vmap(self._transformed, (0, 0, 0, None))(images, mirrored, draws, strength)
         return pixels[..., None]
 
@@ -212,11 +206,11 @@ class RandomShift:
         self, image: jax.Array, mirrored: jax.Array, draws: jax.Array, strength: jax.Array
     ) -> jax.Array:
         height, width = image.shape
-        most = jnp.round(strength * self.shift)
-        shift = jnp.floor(draws[:2] * (2 * most + 1) - most).astype(jnp.int32)
+        limit = jnp.round(strength * self.shift)
+        shift = jnp.floor(draws[:2] * (2 * limit + 1) - limit).astype(jnp.int32)
         rows, columns = jnp.arange(height) - shift[0], jnp.arange(width) - shift[1]
         columns = jnp.where(mirrored, width - 1 - columns, columns)
-        # An index behind the image reads 0, a negative one would count from the end.
+        # Indices beyond the image read 0; negative ones would count from the end.
         rows, columns = (jnp.where(index < 0, 2**30, index) for index in (rows, columns))
         pixels = image.at[rows[:, None], columns[None, :]].get(mode="fill", fill_value=0)
         pixels = pixels.astype(jnp.float32) / 255
@@ -245,10 +239,10 @@ def apply(
     """Applies one transform to each image, with bilinear interpolation and edge padding.
 
     Args:
-      transforms: fields of shape [batch].
+      transforms: fields float32[batch].
       images: uint8[batch, side, side].
       keras_shear: whether `shear` is an angle.
-      image_size: side of the result in pixels; None keeps the images' own.
+      image_size: side of the result in pixels; None keeps that of the images.
 
     Returns:
       float32[batch, image_size, image_size, 1], values in [0, 1].
@@ -262,12 +256,12 @@ def apply(
 
 
 def _source_matrix(transform: Transform, side: int, keras_shear: bool) -> jax.Array:
-    """Returns float32[2, 3], from (row, column) about the centre to those of the source."""
+    """Returns float32[2, 3], the map from (row, column) to the source, both from the center."""
     cos, sin = jnp.cos(transform.rotation), jnp.sin(transform.rotation)
     shear = transform.shear
     slope, height = (jnp.sin(shear), jnp.cos(shear)) if keras_shear else (shear, 1.0)
-    # Keras multiplies rotation, shift, shear and zoom in this order, and exchanges rows and columns
-    # of the product. Written out, that is:
+    # Keras multiplies rotation, shift, shear and zoom in this order and swaps the rows and columns
+    # of the product, which gives:
     rotate = jnp.array([[cos, sin], [-sin, cos]])
     shift = side * jnp.stack([transform.column_shift, transform.row_shift])
     shear_and_zoom = jnp.array(
@@ -277,31 +271,32 @@ def _source_matrix(transform: Transform, side: int, keras_shear: bool) -> jax.Ar
         ]
     )
     linear = rotate @ shear_and_zoom
-    # The flip is last in Keras, and so first on the way back to the source.
+    # Keras applies the flip last, so it is first in the map to the source.
     linear = linear * jnp.stack([1.0, 1 - 2 * transform.flip])[None, :]
     return jnp.concatenate([linear, (rotate @ shift)[:, None]], axis=1)
 
 
 def _resample(image: jax.Array, matrix: jax.Array, image_size: int) -> jax.Array:
     side = image.shape[0]
-    # Centres of the result's pixels, measured from the middle in source pixels.
+    # Pixel centers of the result, relative to the image center, in source pixels.
     steps = (jnp.arange(image_size) + 0.5) * (side / image_size) - side / 2
     row, column = steps[:, None], steps[None, :]
-    centre = side / 2 - 0.5
+    center = side / 2 - 0.5
     source = [
-        matrix[axis, 0] * row + matrix[axis, 1] * column + matrix[axis, 2] + centre
+        matrix[axis, 0] * row + matrix[axis, 1] * column + matrix[axis, 2] + center
         for axis in (0, 1)
     ]
     return jax.scipy.ndimage.map_coordinates(image, source, order=1, mode="nearest")
 
 
-# The ranges are those of Keras' `ImageDataGenerator(rotation_range=40, width_shift_range=.2,
-# height_shift_range=.2, shear_range=.2, zoom_range=.2, horizontal_flip=True)`.
+# The ranges of `RandomAffine` are those of Keras' `ImageDataGenerator(rotation_range=40,
+# width_shift_range=.2, height_shift_range=.2, shear_range=.2, zoom_range=.2,
+# horizontal_flip=True)`.
 AUGMENTATIONS: Mapping[str, RandomAffine | RandomShift] = MappingProxyType(
     {
         "keras": RandomAffine(keras_shear=True),
         "geometric": RandomAffine(),
         "shift": RandomShift(),
-        "shift_erase": RandomShift(erase=0.5),  # the paper's probability
+        "shift_erase": RandomShift(erase=0.5),  # the probability of Zhong et al.
     }
 )

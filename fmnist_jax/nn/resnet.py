@@ -34,7 +34,7 @@ class Block(nn.Module):
     """Residual block of two convolutions."""
 
     features: int
-    stride: int = 1
+    stride: int
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:

@@ -9,7 +9,7 @@ from fmnist_jax.nn import ops
 from fmnist_jax.nn.layers import BatchNorm, Dense
 
 # Variances of the discrete cosine transform of 5 x 5 patches, [vertical, horizontal frequency].
-# Measured on every tenth training image; those of all 60,000 differ by less than 2 %. The
+# Measured on every tenth training image; those of all 60,000 differ by at most 2 %. The
 # eigenvalues of the patches' covariance differ by at most 8 %.
 _PATCH_VARIANCES = np.array(
     [
@@ -63,7 +63,7 @@ class SprintWide(Sprint):
 
 
 class WhitenedConv(nn.Module):
-    """Whitening of 5x5 patches of grey images, 1x1 convolution, 2x2 max pooling.
+    """Whitening of 5 x 5 patches of grey images, 1x1 convolution, 2x2 max pooling.
 
     Both maps are linear, so they are computed as one convolution. The parameter is the kernel of
     the 1x1 convolution, float32[1, 1, 25, features]. Without padding, images of 28 x 28 give maps
