@@ -148,7 +148,7 @@ def sum_rows(cotangent: jax.Array) -> jax.Array:
 
 
 def xla_convolve(images: jax.Array, kernel: jax.Array, *, pads: Pads) -> jax.Array:
-    """Returns `ops.conv2d` by XLA's convolution."""
+    """Returns `ops.conv2d` by XLA's convolution, as on other platforms."""
     dimensions = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(images, kernel, (1, 1), pads, dimension_numbers=dimensions)
 

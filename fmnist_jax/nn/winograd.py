@@ -117,18 +117,18 @@ def tile_gradients(
     tiles = [-(-side // tile) for side in cotangent.shape[1:3]]
     data = fence(_transformed(transforms.data, images, tile, tiles))
     factors = _transformed_kernel(kernel, transforms)
-    # The cotangents of the products of data and factors.
-    cotangents = fence(_transformed(transforms.outputs.T, cotangent, tile, tiles))
+    # With respect to the products of data and factors.
+    products_gradient = fence(_transformed(transforms.outputs.T, cotangent, tile, tiles))
 
-    data_gradient = _map(lambda c, factor: _product(c, factor.T), cotangents, factors)
+    data_gradient = _map(lambda p, factor: _product(p, factor.T), products_gradient, factors)
     images_gradient = _untransformed_images(data_gradient, transforms)
     height, width = images.shape[1:3]
     images_gradient = _extended(images_gradient[:, :height, :width], height, width)
 
     factors_gradient = jnp.stack(
         [
-            jnp.stack([_product_over_rows(d, c) for d, c in zip(*row, strict=True)])
-            for row in zip(data, cotangents, strict=True)
+            jnp.stack([_product_over_rows(d, p) for d, p in zip(*rows, strict=True)])
+            for rows in zip(data, products_gradient, strict=True)
         ]
     )
     matrix = transforms.kernel.astype(kernel.dtype)

@@ -1,4 +1,4 @@
-"""The augmentation against Keras, scipy and its own promises."""
+"""The augmentation against Keras and SciPy, and its distributions."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ def transformed(image, *, keras_shear=False, image_size=None, **changes):
     return np.asarray(result)[0, ..., 0]
 
 
-def test_keras_draws_give_what_keras_makes_of_them(sample):
+def test_transforms_drawn_by_keras_give_the_images_of_keras(sample):
     generator = ImageDataGenerator(
         rotation_range=40,
         width_shift_range=0.2,
@@ -72,7 +72,7 @@ def test_keras_draws_give_what_keras_makes_of_them(sample):
     assert 0 < flips < 24
 
 
-def test_geometric_shear_and_zoom_are_those_of_scipy(sample):
+def test_geometric_shear_and_zoom_equal_those_of_scipy(sample):
     image, slope, zoom = sample.train_images[0], 0.2, 1.15
     centre = np.array([13.5, 13.5])
     # In (row, column): the column's step moves the row by -slope, and the row's is the zoom.
@@ -140,7 +140,7 @@ def test_draws_are_even_over_their_ranges(name, getkey):
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_an_image_depends_on_its_number_and_the_epoch_alone(name, getkey, sample):
+def test_an_image_depends_on_its_index_and_the_epoch_only(name, getkey, sample):
     augmentation, side = AUGMENTATIONS[name], 28
     if isinstance(augmentation, RandomAffine):
         augmentation, side = dataclasses.replace(augmentation, image_size=40), 40
@@ -153,7 +153,7 @@ def test_an_image_depends_on_its_number_and_the_epoch_alone(name, getkey, sample
     assert 0 <= batch.min() <= batch.max() <= 1
     alone = compiled(key, jnp.int32(4), examples[3:4], images[3:4])
     chex.assert_trees_all_close(alone[0], batch[3], atol=1e-6)
-    # Some of the others may be drawn alike: a shift has few values.
+    # Some of the others may draw the same shift, which has few values.
     others = [
         compiled(key, jnp.int32(epoch), examples[number : number + 1], images[3:4])
         for epoch, number in ((5, 3), (6, 3), (8, 3), (4, 0), (4, 1), (4, 2))
@@ -161,7 +161,7 @@ def test_an_image_depends_on_its_number_and_the_epoch_alone(name, getkey, sample
     assert sum(not np.allclose(other[0], batch[3], atol=1e-2) for other in others) >= 3
 
 
-def test_equal_settings_are_one_compiled_program(getkey, sample):
+def test_equal_settings_share_one_compiled_program(getkey, sample):
     images = jnp.asarray(sample.train_images[:2])
 
     @chex.assert_max_traces(n=1)
@@ -173,7 +173,7 @@ def test_equal_settings_are_one_compiled_program(getkey, sample):
         compiled(getkey(), images, dataclasses.replace(AUGMENTATIONS["keras"]))
 
 
-def test_the_strength_is_a_share_of_every_range(getkey):
+def test_strength_scales_every_range(getkey):
     keys = jax.random.split(getkey(), 4000)
     ranges = AUGMENTATIONS["geometric"]
     assert isinstance(ranges, RandomAffine)
@@ -191,14 +191,14 @@ def test_the_strength_is_a_share_of_every_range(getkey):
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_without_strength_nothing_changes(name, getkey):
+def test_zero_strength_changes_nothing(name, getkey):
     images = jax.random.bits(getkey(), (8, 28, 28), jnp.uint8)
     result = jax.jit(AUGMENTATIONS[name])(getkey(), jnp.int32(0), jnp.arange(8), images, 0.0)
     np.testing.assert_allclose(result[..., 0], np.asarray(images) / 255, atol=1e-6)
 
 
 def shifted(image, rows, columns):
-    """The image moved down and to the right, on a black background."""
+    """The image shifted down and right, on a black background."""
     padded = np.pad(image, 4)
     return np.roll(padded, (rows, columns), (0, 1))[4:-4, 4:-4]
 
@@ -233,7 +233,7 @@ def test_shifts_are_even_and_flips_alternate(getkey):
     assert abs(np.corrcoef(first[:, 0], second[:, 0])[0, 1]) < 0.1
 
 
-def test_erased_rectangles_have_the_area_and_the_sides_of_the_paper(getkey):
+def test_erased_rectangles_have_the_areas_and_ratios_of_the_paper(getkey):
     augmentation = RandomShift(shift=0, flip=False, erase=0.5)
     images = jnp.full((4000, 100, 100), 255, jnp.uint8)
     pixels = jax.jit(augmentation)(getkey(), jnp.int32(0), jnp.arange(4000), images)[..., 0]
@@ -243,7 +243,7 @@ def test_erased_rectangles_have_the_area_and_the_sides_of_the_paper(getkey):
     heights, widths = erased.any(2).sum(1), erased.any(1).sum(1)
     np.testing.assert_array_equal(heights * widths, erased.sum((1, 2)))  # rectangles
     some = heights > 0
-    # A side is a whole number of pixels, up to one off.
+    # Sides are rounded to whole pixels, with errors of up to one.
     areas = erased.sum((1, 2))[some] / 1e4
     assert 0.015 < areas.min() < 0.03
     assert 0.37 < areas.max() < 0.42

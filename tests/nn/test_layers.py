@@ -43,7 +43,7 @@ def test_batch_norm_follows_keras(shape, getkey):
     chex.assert_trees_all_close(outputs, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_patterns_whiten_the_training_images(sample):
+def test_patterns_whiten_the_training_images(sample):
     images = sample.train_images[:2000] / 255
     patches = np.lib.stride_tricks.sliding_window_view(images, (5, 5), (1, 2))
     outputs = np.einsum("nhwij,ijf->fnhw", patches, whitening_patterns()).reshape(25, -1)
@@ -51,7 +51,7 @@ def test_the_patterns_whiten_the_training_images(sample):
     np.testing.assert_allclose(np.diag(covariance), 1, atol=0.15)
     correlations = np.corrcoef(outputs) - np.eye(25)
     assert np.abs(correlations).max() < 0.3
-    # As they are, neighbouring pixels correlate.
+    # Unwhitened neighboring pixels correlate.
     assert np.corrcoef(patches[..., 2, 2].ravel(), patches[..., 2, 3].ravel())[0, 1] > 0.8
 
 
@@ -69,7 +69,7 @@ def test_the_first_convolution_mixes_whitened_patches(getkey):
 
 
 @pytest.mark.parametrize("features", [3, 5, 8])
-def test_the_first_filters_pass_their_input_on(features, getkey):
+def test_first_filters_start_as_the_identity(features, getkey):
     images = jax.random.normal(getkey(), (2, 6, 6, 5))
     outputs, variables = DiracConv(features).init_with_output(getkey(), images)
     passed = min(features, 5)

@@ -1,4 +1,4 @@
-"""The networks: shapes and parameters; those of the projects have the logits of Keras."""
+"""Shapes and parameters of the networks; logits and initial weights against Keras."""
 
 import functools
 
@@ -193,7 +193,7 @@ def test_deep_augmented_resizes_smaller_images(getkey):
 
 
 def keras_network(name):
-    """The networks as the Keras projects wrote them, from their descriptions."""
+    """The networks of the Keras projects, from their descriptions."""
     side, channels = (150, 3) if name == "deep_augmented" else (28, 1)
     inputs = keras.Input((side, side, channels))
 
@@ -247,7 +247,7 @@ def layers_in_order(params):
 @pytest.mark.parametrize("name", PROJECTS)
 def test_same_weights_give_the_logits_of_keras(name, getkey, sample):
     model, variables, side = create(name)
-    # Biases start at zero, which would hide a bias that is left out.
+    # Initial biases are zero, which would hide a missing bias.
     params = jax.tree.map(
         lambda p: p + 0.02 * jax.random.normal(getkey(), p.shape), variables["params"]
     )
@@ -257,7 +257,7 @@ def test_same_weights_give_the_logits_of_keras(name, getkey, sample):
     images = jnp.asarray(sample.test_images[:3, ..., None] / np.float32(255))
     if side != 28:
         images = jax.image.resize(images, (3, side, side, 1), "bilinear")
-    # That of deep_augmented takes three channels, ours a grey image as three equal channels.
+    # deep_augmented in Keras takes three channels; ours takes a grey image as three equal ones.
     with jax.numpy_rank_promotion("allow"):
         expected = reference(jnp.repeat(images, reference.input_shape[-1], axis=-1), training=False)
     logits = jax.jit(model.apply, static_argnames="train")({"params": params}, images, train=False)
@@ -286,7 +286,7 @@ def test_first_filters_of_small_dropout_are_normal():
     np.testing.assert_allclose(np.mean(np.abs(draws) > 0.05), 0.317, atol=0.02)
 
 
-# The smallest images by arithmetic. resnet20 pads, and takes the mean over what is left.
+# The smallest images by arithmetic. resnet20 pads and takes images of any size.
 SMALLEST = {
     "small_dropout": 18, "valid_2x2": 7, "same_3x3": 4, "he_stack": 8, "deep_augmented": 46,
     "sprint": 12,

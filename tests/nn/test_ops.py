@@ -1,4 +1,4 @@
-"""The fast operations against plain lax."""
+"""The operations against plain lax."""
 
 from typing import Any
 
@@ -27,8 +27,8 @@ def draw(key, *shape):
     return jax.random.normal(key, shape)
 
 
-# Tiles that fit and tiles that reach beyond the edge, one channel, batches of one, maps too small
-# for tiles, maps large enough for tiles of 4x4, kernels that are not square.
+# Tiles that fit and tiles that exceed the edge, one channel, batches of one, maps too small for
+# tiles, maps large enough for 4x4 tiles, non-square kernels.
 SHAPES = [
     ((2, 7, 6, 3), (3, 3, 3, 4)),
     ((1, 5, 5, 2), (2, 2, 2, 3)),
@@ -56,7 +56,7 @@ SHAPES = [
     [(ops.conv2d, plain_conv), (ops.conv2d_max_pool, plain_conv_pool)],
     ids=["conv2d", "conv2d_max_pool"],
 )
-def test_convolution_and_its_gradients_are_those_of_lax(
+def test_convolution_and_its_gradients_equal_those_of_lax(
     fast, plain, images_shape, kernel_shape, padding, getkey
 ):
     images, kernel = draw(getkey(), *images_shape), draw(getkey(), *kernel_shape)
@@ -70,7 +70,7 @@ def test_convolution_and_its_gradients_are_those_of_lax(
 
     result, expected = (jax.jit(value_and_gradients, static_argnums=0)(f) for f in (fast, plain))
     chex.assert_trees_all_equal_shapes(result, expected)
-    # Tiles of 4x4 round to 2e-6 of the largest value.
+    # 4x4 tiles have rounding errors up to 2e-6 of the largest value.
     large = min(images_shape[1:3]) >= 22
     atol = 2e-6 * float(jnp.max(jnp.abs(expected[0]))) if large else 1e-5
     chex.assert_trees_all_close(result[:2], expected[:2], rtol=1e-5, atol=atol)
@@ -78,13 +78,13 @@ def test_convolution_and_its_gradients_are_those_of_lax(
 
 
 @pytest.mark.slow
-# One channel, tiles of 2x2 with either kernel, no tiles, tiles of 4x4.
+# One channel, 2x2 tiles with both kernels, no tiles, 4x4 tiles.
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize(
     ("images_shape", "kernel_shape"), [SHAPES[index] for index in (0, 1, 2, 6, 11)]
 )
 @pytest.mark.parametrize("conv", [ops.conv2d, ops.conv2d_max_pool])
-def test_gradients_are_finite_differences_in_float64(conv, images_shape, kernel_shape, padding):
+def test_gradients_equal_finite_differences_in_float64(conv, images_shape, kernel_shape, padding):
     with jax.enable_x64(True):
         generator = np.random.default_rng(0)
         images, kernel = (
@@ -102,7 +102,7 @@ def test_gradients_are_finite_differences_in_float64(conv, images_shape, kernel_
 
 
 @pytest.mark.parametrize(("side", "limit"), [(12, 1e-6), (26, 3e-6)], ids=["2x2", "4x4"])
-def test_tiles_round_little_more_than_the_definition(side, limit, getkey):
+def test_rounding_error_of_tiles_is_bounded(side, limit, getkey):
     images, kernel = draw(getkey(), 4, side, side, 64), draw(getkey(), 3, 3, 64, 64)
     cotangent = draw(getkey(), 4, side - 2, side - 2, 64)
 
@@ -123,8 +123,8 @@ def test_tiles_round_little_more_than_the_definition(side, limit, getkey):
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
-def test_what_reads_zeros_alone_is_zero(padding, getkey):
-    # As the background of an image; half of any rounding error would pass a ReLU.
+def test_outputs_that_read_only_zeros_are_zero(padding, getkey):
+    # As in the background of an image; a ReLU would pass positive rounding errors.
     images = draw(getkey(), 2, 25, 30, 3).at[:, 6:15, 6:17].set(0).at[:, 20, :, 1].set(0)
     kernel = draw(getkey(), 3, 3, 3, 4)
     outputs = jax.jit(ops.conv2d, static_argnums=2)(images, kernel, padding)
@@ -133,7 +133,7 @@ def test_what_reads_zeros_alone_is_zero(padding, getkey):
     np.testing.assert_array_equal(outputs == 0, expected == 0)
 
     def gradient(conv_pool):
-        # Of inputs that only a tie can decide about.
+        # Of zero pixels, most of whose windows tie.
         loss = jax.jit(jax.grad(lambda x: jnp.sum(conv_pool(x, kernel, padding))))
         return loss(images)[:, 6:15, 6:17]
 
@@ -142,7 +142,7 @@ def test_what_reads_zeros_alone_is_zero(padding, getkey):
     )
 
 
-def test_the_number_of_products_of_a_convolution():
+def test_tiles_reduce_the_operations_of_a_convolution():
     shape = jax.ShapeDtypeStruct
     arguments = shape((8, 26, 26, 64), jnp.float32), shape((3, 3, 64, 64), jnp.float32)
 
@@ -159,7 +159,7 @@ def test_the_number_of_products_of_a_convolution():
 
         return flops(jax.grad(loss, argnums=(0, 1)))
 
-    # 36 products instead of 144, and the additions.
+    # 36 multiplications instead of 144, plus the additions.
     assert outputs(ops.conv2d) < 0.30 * outputs(plain_conv)
     assert both(ops.conv2d) < 0.29 * both(plain_conv)
 
@@ -176,8 +176,8 @@ def test_conv2d_under_jit_vmap_and_grad(getkey):
 
 
 def test_pool_sends_the_gradient_of_a_tie_to_the_first():
-    # Every pattern of three values in a window, with all the ties that there can be, by tiles and
-    # by the definition: a kernel that picks one pixel makes the outputs equal to the images.
+    # Every window of three values, and so every tie, with and without tiles. A kernel that selects
+    # one pixel makes the outputs equal to the images.
     windows = np.stack(np.meshgrid(*[[0.0, 1.0, 2.0]] * 4), -1).reshape(-1, 2, 2, 1)
     for kernel_size, channels in ((1, 1), (2, 2)):
         images = np.zeros((len(windows), 2 + kernel_size - 1, 2 + kernel_size - 1, channels))
@@ -211,7 +211,7 @@ def test_global_max_pool_sends_the_gradient_of_a_tie_to_the_first(getkey):
     np.testing.assert_array_equal(gradient, expected.reshape(x.shape))
 
 
-def test_dense_layer_and_its_gradients_are_those_of_numpy(getkey):
+def test_dense_layer_and_its_gradients_equal_those_of_numpy(getkey):
     inputs, kernel, bias = draw(getkey(), 5, 3), draw(getkey(), 3, 4), draw(getkey(), 4)
     result, vjp = jax.vjp(lambda x, w, b: ops.add_bias(ops.matmul(x, w), b), inputs, kernel, bias)
     arrays = (inputs, kernel, bias, draw(getkey(), 5, 4))
@@ -230,7 +230,7 @@ def test_bias_gradient_is_the_sum_over_all_but_the_features(shape, getkey):
 
 
 @pytest.mark.parametrize("shape", [(7, 3), (3, 4, 5, 2)])
-def test_batch_norm_and_its_gradient_are_those_of_autodiff(shape, getkey):
+def test_batch_norm_and_its_gradient_equal_those_of_autodiff(shape, getkey):
     arrays = [2 + 3 * draw(getkey(), *shape), *(draw(getkey(), shape[-1]) for _ in range(2))]
     cotangent = draw(getkey(), *shape)
     axes = tuple(range(len(shape) - 1))
@@ -269,7 +269,7 @@ def test_other_platforms_get_the_plain_operations(platform, plain):
         .as_text()
     )
     assert ("select_and_scatter" in text) == plain
-    # JAX's own gradients are convolutions of batch and channels exchanged, and of any but NHWC.
+    # JAX's own gradients swap batch and channels, which is not NHWC.
     assert ("[f, 0, 1, b]" in text) == plain
     assert ("inlineable" in text) != plain
 
@@ -282,7 +282,7 @@ def test_dropout_drops_the_rounded_rate_and_keeps_the_mean(rate, actual, getkey)
     # Five standard errors of a million draws.
     assert abs(np.mean(~kept) - actual) <= 5 * np.sqrt(actual * (1 - actual) / ones.size)
     np.testing.assert_allclose(result[kept], 1 / (1 - actual), rtol=1e-6)
-    # Neighbours, which share a random word, are independent.
+    # Neighbors share a random word and are independent.
     both = np.mean(~kept[:, :-1] & ~kept[:, 1:])
     assert abs(both - actual**2) <= 5 * np.sqrt(actual**2 / ones.size)
 
