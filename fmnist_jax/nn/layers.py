@@ -92,7 +92,7 @@ class BatchNorm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """`ops.dropout` with a key from the "dropout" stream; an argument `rate` overrides its own."""
+    """`ops.dropout` with a key from the "dropout" stream; the `rate` of a call takes precedence."""
 
     rate: float
 

@@ -267,7 +267,7 @@ def _batch_norm_backward(residuals: Arrays, cotangents: Arrays) -> Arrays:
     activations, mean, var, scale = residuals
     cotangent = _fence(cotangents[0])
     normalized = normalize(activations, mean, var, jnp.ones_like(mean), jnp.zeros_like(mean))
-    # Averages over the rows of the gradients of bias and scale.
+    # The gradients of bias and scale, divided by the number of rows.
     bias_mean = _mean_rows(cotangent)
     scale_mean = _mean_rows(cotangent * normalized)
     bias_part, scale_part, slope = (

@@ -27,7 +27,7 @@ from jax import lax
 
 from fmnist_jax.xla.noinline import fence, fenced_transpose
 
-# Evaluation points by the sides of tile and kernel; infinity is one more. The polynomials of data
+# Evaluation points by the sides of tile and kernel; infinity is implied. The polynomials of data
 # and kernel are multiplied by their values at these points. The points determine the rounding
 # error. Measured on standard normal values, relative to the largest value, the largest error is
 # 3e-7 with 2x2 tiles, as by direct convolution, and 1.5e-6 with 4x4 tiles. The usual points of 4x4
@@ -192,7 +192,7 @@ def _combined(matrix: np.ndarray, arrays: Sequence[jax.Array]) -> list[jax.Array
 
 
 # `jit` caches the traced equations, which are inlined in the caller. Tracing a network takes two
-# thirds to nine tenths of the time.
+# thirds to nine tenths of the time without it.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _sums(matrix: tuple[tuple[float, ...], ...], arrays: Sequence[jax.Array]) -> list[jax.Array]:
     return [_sum(row, arrays) for row in matrix]
