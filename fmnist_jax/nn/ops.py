@@ -38,6 +38,9 @@ def conv2d(images: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
     Returns:
       float[batch, out_height, out_width, features].
 
+    Raises:
+      ConfigError: if the images are smaller than the kernel, or empty.
+
     Example:
       >>> import jax.numpy as jnp
       >>> conv2d(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 2)), "VALID").shape
@@ -79,6 +82,9 @@ def conv2d_max_pool(images: jax.Array, kernel: jax.Array, padding: Padding) -> j
 
     Returns:
       float[batch, out_height // 2, out_width // 2, features].
+
+    Raises:
+      ConfigError: if the outputs of `conv2d` have less than 2 x 2 pixels.
 
     Example:
       >>> import jax.numpy as jnp
