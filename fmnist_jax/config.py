@@ -18,9 +18,6 @@ OptimizerName = Literal["adam", "rmsprop", "sgd", "muon"]
 ScheduleName = Literal["constant", "cosine", "one_cycle", "linear"]
 DtypeName = Literal["float32", "bfloat16"]
 AugmentationName = Literal["none", "keras", "geometric", "shift", "shift_erase"]
-StreamName = Literal["init", "split", "shuffle", "augment", "dropout"]
-
-_ABSENT = "absent"
 
 # Fields of a run that have no effect on its training.
 _NO_EFFECT = ("workdir", "checkpoint_every", "keep_every", "tta", "devices")
@@ -167,7 +164,6 @@ class Run:
       recipe: how to train.
       workdir: folder of the run's files; created if missing.
       seed: root of every random stream, in [0, 2**32).
-      stream_seeds: other seeds for single streams, such as {"init": 3}.
       exclude: training images left out of training and validation, by their positions in the
         published file. Validation accuracies of runs with other exclusions are not comparable.
       train_examples: number of examples of the training split to train on, stratified by class;
@@ -190,7 +186,6 @@ class Run:
     recipe: Recipe
     workdir: Path
     seed: int = _flag("root of all randomness", 0)
-    stream_seeds: Mapping[str, int] = dataclasses.field(default_factory=dict)
     exclude: Sequence[int] = ()
     train_examples: int | None = _flag("number of training examples; default: all", None)
     checkpoint_every: str = _flag("interval of checkpoints, such as 500st, 1ep or 60s", "1ep")
@@ -203,12 +198,8 @@ class Run:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "workdir", Path(self.workdir))
-        object.__setattr__(self, "stream_seeds", dict(self.stream_seeds))
         object.__setattr__(self, "exclude", _positions(self.exclude))
         _check_seed("seed", self.seed)
-        for name, seed in self.stream_seeds.items():
-            _check_choice("a stream", name, StreamName)
-            _check_seed(f"the seed of {name}", seed)
         if self.train_examples is not None:
             _check_count("train_examples", self.train_examples)
         Interval.parse("checkpoint_every", self.checkpoint_every)
@@ -238,6 +229,7 @@ def to_dict(run: Run) -> dict[str, Any]:
         del settings["recipe"]["shards"]
     if not run.log_grad_norms:
         del settings["log_grad_norms"]
+    settings["stream_seeds"] = {}  # version 0.2 could set them
     return settings
 
 
@@ -258,56 +250,6 @@ def from_dict(settings: Mapping[str, Any], workdir: Path) -> Run:
         return Run(**given | {"recipe": Recipe(**settings["recipe"])}, workdir=workdir)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{workdir} has settings of another version: {error}") from error
-
-
-def differences(
-    found: Any, wanted: Any, places: tuple[str, str] = ("found", "requested"), name: str = ""
-) -> list[str]:
-    """Lists the differences between two sets of settings, one line each.
-
-    Args:
-      found: the first settings, nested dictionaries ready for JSON.
-      wanted: the second settings.
-      places: a word for each of the two, to be put behind its value.
-      name: prefix of the names.
-
-    Example:
-      >>> differences({"seed": 0, "recipe": {"epochs": 3}}, {"seed": 0, "recipe": {"epochs": 5}})
-      ['recipe.epochs: 3 found, 5 requested']
-    """
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        return [
-            line
-            for key in {**found, **wanted}
-            for line in differences(
-                found.get(key, _ABSENT),
-                wanted.get(key, _ABSENT),
-                places,
-                f"{name}.{key}".lstrip("."),
-            )
-        ]
-    if found == wanted:
-        return []
-    return [f"{name}: {_short(found)} {places[0]}, {_short(wanted)} {places[1]}"]
-
-
-def differences_message(
-    text: str, found: Any, wanted: Any, places: tuple[str, str] = ("found", "requested")
-) -> str | None:
-    """Returns the text followed by the differences, or None if there are none.
-
-    Example:
-      >>> print(differences_message("Other settings:", {"seed": 0}, {"seed": 1}))
-      Other settings:
-        seed: 0 found, 1 requested
-    """
-    lines = differences(found, wanted, places)
-    return "\n  ".join([text, *lines]) if lines else None
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_shards(shards: int, batch_size: int) -> None:

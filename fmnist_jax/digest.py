@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 
@@ -56,3 +57,18 @@ def sha256_json(value: Any) -> str:
       True
     """
     return sha256_bytes(json.dumps(value, sort_keys=True).encode())
+
+
+def params_sha256(params: Any) -> str:
+    """Returns the SHA-256 of names, dtypes, shapes and bytes of all parameters.
+
+    Example:
+      >>> params_sha256({"w": np.zeros(2)})[:8]
+      '99024f1b'
+    """
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(params):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape};".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

@@ -22,13 +22,13 @@ class DivergedError(ArithmeticError):
 
 
 class Interrupted(Exception):  # noqa: N818 (a requested stop, not an error)
-    """A signal stopped the run after its state was saved.
+    """A signal or a hook stopped the run after its state was saved.
 
     Attributes:
-      signal_number: number of the signal.
+      signal_number: number of the signal; None for a hook.
     """
 
-    def __init__(self, message: str, signal_number: int) -> None:
+    def __init__(self, message: str, signal_number: int | None = None) -> None:
         super().__init__(message)
         self.signal_number = signal_number
 

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from fmnist_jax.config import Recipe
+from fmnist_jax.errors import ConfigError
 
 
 class Claim(NamedTuple):
@@ -116,3 +117,25 @@ CLAIMS: Mapping[str, Claim] = MappingProxyType(
         ),
     }
 )
+
+
+def find_recipe(name: str) -> Recipe:
+    """Returns the recipe of this name, or the first one of the network of this name.
+
+    Raises:
+      ConfigError: if there is neither.
+
+    Example:
+      >>> find_recipe("sprint_93").epochs, find_recipe("sprint_wide") == RECIPES["sprint_945"]
+      (8, True)
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    networks = {recipe.arch: recipe for recipe in [*RECIPES.values()][::-1]}
+    if name in networks:
+        return networks[name]
+    others = sorted(set(networks) - set(RECIPES))
+    raise ConfigError(
+        f"unknown recipe {name!r}; choose one of {', '.join(RECIPES)}, or a network: "
+        f"{', '.join(others)}"
+    )

@@ -1,7 +1,5 @@
 """The random streams of a run: one key per purpose, all derived from one seed."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -32,19 +30,14 @@ class Streams(NamedTuple):
     dropout: jax.Array
 
 
-def create_streams(
-    seed: int | np.integer | jax.Array,
-    stream_seeds: Mapping[str, int | np.integer | jax.Array] = MappingProxyType({}),
-) -> Streams:
+def create_streams(seed: int | np.integer | jax.Array) -> Streams:
     """Derives the streams from a seed by folding in one number per purpose.
 
     Args:
       seed: integer in [0, 2**32), or a traced integer array.
-      stream_seeds: other seeds for single streams, by name.
 
     Raises:
-      ConfigError: if the seed is outside its range, of which JAX would silently drop bits, or a
-        stream is unknown.
+      ConfigError: if the seed is outside its range, of which JAX would silently drop bits.
 
     Example:
       >>> a, b = create_streams(0), create_streams(1)
@@ -53,12 +46,6 @@ def create_streams(
     """
     if isinstance(seed, int | np.integer) and not 0 <= seed < 2**32:
         raise ConfigError(f"seed is {seed}; expected an integer in [0, 2**32)")
-    if unknown := sorted(set(stream_seeds) - set(Streams._fields)):
-        raise ConfigError(
-            f"stream_seeds has {unknown[0]!r}; choose one of {', '.join(Streams._fields)}"
-        )
     # By name, because the default can be changed. Others draw an example's numbers by its batch.
     root = jax.random.key(seed, impl="threefry2x32")
-    streams = Streams(*(jax.random.fold_in(root, number) for number in range(len(Streams._fields))))
-    others = {name: getattr(create_streams(other), name) for name, other in stream_seeds.items()}
-    return streams._replace(**others)
+    return Streams(*(jax.random.fold_in(root, number) for number in range(len(Streams._fields))))

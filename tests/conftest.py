@@ -73,12 +73,6 @@ def getkey():
     return lambda: jax.random.key(next(seeds))
 
 
-@pytest.fixture(scope="session")
-def run_py() -> ModuleType:
-    """The command line, as a module."""
-    return load_module(ROOT / "experiments" / "run.py")
-
-
 def load_module(path: Path) -> ModuleType:
     """Imports a file that is not on the path."""
     spec = importlib.util.spec_from_file_location(path.stem, path)

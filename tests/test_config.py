@@ -59,8 +59,6 @@ def test_invalid_recipes_are_refused(change, message):
         ({"seed": 2**32}, "seed is 4294967296; expected an integer in \\[0, 2"),
         ({"seed": 0.5}, "seed is 0.5"),
         ({"train_examples": 0}, "train_examples is 0"),
-        ({"stream_seeds": {"data": 1}}, "a stream is 'data'; choose one of init, split"),
-        ({"stream_seeds": {"init": -1}}, "the seed of init is -1"),
         ({"exclude": [3, -1]}, "exclude has -1"),
         ({"exclude": [0.5]}, "exclude has 0.5"),
         ({"exclude": ["3"]}, "exclude has '3'"),
@@ -88,8 +86,6 @@ def test_streams_are_those_of_threefry_whatever_the_default():
     with jax.default_prng_impl("rbg"):
         streams = fm.create_streams(np.int64(1))
     chex.assert_trees_all_equal(jax.random.key_data(streams.dropout), expected)
-    with pytest.raises(ConfigError, match="stream_seeds has 'data'; choose one of init, split"):
-        fm.create_streams(1, {"data": 2})
 
 
 def test_every_network_has_a_recipe_and_every_project_a_claim():

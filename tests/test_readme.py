@@ -6,6 +6,7 @@ import re
 import pytest
 
 import fmnist_jax as fm
+from fmnist_jax.commands import run as run_command
 from tests.conftest import ROOT, load_module
 
 README = (ROOT / "README.md").read_text()
@@ -26,8 +27,8 @@ def test_python_runs(tmp_path, monkeypatch, capsys, tiny):
     assert len(statements) <= 10
 
 
-def test_flags_exist(run_py):
-    modules = [run_py, load_module(ROOT / "experiments" / "sweep.py")]
+def test_flags_exist():
+    modules = [run_command, load_module(ROOT / "experiments" / "sweep.py")]
     options = {
         option
         for module in modules

@@ -30,10 +30,10 @@ from rich.table import Table
 from summary import STYLE, draw_scaling
 
 import fmnist_jax as fm
+from fmnist_jax.distributed import processes
+from fmnist_jax.distributed.mesh import replicate
 from fmnist_jax.runs import environment, files
 from fmnist_jax.runs.plan import create_plan, loop_cost
-from fmnist_jax.xla import processes
-from fmnist_jax.xla.mesh import replicate
 
 
 class Case(NamedTuple):

@@ -4,7 +4,7 @@ Training images stay on the device as uint8. A batch is gathered, scaled to [0, 
 inside the compiled training loop.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from fmnist_jax.data.augment import Augmentation
 from fmnist_jax.rng import Streams
 from fmnist_jax.xla.jit import platform_jit
 from fmnist_jax.xla.noinline import reproducible
+
+T = TypeVar("T")
 
 
 class Batch(NamedTuple):
@@ -112,6 +114,28 @@ def augmented(
     """Calls `augment` such that every program computes the same bits as the training loop."""
     strength = jnp.float32(1.0 if strength is None else strength)
     return reproducible(augment, key, epoch, examples, images, strength)
+
+
+def split(tree: T, size: int) -> T:
+    """Cuts leaves [n, ...] into [parts, size, ...]; the last part is filled up with zeros.
+
+    Example:
+      >>> split(jnp.arange(1, 4), 2).tolist()
+      [[1, 2], [3, 0]]
+    """
+
+    def cut(array: jax.Array) -> jax.Array:
+        num_parts = -(-len(array) // size)
+        missing = num_parts * size - len(array)
+        padded = jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+        return padded.reshape(num_parts, size, *array.shape[1:])
+
+    return jax.tree.map(cut, tree)
+
+
+def join(tree: T) -> T:
+    """Joins the parts of leaves [parts, size, ...] to [parts * size, ...]."""
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), tree)
 
 
 def scale(images: jax.Array) -> jax.Array:

@@ -19,10 +19,10 @@ from jax import export
 
 from fmnist_jax.data.batches import scale
 from fmnist_jax.data.sources import load_fashion_mnist
+from fmnist_jax.digest import params_sha256
 from fmnist_jax.errors import ConfigError, VerificationError
-from fmnist_jax.export.classifier import Classifier
 from fmnist_jax.runs import files
-from fmnist_jax.runs.results import params_sha256
+from fmnist_jax.runs.classifier import Classifier
 from fmnist_jax.version import __version__
 
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -1,4 +1,4 @@
-"""`TensorBoardWriter`: the log of a run as event files, without TensorFlow."""
+"""`TensorBoardHook`: the log of a run as event files, without TensorFlow."""
 
 import io
 from collections.abc import Mapping
@@ -13,13 +13,13 @@ from PIL import Image
 from fmnist_jax.analysis.scores import score
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.report import plots
-from fmnist_jax.runs.writers import EpochLog, Writer
+from fmnist_jax.train.hooks import EpochLog, Hook
 
 # Misclassified images per epoch.
 _NUM_SHOWN = 20
 
 
-class TensorBoardWriter(Writer):
+class TensorBoardHook(Hook):
     """Writes scalars, histograms of the parameters, a confusion matrix and misclassified images.
 
     The last two are of the validation images. Recipe and test accuracy become hyperparameters and
@@ -34,8 +34,8 @@ class TensorBoardWriter(Writer):
 
     Example:
       >>> import tempfile
-      >>> writer = TensorBoardWriter(Path(tempfile.mkdtemp()))
-      >>> writer.start(settings={"classes": ["Bag", "Trouser"]}, step=0)
+      >>> hook = TensorBoardHook(Path(tempfile.mkdtemp()))
+      >>> hook.start(settings={"classes": ["Bag", "Trouser"]}, step=0, total_steps=10)
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,7 +50,7 @@ class TensorBoardWriter(Writer):
         self._events: Any = None
         self._class_names: list[str] = []
 
-    def start(self, *, settings: Mapping[str, Any], step: int) -> None:
+    def start(self, *, settings: Mapping[str, Any], step: int, total_steps: int) -> None:
         self._class_names = settings["classes"]
         self._events = self._package.SummaryWriter(str(self._folder), purge_step=step + 1)
 

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmnist_jax.config import differences_message
+from fmnist_jax.differences import differences_message
 from fmnist_jax.digest import sha256_file, sha256_json
 from fmnist_jax.errors import CheckpointError, CheckpointWarning
 from fmnist_jax.runs import files

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from fmnist_jax.config import differences_message
+from fmnist_jax.differences import differences_message
 from fmnist_jax.digest import sha256_bytes
 from fmnist_jax.errors import EnvironmentWarning
 from fmnist_jax.runs import files

@@ -1,4 +1,4 @@
-"""`fit`: trains one run. Epochs, progress, checkpoints, signals and files."""
+"""`fit`: trains one run. Epochs, hooks, checkpoints, signals and files."""
 
 import contextlib
 import dataclasses
@@ -13,27 +13,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmnist_jax.config import Run, differences_message
+from fmnist_jax.config import Run
 from fmnist_jax.data.dataset import Dataset
+from fmnist_jax.differences import differences_message
+from fmnist_jax.distributed import processes
 from fmnist_jax.errors import CheckpointError, ConfigError, DivergedError
 from fmnist_jax.runs import environment, files
 from fmnist_jax.runs.checkpoint import Checkpoints
+from fmnist_jax.runs.console import ConsoleProgress
+from fmnist_jax.runs.driver import train_calls
 from fmnist_jax.runs.html import describe_run
 from fmnist_jax.runs.plan import Plan, create_plan
 from fmnist_jax.runs.results import write_results
 from fmnist_jax.runs.saver import LoopState, Saver, restore, restore_finished
 from fmnist_jax.runs.signals import deferred_signals
-from fmnist_jax.runs.writers import ConsoleProgress, EpochLog, NullProgress, Writer
 from fmnist_jax.train import metrics as metrics_lib
-from fmnist_jax.train.loop import train_epoch, train_steps
+from fmnist_jax.train.hooks import EpochLog, Hook, evaluation_progress, say, started
+from fmnist_jax.train.loop import TrainInputs, train_steps
 from fmnist_jax.train.predict import evaluate, predict
 from fmnist_jax.train.step import TrainState
-from fmnist_jax.xla import processes
-from fmnist_jax.xla.mesh import replicate
-
-# Target duration of one compiled call. Progress is shown and signals are handled between calls.
-# The length of a call changes no bit of the result.
-_CALL_SECONDS = 0.5
 
 
 class Result(NamedTuple):
@@ -61,13 +59,7 @@ class Result(NamedTuple):
         return describe_run(self.report, self.history)
 
 
-def fit(
-    run: Run,
-    dataset: Dataset,
-    *,
-    progress: NullProgress | None = None,
-    writers: Sequence[Writer] = (),
-) -> Result:
+def fit(run: Run, dataset: Dataset, *, hooks: Sequence[Hook] | None = None) -> Result:
     """Trains and evaluates a run and writes its files; resumes where an earlier call stopped.
 
     After each epoch it evaluates the validation split and saves a checkpoint. The test images are
@@ -83,8 +75,7 @@ def fit(
       run: the settings. The same settings and folder resume a run, or return a finished run's
         result.
       dataset: the data.
-      progress: receives progress; None prints it.
-      writers: receive the log after each epoch, in the first process.
+      hooks: receive the events of the run; None prints its progress.
 
     Returns:
       The last state and the report.
@@ -93,7 +84,7 @@ def fit(
       ConfigError: if settings and data do not fit, or the folder holds another run, is in use by
         another process, or cannot be written.
       DivergedError: if the loss is not finite.
-      Interrupted: if a signal arrived.
+      Interrupted: if a signal arrived, or a hook asked to stop.
       CheckpointError: if the last state cannot be written, or no checkpoint can be read.
       DamagedFileError: if another file of the run cannot be read.
 
@@ -102,26 +93,25 @@ def fit(
       >>> recipe = dataclasses.replace(fm.RECIPES["small_dropout"], epochs=1)
       >>> run = Run(recipe=recipe, workdir=Path(tempfile.mkdtemp()), train_examples=500)
       >>> data = fm.load_fashion_mnist(sample=True)
-      >>> fit(run, data, progress=NullProgress()).report["steps"]
+      >>> fit(run, data, hooks=()).report["steps"]
       4
     """
-    return fit_plan(create_plan(run, dataset), progress=progress, writers=writers)
+    return fit_plan(create_plan(run, dataset), hooks=hooks)
 
 
-def fit_plan(
-    plan: Plan, *, progress: NullProgress | None = None, writers: Sequence[Writer] = ()
-) -> Result:
+def fit_plan(plan: Plan, *, hooks: Sequence[Hook] | None = None) -> Result:
     """Does what `fit` does, for a plan that exists already."""
-    progress = progress or ConsoleProgress()
+    hooks = [ConsoleProgress()] if hooks is None else hooks
     if processes.is_first():
-        return _fit(plan, progress, writers)
-    # The others do the same in a folder that nobody reads.
+        return _fit(plan, hooks)
+    # The other processes do the same in a temporary folder.
     with tempfile.TemporaryDirectory() as folder:
         run = dataclasses.replace(plan.run, workdir=Path(folder))
-        return _fit(dataclasses.replace(plan, run=run), progress, ())
+        hooks = [hook for hook in hooks if hook.in_every_process]
+        return _fit(dataclasses.replace(plan, run=run), hooks)
 
 
-def _fit(plan: Plan, progress: NullProgress, writers: Sequence[Writer]) -> Result:
+def _fit(plan: Plan, hooks: Sequence[Hook]) -> Result:
     workdir, settings = plan.run.workdir, plan.settings
     processes.check_same("settings", settings)
     processes.check_same("environment", environment.decisive())
@@ -129,80 +119,44 @@ def _fit(plan: Plan, progress: NullProgress, writers: Sequence[Writer]) -> Resul
     report = processes.on_first(lambda: _read_report(workdir, settings))
     if report is not None and (not plan.tta or report["tta_accuracy"] is not None):
         loop = restore_finished(plan, checkpoints)
-        progress.say(f"This run is finished; its results are in {workdir}.")
-        if writers:
-            progress.say("Nothing is logged: writers log a run while it trains.")
+        say(hooks, f"This run is finished; its results are in {workdir}.")
         return Result(loop.state, plan.model, report, loop.history)
     with contextlib.ExitStack() as stack:
         processes.on_first(lambda: stack.enter_context(_exclusive(workdir, settings)))
         if report is None:
-            loop, compile_seconds = _train(plan, checkpoints, progress, writers)
+            loop, compile_seconds = _train(plan, checkpoints, hooks)
         else:
-            progress.say("This run is finished; only test-time augmentation is evaluated.")
-            loop, writers = restore_finished(plan, checkpoints), ()
+            say(hooks, "This run is finished; only test-time augmentation is evaluated.")
+            loop = restore_finished(plan, checkpoints)
             compile_seconds = report["compile_seconds"]
+        is_trained = report is None
         report = write_results(
-            plan,
-            loop.state,
-            loop.history,
-            compile_seconds=compile_seconds,
-            on_progress=progress.evaluate,
+            plan, loop.state, loop.history, compile_seconds=compile_seconds, hooks=hooks
         )
-        for writer in writers:
-            writer.finish(report=report)
+        for hook in hooks if is_trained else ():
+            hook.finish(report=report)
     return Result(loop.state, plan.model, report, loop.history)
 
 
-def _train(
-    plan: Plan, checkpoints: Checkpoints, progress: NullProgress, writers: Sequence[Writer]
-) -> tuple[LoopState, float]:
+def _train(plan: Plan, checkpoints: Checkpoints, hooks: Sequence[Hook]) -> tuple[LoopState, float]:
     """Trains the remaining epochs; returns the last state and the seconds of compilation."""
     loop = restore(plan, checkpoints.restore)
     metrics_path = plan.run.workdir / files.METRICS
     if loop.step:
-        progress.say(f"Resuming after step {loop.step:,} of {plan.total_steps:,}.")
+        say(hooks, f"Resuming after step {loop.step:,} of {plan.total_steps:,}.")
     elif metrics_path.exists() and metrics_path.stat().st_size:
-        progress.say("Starting from the first step: the earlier run has no checkpoint.")
+        say(hooks, "Starting from the first step: the earlier run has no checkpoint.")
     # Lines after the checkpoint are written again.
     files.write_lines(metrics_path, loop.history)
     saver = Saver(plan, checkpoints, loop.step)
     environment.record(
         plan.run.workdir / files.ENVIRONMENT, sample=plan.dataset.sample, is_resumed=loop.step > 0
     )
-    for writer in writers:
-        writer.start(settings=plan.settings, step=loop.step)
-    if loop.step == plan.total_steps:
-        return loop, 0.0
-    dataset, mesh = plan.dataset, plan.config.mesh
-    data: tuple[jax.Array, jax.Array, jax.Array] = replicate(
-        (dataset.train_images, dataset.train_labels, plan.train_examples), mesh
-    )
-    streams, hyperparams = replicate((plan.streams, plan.hyperparams), mesh)
-    num_devices = "" if mesh is None else f"{mesh.size} x "
-    progress.say(
-        f"Compiling the training loop of {plan.run.recipe.arch} for "
-        f"{num_devices}{jax.devices()[0].device_kind} ..."
-    )
-    started = time.perf_counter()
-    # No steps: this only compiles the program that all calls share.
-    state, metrics = train_steps(
-        loop.state, *data, streams, jnp.int32(0), hyperparams, loop.metrics, config=plan.config
-    )
-    loop = loop._replace(state=jax.block_until_ready(state), metrics=metrics)
-    compile_seconds = time.perf_counter() - started
-    pace = _Pace()
-    progress.start(step=loop.step, total_steps=plan.total_steps)
-    try:
-        # Until here a signal ends the process at once, because nothing would be lost.
-        with deferred_signals() as signals:
-            while loop.step < plan.total_steps:
-                loop = _train_epoch(plan, data, loop, saver, pace, signals, progress)
-                loop = _end_epoch(plan, loop, saver, progress, writers)
-                signal_number, *_ = _agree(signals)
-                if signal_number:
-                    saver.stop(loop, signal_number)
-    finally:
-        progress.stop()
+    inputs, compile_seconds = plan.config.layout.place(plan.inputs), 0.0
+    if loop.step < plan.total_steps:
+        loop, compile_seconds = _compile(plan, inputs, loop, hooks)
+    with started(hooks, plan.settings, loop.step, plan.total_steps):
+        loop = _train_epochs(plan, inputs, loop, saver, hooks)
     if saver.saved_step < loop.step:
         raise CheckpointError(
             f"the last state, of step {loop.step:,}, could not be saved; the same command resumes "
@@ -212,67 +166,48 @@ def _train(
     return loop, compile_seconds
 
 
-def _train_epoch(
-    plan: Plan,
-    data: tuple[jax.Array, jax.Array, jax.Array],
-    loop: LoopState,
-    saver: Saver,
-    pace: "_Pace",
-    signals: list[int],
-    progress: NullProgress,
+def _compile(
+    plan: Plan, inputs: TrainInputs, loop: LoopState, hooks: Sequence[Hook]
+) -> tuple[LoopState, float]:
+    """Compiles the program that all calls share; returns the same state and the seconds."""
+    device, num_devices = jax.devices()[0].device_kind, plan.config.layout.num_devices
+    name = device if num_devices == 1 else f"{num_devices} x {device}"
+    say(hooks, f"Compiling the training loop of {plan.run.recipe.arch} for {name} ...")
+    start = time.perf_counter()
+    state, metrics = train_steps(loop.state, inputs, jnp.int32(0), loop.metrics, config=plan.config)
+    loop = loop._replace(state=jax.block_until_ready(state), metrics=metrics)
+    return loop, time.perf_counter() - start
+
+
+def _train_epochs(
+    plan: Plan, inputs: TrainInputs, loop: LoopState, saver: Saver, hooks: Sequence[Hook]
 ) -> LoopState:
-    """Trains to the end of the epoch; saves and stops on the way where it should."""
-    epoch = loop.step // plan.steps_per_epoch
-    first_step = epoch * plan.steps_per_epoch
-    last_step = first_step + plan.steps_per_epoch
-    step = loop.step
-    calls = train_epoch(
-        loop.state,
-        *data,
-        plan.streams,
-        plan.hyperparams,
-        loop.metrics,
-        config=plan.config,
-        next_num_steps=lambda left: min(pace.num_steps, left, saver.steps_until_due(step)),
-    )
-    started = time.perf_counter()
-    for state, metrics in calls:
-        host_metrics = jax.device_get(metrics)
-        seconds = time.perf_counter() - started
-        loop = LoopState(state, metrics, loop.epoch_seconds + seconds, loop.history)
-        num_steps, step = loop.step - step, loop.step
-        if host_metrics.finite_steps < step - first_step:
-            raise DivergedError(
-                f"the loss is not finite in epoch {epoch + 1}, step "
-                f"{first_step + int(host_metrics.finite_steps) + 1:,}; "
-                "a lower learning rate often helps"
-            )
-        progress.update(
-            step=step,
-            epoch=epoch + 1,
-            images_per_second=num_steps * plan.config.batch_size / seconds,
-            loss=float(host_metrics.loss / host_metrics.num_examples),
-        )
-        pace.update(num_steps, seconds)
-        signal_number, is_due, pace.num_steps = _agree(signals, saver.is_due(step), pace.num_steps)
-        # The end of an epoch is evaluated and logged before it is saved.
-        if step < last_step:
-            if signal_number:
-                saver.stop(loop, signal_number)
+    """Trains to the last epoch; evaluates, saves and stops between compiled calls."""
+    # Until here a signal ends the process at once, because nothing would be lost.
+    with deferred_signals() as signals:
+        for call in train_calls(
+            plan, inputs, loop.state, loop.metrics, hooks=hooks,
+            steps_until_due=saver.steps_until_due,
+        ):  # fmt: skip
+            seconds = loop.epoch_seconds + call.seconds
+            loop = LoopState(call.state, call.metrics, seconds, loop.history)
+            wants_stop, is_epoch_end = False, loop.step % plan.steps_per_epoch == 0
+            if is_epoch_end:
+                loop, wants_stop = _end_epoch(plan, loop, hooks)
+            signal_number, wants_stop, is_due = _agree(signals, wants_stop, saver.is_due(loop.step))
             if is_due:
                 saver.save(loop)
-        started = time.perf_counter()
+            if is_epoch_end:
+                # For readers only: the checkpoint holds the lines as well.
+                with contextlib.suppress(OSError):
+                    files.write_lines(plan.run.workdir / files.METRICS, loop.history)
+            if signal_number or (wants_stop and loop.step < plan.total_steps):
+                saver.stop(loop, signal_number or None)
     return loop
 
 
-def _end_epoch(
-    plan: Plan,
-    loop: LoopState,
-    saver: Saver,
-    progress: NullProgress,
-    writers: Sequence[Writer],
-) -> LoopState:
-    """Evaluates the validation split, logs and saves."""
+def _end_epoch(plan: Plan, loop: LoopState, hooks: Sequence[Hook]) -> tuple[LoopState, bool]:
+    """Evaluates the validation split and logs; returns whether a hook asks to stop as well."""
     epoch = loop.step // plan.steps_per_epoch
     common: dict[str, Any] = {"step": loop.step, "epoch": epoch}
     if plan.dataset.sample:
@@ -282,14 +217,13 @@ def _end_epoch(
     train["seconds"] = round(loop.epoch_seconds, 4)
     lines, val = [train], None
     if num_val := len(plan.val_examples):
-        progress.evaluate(split="val", num_done=0, num_images=num_val)
         metrics = evaluate(
             loop.state.variables,
             plan.dataset.train_images[plan.val_examples],
             plan.dataset.train_labels[plan.val_examples],
             model=plan.model,
-            on_call=lambda done: progress.evaluate(split="val", num_done=done, num_images=num_val),
-            mesh=plan.config.mesh,
+            on_call=evaluation_progress(hooks, "val", num_val),
+            layout=plan.config.layout,
         )
         val = common | {"split": "val"} | metrics.means()
         if not math.isfinite(val["loss"]):
@@ -299,18 +233,10 @@ def _end_epoch(
             )
         lines.append(val)
     # Before the checkpoint, so that a killed run repeats a line and leaves none out.
-    for writer in writers:
-        writer.epoch(_epoch_log(plan, loop, train, val))
-    loop = LoopState(
-        loop.state, metrics_lib.zeros(plan.config.log_norms), 0.0, [*loop.history, *lines]
-    )
-    if saver.is_due_after(epoch):
-        saver.save(loop)
-    # For readers only: the checkpoint holds the lines as well.
-    with contextlib.suppress(OSError):
-        files.write_lines(plan.run.workdir / files.METRICS, loop.history)
-    progress.epoch(epoch=epoch, train=train, val=val)
-    return loop
+    log = _epoch_log(plan, loop, train, val)
+    wants_stop = [hook.epoch(log) for hook in hooks]  # each is called
+    zeros = metrics_lib.zeros(plan.config.log_norms)
+    return LoopState(loop.state, zeros, 0.0, [*loop.history, *lines]), any(wants_stop)
 
 
 def _epoch_log(
@@ -328,22 +254,10 @@ def _epoch_log(
     )
 
 
-def _agree(signals: list[int], is_due: bool = False, num_steps: int = 0) -> tuple[int, bool, int]:
+def _agree(signals: list[int], wants_stop: bool, is_due: bool) -> tuple[int, bool, bool]:
     """Makes all processes do the same: a signal to any stops all, the first decides the rest."""
-    rows = processes.gather([signals[0] if signals else 0, is_due, num_steps])
-    return int(rows[:, 0].max()), bool(rows[0, 1]), int(rows[0, 2])
-
-
-class _Pace:
-    """Number of steps per compiled call, such that a call takes about `_CALL_SECONDS`."""
-
-    def __init__(self) -> None:
-        self.num_steps = 1
-
-    def update(self, num_steps: int, seconds: float) -> None:
-        if num_steps == self.num_steps:  # a call that was cut short says little
-            target = round(num_steps * _CALL_SECONDS / seconds)
-            self.num_steps = max(1, min(target, 16 * num_steps))
+    rows = processes.gather([signals[0] if signals else 0, wants_stop, is_due])
+    return int(rows[:, 0].max()), bool(rows[0, 1]), bool(rows[0, 2])
 
 
 @contextlib.contextmanager

@@ -9,24 +9,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from fmnist_jax.config import Interval, Recipe, Run, to_dict
 from fmnist_jax.data.augment import AUGMENTATIONS, Augmentation, RandomAffine
 from fmnist_jax.data.batches import steps_per_epoch
 from fmnist_jax.data.dataset import Dataset
 from fmnist_jax.data.split import stratified_split
+from fmnist_jax.distributed.mesh import create_mesh
+from fmnist_jax.distributed.shards import Shards
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.nn.models import create_model
 from fmnist_jax.rng import Streams, create_streams
 from fmnist_jax.runs import environment
 from fmnist_jax.train import metrics as metrics_lib
-from fmnist_jax.train.loop import train_steps
+from fmnist_jax.train.layout import Layout
+from fmnist_jax.train.loop import TrainInputs, train_steps
 from fmnist_jax.train.metrics import Metrics
 from fmnist_jax.train.optim import create_optimizer, create_schedule
 from fmnist_jax.train.step import Hyperparams, StepConfig, TrainState, create_train_state
 from fmnist_jax.xla.cost import Cost, measure_cost
-from fmnist_jax.xla.mesh import create_mesh
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,6 +87,17 @@ class Plan:
         if self.run.tta is not None:
             return self.run.tta
         return self.config.augment is not None and self.config.augment.flip
+
+    @property
+    def inputs(self) -> TrainInputs:
+        """What the training reads, as NumPy arrays."""
+        return TrainInputs(
+            self.dataset.train_images,
+            self.dataset.train_labels,
+            self.streams,
+            self.hyperparams,
+            self.train_examples,
+        )
 
     def create_state(self) -> TrainState:
         """Returns the state before the first step."""
@@ -156,10 +168,7 @@ def create_plan(run: Run, dataset: Dataset) -> Plan:
     has_dropout = "dropout" in signature(type(model).__call__).parameters
     if recipe.dropout is not None and not has_dropout:
         raise ConfigError(f"dropout is {recipe.dropout}, but {recipe.arch} has no dropout")
-    for stream, is_used in (("dropout", has_dropout), ("augment", recipe.augmentation != "none")):
-        if stream in run.stream_seeds and not is_used:
-            raise ConfigError(f"stream_seeds has {stream!r}, but this run does not use that stream")
-    streams = create_streams(run.seed, run.stream_seeds)
+    streams = create_streams(run.seed)
     train_examples, val_examples = stratified_split(
         streams.split, dataset.train_labels, recipe.val_fraction, run.train_examples, run.exclude
     )
@@ -176,8 +185,7 @@ def create_plan(run: Run, dataset: Dataset) -> Plan:
         schedule=create_schedule(recipe.schedule),
         dtype=recipe.dtype,
         microbatch_size=recipe.microbatch_size,
-        shards=recipe.shards,
-        mesh=_create_mesh(run),
+        layout=_create_layout(run),
         log_norms=run.log_grad_norms,
     )
     plan = Plan(run, dataset, streams, train_examples, val_examples, config)
@@ -203,17 +211,13 @@ def loop_cost(plan: Plan) -> Cost:
       Floating-point operations per step, and the device memory of the loop with its state and the
       training images.
     """
-    images, labels = plan.dataset.train_images, plan.dataset.train_labels
+    inputs = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, plan.inputs))
 
     def measure(config: StepConfig) -> Cost:
         lowered = train_steps.lower(
             plan.abstract_state,
-            jax.ShapeDtypeStruct(images.shape, images.dtype),
-            jax.ShapeDtypeStruct(labels.shape, labels.dtype),
-            jax.ShapeDtypeStruct(plan.train_examples.shape, jnp.int32),
-            plan.streams,
+            inputs,
             jax.ShapeDtypeStruct((), jnp.int32),
-            plan.hyperparams,
             plan.abstract_metrics,
             config=config,
         )
@@ -224,8 +228,8 @@ def loop_cost(plan: Plan) -> Cost:
     return measure(plan.config)._replace(flops=measure(whole).flops)
 
 
-def _create_mesh(run: Run) -> Mesh | None:
-    """Returns the mesh of a run, or None if it has one device.
+def _create_layout(run: Run) -> Layout:
+    """Returns the devices of a run, and how they divide its batches.
 
     Raises:
       ConfigError: if there are fewer devices, they cannot share the shards equally, or they would
@@ -253,7 +257,7 @@ def _create_mesh(run: Run) -> Mesh | None:
             f"{', '.join(choices)} devices{hint}"
         )
     if num_devices == 1:
-        return None
+        return Layout() if shards == 1 else Shards(shards)
     threads = environment.num_threads()
     if jax.default_backend() == "cpu" and jax.local_device_count() > threads:
         raise ConfigError(
@@ -261,7 +265,7 @@ def _create_mesh(run: Run) -> Mesh | None:
             "more devices than threads change the rounding. Choose fewer devices, or set NPROC to "
             "the number of threads for every layout"
         )
-    return create_mesh(num_devices)
+    return Shards(shards, create_mesh(num_devices))
 
 
 def _create_augment(run: Run) -> Augmentation | None:

@@ -1,7 +1,6 @@
 """`replay`: computes one step of a finished run again."""
 
 import contextlib
-import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,16 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fmnist_jax.config import differences_message, from_dict
-from fmnist_jax.data.batches import Batch, epoch_order
+from fmnist_jax.config import from_dict
+from fmnist_jax.data.batches import epoch_order
 from fmnist_jax.data.dataset import Dataset
+from fmnist_jax.differences import differences_message
 from fmnist_jax.errors import CheckpointError, ConfigError
-from fmnist_jax.rng import Streams
 from fmnist_jax.runs import files
 from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.runs.plan import Plan, create_plan
-from fmnist_jax.train.loop import read_shards, train_epoch, with_microbatch_size
-from fmnist_jax.train.step import Hyperparams, StepConfig, TrainState, compute_grads
+from fmnist_jax.train.loop import (
+    StepInputs,
+    TrainInputs,
+    read_step,
+    train_epochs,
+    with_microbatch_size,
+)
+from fmnist_jax.train.step import StepConfig, TrainState, compute_grads
 from fmnist_jax.xla.jit import platform_jit
 
 
@@ -60,32 +65,22 @@ def replay(workdir: Path, dataset: Dataset, step: int) -> Replay:
     plan = _read_plan(workdir, dataset)
     if isinstance(step, bool) or not (isinstance(step, int) and 1 <= step <= plan.total_steps):
         raise ConfigError(f"step is {step!r}; the run in {workdir} has 1 to {plan.total_steps:,}")
-    images, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
-    train_examples = jnp.asarray(plan.train_examples)
     state = _restore_before(plan, step)
-    while int(state.step) < step - 1:
-        missing = step - 1 - int(state.step)
-        calls = train_epoch(
-            state,
-            images,
-            labels,
-            train_examples,
-            plan.streams,
-            plan.hyperparams,
-            config=plan.config,
-            next_num_steps=functools.partial(min, missing),
-        )
-        state, _ = next(calls)
-    order = epoch_order(plan.streams.shuffle, (step - 1) // plan.steps_per_epoch, train_examples)
-    examples, batch, losses, gradient_norm = _replay(
+    calls = train_epochs(
         state,
-        images,
-        labels,
-        order,
-        plan.streams,
-        plan.hyperparams,
-        config=with_microbatch_size(plan.config, state, images.shape[1:3]),
+        plan.inputs,
+        plan.run.recipe.epochs,
+        config=plan.config,
+        next_num_steps=lambda reached, left: min(left, step - 1 - reached),
     )
+    while int(state.step) < step - 1:
+        state, _ = next(calls)
+    order = epoch_order(
+        plan.streams.shuffle, (step - 1) // plan.steps_per_epoch, jnp.asarray(plan.train_examples)
+    )
+    inputs = plan.inputs._replace(examples=order)
+    config = with_microbatch_size(plan.config, state, inputs)
+    (examples, batch, _), losses, gradient_norm = _replay(state, inputs, config=config)
     is_real = np.asarray(batch.mask)
     return Replay(
         step,
@@ -99,22 +94,12 @@ def replay(workdir: Path, dataset: Dataset, step: int) -> Replay:
 
 @platform_jit(static_argnames=("config",))
 def _replay(
-    state: TrainState,
-    images: jax.Array,
-    labels: jax.Array,
-    order: jax.Array,
-    streams: Streams,
-    hyperparams: Hyperparams,
-    *,
-    config: StepConfig,
-) -> tuple[jax.Array, Batch, jax.Array, jax.Array]:
-    """Does what a step of `train_steps` does, without updating."""
-    examples, batch = read_shards(
-        images, labels, order, state.step, streams, hyperparams, config=config
-    )
-    key = jax.random.fold_in(streams.dropout, state.step)
-    grads, _, _, losses, _ = compute_grads(state, batch, key, hyperparams, config=config)
-    return examples, batch, losses, optax.tree.norm(grads)
+    state: TrainState, inputs: TrainInputs, *, config: StepConfig
+) -> tuple[StepInputs, jax.Array, jax.Array]:
+    """Does what `take_step` does, without updating."""
+    read = read_step(inputs, state.step, config=config)
+    grads = compute_grads(state, read.batch, read.key, inputs.hyperparams, config=config)
+    return read, grads.losses, optax.tree.norm(grads.grads)
 
 
 def _read_plan(workdir: Path, dataset: Dataset) -> Plan:

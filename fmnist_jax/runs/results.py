@@ -1,7 +1,6 @@
 """Results of a run: the files that are written at its end."""
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +11,11 @@ from jax import lax
 
 from fmnist_jax.data.augment import Augmentation
 from fmnist_jax.data.batches import augmented
+from fmnist_jax.digest import params_sha256
 from fmnist_jax.errors import DivergedError
 from fmnist_jax.runs import environment, files
 from fmnist_jax.runs.plan import Plan
+from fmnist_jax.train.hooks import Hook, evaluation_progress
 from fmnist_jax.train.predict import NUM_VIEWS, predict, predict_tta
 from fmnist_jax.train.step import TrainState
 from fmnist_jax.xla.jit import platform_jit
@@ -26,7 +27,7 @@ def write_results(
     history: Sequence[Mapping[str, Any]],
     *,
     compile_seconds: float,
-    on_progress: Callable[..., None],
+    hooks: Sequence[Hook] = (),
 ) -> dict[str, Any]:
     """Evaluates the test images and writes predictions.npz, examples.npz and report.json.
 
@@ -35,7 +36,7 @@ def write_results(
       state: the state after its last step.
       history: its log, the lines of metrics.jsonl.
       compile_seconds: compilation time of the training loop.
-      on_progress: called as `NullProgress.evaluate` is.
+      hooks: receive the progress of the evaluation.
 
     Returns:
       The content of report.json. It is written last, because it marks the run as finished.
@@ -47,15 +48,15 @@ def write_results(
 
     dataset, workdir, recipe = plan.dataset, plan.run.workdir, plan.run.recipe
 
-    def run(split: str, function: Callable[..., jax.Array], images: np.ndarray, views: int = 1):
-        num_images = views * len(images)
-        on_progress(split=split, num_done=0, num_images=num_images)
+    def run(
+        split: str, function: Callable[..., jax.Array], images: np.ndarray, views: int = 1
+    ) -> np.ndarray:
         logits = function(
             state.variables,
             images,
             model=plan.model,
-            on_call=lambda done: on_progress(split=split, num_done=done, num_images=num_images),
-            mesh=plan.config.mesh,
+            on_call=evaluation_progress(hooks, split, views * len(images)),
+            layout=plan.config.layout,
         )
         return np.asarray(logits)
 
@@ -86,7 +87,6 @@ def write_results(
         "arch": recipe.arch,
         "recipe": dataclasses.asdict(recipe),
         "seed": plan.run.seed,
-        "stream_seeds": plan.run.stream_seeds,
         "epochs": recipe.epochs,
         "steps": plan.total_steps,
         "params": plan.num_params,
@@ -118,21 +118,6 @@ def write_results(
     return report
 
 
-def params_sha256(params: Any) -> str:
-    """Returns the SHA-256 of names, dtypes, shapes and bytes of all parameters.
-
-    Example:
-      >>> params_sha256({"w": np.zeros(2)})[:8]
-      '99024f1b'
-    """
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(params):
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape};".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
 def _examples(plan: Plan, test_losses: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the images that the report shows."""
     dataset = plan.dataset
@@ -159,7 +144,7 @@ def _examples(plan: Plan, test_losses: np.ndarray) -> dict[str, np.ndarray]:
                 plan.streams.augment,
                 jnp.asarray(originals),
                 jnp.asarray(examples["originals"]),
-                plan.hyperparams.augmentation,
+                plan.hyperparams.augmentation_strength,
                 augment=plan.config.augment,
             )
         )

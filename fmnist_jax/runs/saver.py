@@ -9,15 +9,14 @@ import jax
 import numpy as np
 
 from fmnist_jax.config import Interval
+from fmnist_jax.digest import params_sha256
+from fmnist_jax.distributed import processes
 from fmnist_jax.errors import CheckpointError, CheckpointWarning, Interrupted, VerificationError
 from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.runs.plan import Plan
-from fmnist_jax.runs.results import params_sha256
 from fmnist_jax.train import metrics as metrics_lib
 from fmnist_jax.train.metrics import Metrics
 from fmnist_jax.train.step import TrainState
-from fmnist_jax.xla import processes
-from fmnist_jax.xla.mesh import replicate
 
 
 class LoopState(NamedTuple):
@@ -74,15 +73,14 @@ class Saver:
         return self._every.number - step % self._every.number
 
     def is_due(self, step: int) -> bool:
-        """Whether to save inside an epoch."""
-        if self._every.unit == "s":
-            return time.monotonic() - self._saved_at >= self._every.number
-        return self._every.unit == "st" and step % self._every.number == 0
-
-    def is_due_after(self, epoch: int) -> bool:
-        """Whether to save at the end of an epoch, counted from 1."""
-        is_last = epoch == self._plan.run.recipe.epochs
-        return is_last or self._every.unit != "ep" or epoch % self._every.number == 0
+        """Whether to save after a step."""
+        number, unit = self._every
+        epoch, rest = divmod(step, self._plan.steps_per_epoch)
+        if rest == 0:
+            return step == self._plan.total_steps or unit != "ep" or epoch % number == 0
+        if unit == "s":
+            return time.monotonic() - self._saved_at >= number
+        return unit == "st" and step % number == 0
 
     def save(self, loop: LoopState) -> None:
         """Saves; warns if it fails.
@@ -109,8 +107,12 @@ class Saver:
             self.saved_step = loop.step
         self._saved_at = time.monotonic()
 
-    def stop(self, loop: LoopState, signal_number: int) -> NoReturn:
+    def stop(self, loop: LoopState, signal_number: int | None) -> NoReturn:
         """Saves what is not saved yet, and raises.
+
+        Args:
+          loop: the state after the last step.
+          signal_number: of the signal that stops the run; None if a hook does.
 
         Raises:
           Interrupted: if the state is saved.
@@ -145,14 +147,14 @@ def restore(plan: Plan, read: Callable[[Any], tuple[Any, dict[str, Any]] | None]
     restored = processes.on_first(read_leaves)
     if restored is None:
         metrics = metrics_lib.zeros(plan.config.log_norms)
-        tree = {"state": plan.create_state(), "metrics": metrics}
+        tree: Any = {"state": plan.create_state(), "metrics": metrics}
         meta: dict[str, Any] = {"epoch_seconds": 0.0, "history": []}
     else:
         leaves, meta = restored
         tree = jax.tree.unflatten(
             jax.tree.structure(like), [leaves[str(n)] for n in range(len(leaves))]
         )
-    tree = replicate(tree, plan.config.mesh)
+    tree = plan.config.layout.place(tree)
     return LoopState(tree["state"], tree["metrics"], meta["epoch_seconds"], meta["history"])
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmnist_jax.config import differences, differences_message
+from fmnist_jax.differences import differences_message, list_differences
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.runs import files
 from fmnist_jax.studies.seeds import read_report
@@ -66,7 +66,7 @@ def compare(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> dict[str, Any]:
             }
             for name, side in (("a", a), ("b", b))
         },
-        "differs_in": differences(a[0].settings, b[0].settings, ("in a", "in b")),
+        "differs_in": list_differences(a[0].settings, b[0].settings, ("in a", "in b")),
         "difference": difference,
         "sign_flip_p": stats.sign_flip_test(gains) if several else None,
         "sign_flip_smallest": stats.smallest_sign_flip_p(len(seeds)) if several else None,

@@ -1,22 +1,28 @@
 """`cross_validate`: predictions for every training image by a network not trained on it."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from sklearn.model_selection import StratifiedKFold
 
+from fmnist_jax.analysis.label_issues import forgetting_events
 from fmnist_jax.data.batches import steps_per_epoch
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.rng import create_streams
-from fmnist_jax.runs.writers import NullProgress
-from fmnist_jax.studies.label_issues import forgetting_events
-from fmnist_jax.train.loop import train_epoch
+from fmnist_jax.train.hooks import Hook, say
+from fmnist_jax.train.loop import TrainInputs, train_epochs
 from fmnist_jax.train.optim import create_optimizer, create_schedule
 from fmnist_jax.train.predict import predict
-from fmnist_jax.train.step import Hyperparams, StepConfig, TrainState, create_train_state
+from fmnist_jax.train.step import (
+    Hyperparams,
+    Model,
+    StepConfig,
+    TrainState,
+    create_train_state,
+)
 
 
 class CrossValidation(NamedTuple):
@@ -41,11 +47,11 @@ def cross_validate(
     labels: np.ndarray,
     test_images: np.ndarray,
     *,
-    model: Any,
+    model: Model,
     folds: int = 4,
     epochs: int = 5,
     batch_size: int = 128,
-    progress: NullProgress | None = None,
+    hooks: Sequence[Hook] = (),
 ) -> CrossValidation:
     """Trains one network per fold, on the images outside the fold.
 
@@ -60,12 +66,11 @@ def cross_validate(
       folds: number of networks, at least 2.
       epochs: epochs per network, at least 1.
       batch_size: examples per step, at least 1.
-      progress: receives a message after each epoch; None ignores them.
+      hooks: receive a message after each epoch.
 
     Raises:
       ConfigError: if a class has fewer images than there are folds, or epochs is below 1.
     """
-    progress = progress or NullProgress()
     fewest = np.unique(labels, return_counts=True)[1].min()
     if not 2 <= folds <= fewest:
         raise ConfigError(
@@ -80,7 +85,7 @@ def cross_validate(
     splits = StratifiedKFold(folds, shuffle=True, random_state=seed).split(images, labels)
     for fold, (inside, held_out) in enumerate(splits):
         history = []
-        states = train_epochs(
+        states = train_network(
             (seed + fold) % 2**32, device_images, device_labels, inside.astype(np.int32),
             model=model, epochs=epochs, batch_size=batch_size,
         )  # fmt: skip
@@ -88,9 +93,10 @@ def cross_validate(
             predicted = np.asarray(predict(state.variables, images, model=model))
             correct = predicted.argmax(axis=1) == labels
             history.append(correct[inside])
-            progress.say(
+            say(
+                hooks,
                 f"fold {fold + 1} of {folds}, epoch {len(history)} of {epochs}: accuracy "
-                f"{correct[held_out].mean():.2%} on the {len(held_out):,} images of the fold"
+                f"{correct[held_out].mean():.2%} on the {len(held_out):,} images of the fold",
             )
         logits.append(predicted[held_out])
         positions.append(held_out)
@@ -101,13 +107,13 @@ def cross_validate(
     return CrossValidation(in_order, np.array(test_logits), forgotten, learned)
 
 
-def train_epochs(
+def train_network(
     seed: int,
-    images: jax.Array,
-    labels: jax.Array,
+    images: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray,
     examples: np.ndarray,
     *,
-    model: Any,
+    model: Model,
     epochs: int,
     batch_size: int = 128,
 ) -> Iterator[TrainState]:
@@ -132,15 +138,14 @@ def train_epochs(
         schedule=create_schedule("cosine"),
     )
     total_steps = epochs * steps_per_epoch(len(examples), batch_size)
-    hyperparams = Hyperparams(jnp.float32(1e-3), jnp.int32(total_steps))
-    streams = create_streams(seed)
+    inputs = TrainInputs(
+        images,
+        labels,
+        create_streams(seed),
+        Hyperparams(jnp.float32(1e-3), jnp.int32(total_steps)),
+        jnp.asarray(examples),
+    )
     height, width = images.shape[1:]
-    state = create_train_state(streams.init, config, image_shape=(height, width))
-    for _ in range(epochs):
-        # One call that takes all steps of the epoch.
-        state, _ = next(
-            train_epoch(
-                state, images, labels, jnp.asarray(examples), streams, hyperparams, config=config
-            )
-        )
+    initial = create_train_state(inputs.streams.init, config, image_shape=(height, width))
+    for state, _ in train_epochs(initial, inputs, epochs, config=config):
         yield state

@@ -1,6 +1,6 @@
 """Executors: functions that train independent runs, one after the other or on a Ray cluster.
 
-`executor(runs, dataset, progress)` returns when every run is finished. The results are in the runs'
+`executor(runs, dataset, hooks)` returns when every run is finished. The results are in the runs'
 folders, with the same bits for every executor.
 """
 
@@ -13,10 +13,10 @@ from fmnist_jax.config import Run
 from fmnist_jax.data.dataset import Dataset
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.runs.fit import fit
-from fmnist_jax.runs.writers import NullProgress
+from fmnist_jax.train.hooks import EpochLog, Hook, say
 from fmnist_jax.xla.cache import enable_compilation_cache
 
-Executor = Callable[[Sequence[Run], Dataset, NullProgress], None]
+Executor = Callable[[Sequence[Run], Dataset, Sequence[Hook]], None]
 
 # A resumed run repeats at most one checkpoint interval, so a retry is cheap.
 _MAX_RETRIES = 10
@@ -25,13 +25,15 @@ _MAX_RETRIES = 10
 _POLL_SECONDS = 0.5
 
 
-def fit_in_turn(runs: Sequence[Run], dataset: Dataset, progress: NullProgress) -> None:
+def fit_in_turn(runs: Sequence[Run], dataset: Dataset, hooks: Sequence[Hook]) -> None:
     """Trains the runs in this process, one after the other; equal shapes share a program."""
     alike = len({run.recipe for run in runs}) == 1
     for index, run in enumerate(runs):
-        progress.say(f"{_name(run)}, {index + 1} of {len(runs)}:")
-        part = _PartProgress(progress, index, len(runs)) if alike else progress
-        fit(run, dataset, progress=part)
+        say(hooks, f"{_name(run)}, {index + 1} of {len(runs)}:")
+        if alike:
+            for hook in hooks:
+                hook.series(index=index, num_runs=len(runs))
+        fit(run, dataset, hooks=hooks)
 
 
 class RayExecutor:
@@ -66,7 +68,7 @@ class RayExecutor:
             except (ConnectionError, ValueError) as error:
                 raise ConfigError(f"the Ray cluster {address!r} cannot be used: {error}") from error
 
-    def __call__(self, runs: Sequence[Run], dataset: Dataset, progress: NullProgress) -> None:
+    def __call__(self, runs: Sequence[Run], dataset: Dataset, hooks: Sequence[Hook]) -> None:
         """Trains the runs; raises the error of the first that fails."""
         ray = self._ray
         mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
@@ -74,11 +76,11 @@ class RayExecutor:
         uses_cache = bool(jax.config.jax_compilation_cache_dir)  # type: ignore[attr-defined]
         remote = ray.remote(_fit_remotely).options(**self._options)
         tasks = [remote.remote(run, shared, mailbox, uses_cache) for run in runs]
-        progress.say(f"Training {len(runs)} runs on Ray ...")
+        say(hooks, f"Training {len(runs)} runs on Ray ...")
         while tasks:
             done, tasks = ray.wait(tasks, timeout=_POLL_SECONDS)
             for message in ray.get(mailbox.take.remote()):
-                progress.say(message)
+                say(hooks, message)
             for task in done:
                 try:
                     ray.get(task)
@@ -87,13 +89,13 @@ class RayExecutor:
                 except ray.exceptions.RayError as error:
                     raise ConfigError(f"a run failed on Ray: {error}") from error
         for message in ray.get(mailbox.take.remote()):
-            progress.say(message)
+            say(hooks, message)
 
 
 def _fit_remotely(run: Run, dataset: Dataset, mailbox: Any, uses_cache: bool) -> None:
     if uses_cache:
         enable_compilation_cache()
-    fit(run, dataset, progress=_MailboxProgress(mailbox, run))
+    fit(run, dataset, hooks=[_MailboxHook(mailbox, run)])
 
 
 class _Mailbox:
@@ -110,50 +112,21 @@ class _Mailbox:
         return messages
 
 
-class _MailboxProgress(NullProgress):
+class _MailboxHook(Hook):
     """Sends a line for each message and each epoch of a run."""
 
     def __init__(self, mailbox: Any, run: Run) -> None:
         self._mailbox, self._run = mailbox, run
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         self._mailbox.put.remote(f"{_name(self._run)}: {text}")
 
-    def epoch(self, *, epoch: int, train: dict[str, Any], val: dict[str, Any] | None) -> None:
-        accuracy = "" if val is None else f", validation accuracy {val['accuracy']:.2%}"
-        self.say(
-            f"epoch {epoch} of {self._run.recipe.epochs}, loss {train['loss']:.4f}{accuracy}, "
-            f"{train['images_per_second']:,.0f} images/s"
+    def epoch(self, log: EpochLog) -> None:
+        accuracy = "" if log.val is None else f", validation accuracy {log.val['accuracy']:.2%}"
+        self.message(
+            f"epoch {log.epoch} of {self._run.recipe.epochs}, loss {log.train['loss']:.4f}"
+            f"{accuracy}, {log.train['images_per_second']:,.0f} images/s"
         )
-
-
-class _PartProgress(NullProgress):
-    """Shows one of several runs as a part of all their steps."""
-
-    def __init__(self, progress: NullProgress, index: int, num_runs: int) -> None:
-        self._progress, self._index, self._num_runs = progress, index, num_runs
-        self._before = 0
-
-    def say(self, text: str) -> None:
-        self._progress.say(text)
-
-    def start(self, *, step: int, total_steps: int) -> None:
-        self._before = self._index * total_steps
-        self._progress.start(step=self._before + step, total_steps=self._num_runs * total_steps)
-
-    def update(self, *, step: int, epoch: int, images_per_second: float, loss: float) -> None:
-        self._progress.update(
-            step=self._before + step, epoch=epoch, images_per_second=images_per_second, loss=loss
-        )
-
-    def evaluate(self, *, split: str, num_done: int, num_images: int) -> None:
-        self._progress.evaluate(split=split, num_done=num_done, num_images=num_images)
-
-    def epoch(self, *, epoch: int, train: dict[str, Any], val: dict[str, Any] | None) -> None:
-        self._progress.epoch(epoch=epoch, train=train, val=val)
-
-    def stop(self) -> None:
-        self._progress.stop()
 
 
 def _name(run: Run) -> str:

@@ -9,12 +9,13 @@ import numpy as np
 
 from fmnist_jax.config import Run
 from fmnist_jax.data.dataset import Dataset
+from fmnist_jax.distributed import processes
 from fmnist_jax.errors import ConfigError, DamagedFileError
 from fmnist_jax.runs import files
+from fmnist_jax.runs.console import ConsoleProgress
 from fmnist_jax.runs.fit import Result, fit
-from fmnist_jax.runs.writers import ConsoleProgress, NullProgress
 from fmnist_jax.studies.executors import Executor, fit_in_turn
-from fmnist_jax.xla import processes
+from fmnist_jax.train.hooks import Hook
 
 # Values of report.json that are averaged over the runs.
 FIGURES = ("test_accuracy", "val_accuracy", "train_accuracy", "tta_accuracy", "test_loss")
@@ -37,7 +38,7 @@ def fit_seeds(
     dataset: Dataset,
     num_seeds: int,
     *,
-    progress: NullProgress | None = None,
+    hooks: Sequence[Hook] | None = None,
     executor: Executor = fit_in_turn,
 ) -> SeedsResult:
     """Trains from the seeds S, S + 1, ..., S + num_seeds - 1, where S is the run's seed.
@@ -51,7 +52,7 @@ def fit_seeds(
       run: recipe, first seed and folder.
       dataset: the data.
       num_seeds: at least 1.
-      progress: as for `fit`.
+      hooks: as for `fit`.
       executor: trains the runs; see `fmnist_jax.studies.executors`.
 
     Returns:
@@ -66,19 +67,19 @@ def fit_seeds(
       >>> recipe = dataclasses.replace(fm.RECIPES["valid_2x2"], epochs=1)
       >>> run = fm.Run(recipe=recipe, workdir=Path(tempfile.mkdtemp()), train_examples=200)
       >>> data = fm.load_fashion_mnist(sample=True)
-      >>> result = fit_seeds(run, data, 2, progress=NullProgress())
+      >>> result = fit_seeds(run, data, 2, hooks=())
       >>> result.report["seeds"], len(result.report["test_accuracy"]["values"])
       ([0, 1], 2)
     """
     if isinstance(num_seeds, bool) or not (isinstance(num_seeds, int) and num_seeds >= 1):
         raise ConfigError(f"num_seeds is {num_seeds!r}; it must be an integer of at least 1")
-    progress = progress or ConsoleProgress()
+    hooks = [ConsoleProgress()] if hooks is None else hooks
     runs = [
         dataclasses.replace(run, seed=seed, workdir=run.workdir / f"seed-{seed}")
         for seed in range(run.seed, run.seed + num_seeds)
     ]
-    executor(runs, dataset, progress)
-    results = [fit(one, dataset, progress=NullProgress()) for one in runs]  # they are finished
+    executor(runs, dataset, hooks)
+    results = [fit(one, dataset, hooks=()) for one in runs]  # they are finished
 
     def write() -> dict[str, Any]:
         report = summarize([one.workdir for one in runs])

@@ -2,24 +2,24 @@
 
 import contextlib
 import dataclasses
-import math
 import sqlite3
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
-from fmnist_jax.config import Recipe, Run, differences_message
+from fmnist_jax.config import Recipe, Run
 from fmnist_jax.data.dataset import Dataset
-from fmnist_jax.errors import ConfigError
+from fmnist_jax.differences import differences_message
+from fmnist_jax.errors import ConfigError, DivergedError, Interrupted
 from fmnist_jax.runs import files
+from fmnist_jax.runs.console import ConsoleProgress
+from fmnist_jax.runs.driver import train_calls
 from fmnist_jax.runs.plan import Plan, create_plan
-from fmnist_jax.runs.writers import ConsoleProgress, NullProgress
+from fmnist_jax.runs.signals import deferred_signals
 from fmnist_jax.studies.seeds import fit_seeds
-from fmnist_jax.train.loop import train_epoch
+from fmnist_jax.train.hooks import Hook, say, started
 from fmnist_jax.train.predict import evaluate
 
 SWEEP = "sweep.json"
@@ -108,7 +108,7 @@ def sweep(
     num_trials: int,
     *,
     num_seeds: int = 5,
-    progress: NullProgress | None = None,
+    hooks: Sequence[Hook] | None = None,
 ) -> dict[str, Any]:
     """Searches for the settings with the best validation accuracy.
 
@@ -126,7 +126,7 @@ def sweep(
       space: the domain of each setting that is searched.
       num_trials: number of finished or pruned trials.
       num_seeds: trainings of the best setting, with the seeds after `run.seed`.
-      progress: as for `fit`.
+      hooks: as for `fit`.
 
     Returns:
       The content of sweep.json: `best`, with `params` and `val_accuracy` of the best trial;
@@ -137,50 +137,23 @@ def sweep(
     Raises:
       ConfigError: if Optuna is not installed, there are no validation images, a setting does not
         fit, or the folder holds another sweep.
+      Interrupted: if a signal arrived. The finished trials are saved; the same call repeats the
+        trial that was stopped and continues.
     """
-    if num_trials < 1 or num_seeds < 2:
-        raise ConfigError(
-            f"num_trials is {num_trials} and num_seeds is {num_seeds}; expected at least 1 and 2"
-        )
-    if not space:
-        raise ConfigError("the sweep has no setting to search; name at least one")
-    dataclasses.replace(run, seed=run.seed + num_seeds)  # refuses seeds that are too large
-    progress = progress or ConsoleProgress()
+    hooks = [ConsoleProgress()] if hooks is None else hooks
     optuna = _optuna()
-    plan = create_plan(run, dataset)
-    values = [
-        {name: value}
-        for name, domain in space.items()
-        for value in domain.choices or (domain.low, domain.high)
-    ]
-    for changes in ({}, *values):
-        recipe = dataclasses.replace(run.recipe, **changes)
-        if not len(create_plan(dataclasses.replace(run, recipe=recipe), dataset).val_examples):
-            raise ConfigError("val_fraction is 0; a sweep chooses by validation images")
+    plan = _checked_plan(run, dataset, space, num_trials, num_seeds)
     files.make_folder(run.workdir)
     with files.locked(run.workdir, wait=True):
         _write_settings(plan, space)
-    states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-    with _open_study(run.workdir, optuna) as study:
-        # Each process, and each continuation, draws other proposals.
-        study.sampler = optuna.samplers.TPESampler(seed=run.seed + len(study.trials))
-        while (done := len(study.get_trials(deepcopy=False, states=states))) < num_trials:
-            progress.say(f"{done} of {num_trials} trials are finished")
-            study.optimize(_objective(run, dataset, space, progress, optuna), n_trials=1)
-        trials = study.trials
-        if not any(trial.state == optuna.trial.TrialState.COMPLETE for trial in trials):
-            raise ConfigError(
-                f"none of the {done} trials has a result: the loss was not finite, or their "
-                "settings do not fit each other; choose another domain and another folder"
-            )
-        best = study.best_trial
+    best, trials = _search(run, dataset, space, num_trials, hooks, optuna)
     recipe = dataclasses.replace(run.recipe, **best.params)
     fresh = dataclasses.replace(
         run, recipe=recipe, seed=run.seed + 1, workdir=run.workdir / f"best-{best.number}"
     )
-    progress.say(f"The best is trial {best.number}. Training it from {num_seeds} fresh seeds:")
+    say(hooks, f"The best is trial {best.number}. Training it from {num_seeds} fresh seeds:")
     with files.locked(run.workdir, wait=True):  # others that share the sweep come here too
-        seeds = fit_seeds(fresh, dataset, num_seeds, progress=progress).report
+        seeds = fit_seeds(fresh, dataset, num_seeds, hooks=hooks).report
     val = seeds["val_accuracy"]
     report = {
         "sample": dataset.sample,
@@ -209,6 +182,116 @@ def sweep(
     with files.locked(run.workdir, wait=True):
         files.write_json(run.workdir / SWEEP, report)
     return report
+
+
+def _checked_plan(
+    run: Run, dataset: Dataset, space: Mapping[str, Domain], num_trials: int, num_seeds: int
+) -> Plan:
+    """Returns the plan without changes, after checking the ends and choices of every domain."""
+    if num_trials < 1 or num_seeds < 2:
+        raise ConfigError(
+            f"num_trials is {num_trials} and num_seeds is {num_seeds}; expected at least 1 and 2"
+        )
+    if not space:
+        raise ConfigError("the sweep has no setting to search; name at least one")
+    dataclasses.replace(run, seed=run.seed + num_seeds)  # refuses seeds that are too large
+    plan = create_plan(run, dataset)
+    for name, domain in space.items():
+        for value in domain.choices or (domain.low, domain.high):
+            recipe = dataclasses.replace(run.recipe, **{name: value})
+            plans = (plan, create_plan(dataclasses.replace(run, recipe=recipe), dataset))
+            if not all(len(each.val_examples) for each in plans):
+                raise ConfigError("val_fraction is 0; a sweep chooses by validation images")
+    return plan
+
+
+def _search(
+    run: Run,
+    dataset: Dataset,
+    space: Mapping[str, Domain],
+    num_trials: int,
+    hooks: Sequence[Hook],
+    optuna: Any,
+) -> tuple[Any, list[Any]]:
+    """Trains the missing trials; returns the best trial and all of them."""
+    states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    with _open_study(run.workdir, optuna) as study, deferred_signals() as signals:
+
+        def objective(trial: Any) -> float:
+            return _run_trial(trial, run, dataset, space, hooks, signals, optuna)
+
+        # Each process, and each continuation, draws other proposals.
+        study.sampler = optuna.samplers.TPESampler(seed=run.seed + len(study.trials))
+        while (done := len(study.get_trials(deepcopy=False, states=states))) < num_trials:
+            say(hooks, f"{done} of {num_trials} trials are finished")
+            try:
+                study.optimize(objective, n_trials=1)
+            except Interrupted as stop:
+                # Its settings are tried again first.
+                study.enqueue_trial(study.trials[-1].params)
+                raise Interrupted(
+                    f"Stopped in a trial; {done} of {num_trials} trials are saved. The same "
+                    "command repeats that trial and continues.",
+                    stop.signal_number,
+                ) from stop
+        trials = study.trials
+        if not any(trial.state == optuna.trial.TrialState.COMPLETE for trial in trials):
+            raise ConfigError(
+                f"none of the {done} trials has a result: the loss was not finite, or their "
+                "settings do not fit each other; choose another domain and another folder"
+            )
+        return study.best_trial, trials
+
+
+def _run_trial(
+    trial: Any,
+    run: Run,
+    dataset: Dataset,
+    space: Mapping[str, Domain],
+    hooks: Sequence[Hook],
+    signals: Sequence[int],
+    optuna: Any,
+) -> float:
+    """Trains one trial; returns its validation accuracy.
+
+    Raises:
+      Interrupted: if a signal arrived.
+      TrialPruned: if it is worse than the median, diverged, or its settings do not fit.
+    """
+    chosen = {name: _suggest(trial, name, domain) for name, domain in space.items()}
+    say(hooks, f"  trial {trial.number}: {format_params(chosen)} ...")
+    try:
+        recipe = dataclasses.replace(run.recipe, **chosen)
+        plan = create_plan(dataclasses.replace(run, recipe=recipe), dataset)
+        accuracy = 0.0
+        for epoch, accuracy in enumerate(_train(plan, hooks, signals), 1):
+            trial.report(accuracy, epoch)
+            if epoch < recipe.epochs and trial.should_prune():
+                say(hooks, f"  stopped after epoch {epoch}: validation accuracy {accuracy:.2%}")
+                raise optuna.TrialPruned
+    # The ends of a range may fit where a value between does not.
+    except (ConfigError, DivergedError) as error:
+        say(hooks, f"  without result: {error}")
+        raise optuna.TrialPruned from error
+    say(hooks, f"  validation accuracy {accuracy:.2%}")
+    return accuracy
+
+
+def _train(plan: Plan, hooks: Sequence[Hook], signals: Sequence[int]) -> Iterator[float]:
+    """Yields the validation accuracy after each epoch."""
+    val_images = plan.dataset.train_images[plan.val_examples]
+    val_labels = plan.dataset.train_labels[plan.val_examples]
+    inputs, layout = plan.config.layout.place(plan.inputs), plan.config.layout
+    state = layout.place(plan.create_state())
+    with started(hooks, plan.settings, 0, plan.total_steps):
+        for call in train_calls(plan, inputs, state, hooks=hooks):
+            if signals:
+                raise Interrupted("stopped in a trial", signals[0])
+            if int(call.state.step) % plan.steps_per_epoch == 0:
+                result = evaluate(
+                    call.state.variables, val_images, val_labels, model=plan.model, layout=layout
+                )
+                yield result.means()["accuracy"]
 
 
 @contextlib.contextmanager
@@ -256,51 +339,6 @@ def _open_study(workdir: Path, optuna: Any) -> Iterator[Any]:
     finally:
         storage.remove_session()
         storage.engine.dispose()
-
-
-def _objective(
-    run: Run, dataset: Dataset, space: Mapping[str, Domain], progress: NullProgress, optuna: Any
-) -> Callable[[Any], float]:
-    def objective(trial: Any) -> float:
-        chosen = {name: _suggest(trial, name, domain) for name, domain in space.items()}
-        progress.say(f"  trial {trial.number}: {format_params(chosen)} ...")
-        try:
-            recipe = dataclasses.replace(run.recipe, **chosen)
-            plan = create_plan(dataclasses.replace(run, recipe=recipe), dataset)
-        except ConfigError as error:  # the ends of a range may fit where a value between does not
-            progress.say(f"  not trained: {error}")
-            raise optuna.TrialPruned from error
-        accuracy = 0.0
-        for epoch, accuracy in enumerate(_train(plan), 1):
-            if math.isnan(accuracy):
-                raise optuna.TrialPruned  # the loss is not finite
-            trial.report(accuracy, epoch)
-            if epoch < recipe.epochs and trial.should_prune():
-                progress.say(f"  stopped after epoch {epoch}: validation accuracy {accuracy:.2%}")
-                raise optuna.TrialPruned
-        progress.say(f"  validation accuracy {accuracy:.2%}")
-        return accuracy
-
-    return objective
-
-
-def _train(plan: Plan) -> Iterator[float]:
-    """Yields the validation accuracy after each epoch; NaN if the loss is not finite."""
-    dataset = plan.dataset
-    images, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
-    examples, state = jnp.asarray(plan.train_examples), plan.create_state()
-    val_images = dataset.train_images[plan.val_examples]
-    val_labels = dataset.train_labels[plan.val_examples]
-    for _ in range(plan.run.recipe.epochs):
-        calls = train_epoch(
-            state, images, labels, examples, plan.streams, plan.hyperparams, config=plan.config
-        )
-        *_, (state, metrics) = calls
-        if metrics.finite_steps < plan.steps_per_epoch:
-            yield math.nan
-            return
-        result = evaluate(state.variables, val_images, val_labels, model=plan.model)
-        yield result.means()["accuracy"]
 
 
 def _suggest(trial: Any, name: str, domain: Domain) -> Any:

@@ -1,8 +1,9 @@
-"""The training loop: many steps in one compiled program, and an epoch of such calls."""
+"""The training loop: many steps in one compiled program, and epochs of such calls."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +23,52 @@ from fmnist_jax.train.metrics import Metrics
 from fmnist_jax.train.microbatch import choose_microbatch_size
 from fmnist_jax.train.step import DEFAULTS, Hyperparams, StepConfig, TrainState, train_step
 from fmnist_jax.xla.jit import platform_jit
-from fmnist_jax.xla.mesh import local_shards, on_each_device, replicate
+
+# Maps the step and the steps that are left in its epoch to the steps of the next compiled call.
+NextNumSteps = Callable[[int, int], int]
+
+
+class TrainInputs(NamedTuple):
+    """What training reads and does not change; arrays of JAX or NumPy.
+
+    Attributes:
+      images: uint8[n, height, width], values 0 to 255.
+      labels: int32[n], values in [0, num_classes).
+      streams: the random streams of the run; `shuffle`, `augment` and `dropout` are used.
+      hyperparams: scalars that may be traced.
+      examples: int32[m], positions of the training examples in `images`, m >= 1; None is all.
+    """
+
+    images: Any
+    labels: Any
+    streams: Streams
+    hyperparams: Hyperparams = DEFAULTS
+    examples: Any = None
+
+    def checked(self) -> "TrainInputs":
+        """Returns the inputs with images uint8[n, height, width] and with `examples`.
+
+        Raises:
+          TypeError: if images are not uint8, or labels or examples are not integers.
+          ValueError: if shapes do not fit together.
+        """
+        images = checked_images(self.images)
+        check_labels(images, self.labels)
+        examples = jnp.arange(len(images)) if self.examples is None else self.examples
+        if not (examples.ndim == 1 and jnp.issubdtype(examples.dtype, jnp.integer)):
+            raise TypeError(
+                f"examples are {examples.dtype}{list(examples.shape)}; expected int32[m]"
+            )
+        if not examples.size:
+            raise ValueError("examples is empty; expected at least one position")
+        return self._replace(images=images, examples=examples)
 
 
 @platform_jit(static_argnames=("config",), donate_argnames=("state",))
 def train_steps(
     state: TrainState,
-    images: jax.Array,
-    labels: jax.Array,
-    order: jax.Array,
-    streams: Streams,
+    inputs: TrainInputs,
     num_steps: int | jax.Array,
-    hyperparams: Hyperparams = DEFAULTS,
     metrics: Metrics | None = None,
     *,
     config: StepConfig,
@@ -46,14 +81,10 @@ def train_steps(
 
     Args:
       state: the current state. Donated: its arrays are invalid afterwards.
-      images: uint8[n, height, width], all training images.
-      labels: int32[n], values in [0, num_classes).
-      order: int32[m], the examples of this epoch in their order. The last batch of the epoch holds
-        the remainder; each example counts once.
-      streams: the run's random streams; `augment` and `dropout` are used.
+      inputs: what the steps read. `examples` are those of this epoch in their order
+        (`epoch_order`). The last batch of the epoch holds the remainder; each example counts once.
       num_steps: int32[]. Stop at the end of an epoch to pass the order of the next one; further
         steps would repeat the same order.
-      hyperparams: scalars that may be traced.
       metrics: sums over the epoch so far; None starts at zero.
       config: what is fixed at compile time.
 
@@ -61,161 +92,173 @@ def train_steps(
       The state after `num_steps` steps, and the metrics over their examples, with dropout.
 
     Raises:
-      TypeError: if the images are not uint8, or labels or order are not integers.
+      TypeError: if images are not uint8, or labels or examples are not integers.
       ValueError: if shapes do not fit together.
-      ConfigError: if the optimizer needs a learning rate and none is given.
+      ConfigError: as `train_step`.
     """
-    images = checked_images(images)
-    check_labels(images, labels)
-    if order.ndim != 1 or order.size < 1 or not jnp.issubdtype(order.dtype, jnp.integer):
-        raise TypeError(f"order is {order.dtype}{list(order.shape)}; expected int32[m], m >= 1")
-    config = with_microbatch_size(config, state, images.shape[1:3])
+    inputs = inputs.checked()
+    config = with_microbatch_size(config, state, inputs)
+    metrics = metrics_lib.zeros(config.log_norms) if metrics is None else metrics
 
-    sums = metrics_lib.zeros(config.log_norms) if metrics is None else metrics
-    loop = functools.partial(_loop, config=config)
-    if config.mesh is not None:
-        loop = on_each_device(loop, config.mesh)
-    return loop(state, sums, images, labels, order, streams, num_steps, hyperparams)
+    def loop(
+        state: TrainState, metrics: Metrics, inputs: TrainInputs, num_steps: int | jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        def body(_: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+            state, metrics = carry
+            state, step_metrics = take_step(state, inputs, config=config)
+            return state, metrics_lib.merge(metrics, step_metrics)
+
+        return lax.fori_loop(0, num_steps, body, (state, metrics))
+
+    return config.layout.run(loop, state, metrics, inputs, num_steps)
 
 
-def _loop(
-    state: TrainState,
-    metrics: Metrics,
-    images: jax.Array,
-    labels: jax.Array,
-    order: jax.Array,
-    streams: Streams,
-    num_steps: int | jax.Array,
-    hyperparams: Hyperparams,
-    *,
-    config: StepConfig,
+def take_step(
+    state: TrainState, inputs: TrainInputs, *, config: StepConfig
 ) -> tuple[TrainState, Metrics]:
-    def body(_: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-        state, metrics = carry
-        _, batch = read_shards(
-            images, labels, order, state.step, streams, hyperparams, config=config
-        )
-        key = jax.random.fold_in(streams.dropout, state.step)
-        state, step_metrics = train_step(state, batch, key, hyperparams, config=config)
-        return state, metrics_lib.merge(metrics, step_metrics)
-
-    return lax.fori_loop(0, num_steps, body, (state, metrics))
+    """Reads the batch of the next step and updates the parameters; as `train_step`."""
+    step_inputs = read_step(inputs, state.step, config=config)
+    return train_step(state, step_inputs.batch, step_inputs.key, inputs.hyperparams, config=config)
 
 
-def read_shards(
-    images: jax.Array,
-    labels: jax.Array,
-    order: jax.Array,
-    step: jax.Array,
-    streams: Streams,
-    hyperparams: Hyperparams,
-    *,
-    config: StepConfig,
-) -> tuple[jax.Array, Batch]:
-    """Reads the batch of a step as `read_batch` does; with a mesh, the shards of this device."""
+class StepInputs(NamedTuple):
+    """What one step reads; with several devices, the part of this device.
+
+    Attributes:
+      examples: int32[batch], positions of the images in the training images.
+      batch: images, labels and mask.
+      key: the step's key for dropout.
+    """
+
+    examples: jax.Array
+    batch: Batch
+    key: jax.Array
+
+
+def read_step(inputs: TrainInputs, step: jax.Array, *, config: StepConfig) -> StepInputs:
+    """Reads what the step with this number, counted from 0, needs.
+
+    Args:
+      inputs: with the examples of its epoch in their order.
+      step: int32[].
+      config: what is fixed at compile time.
+    """
     read = functools.partial(
         read_batch,
-        images,
-        labels,
-        order,
+        inputs.images,
+        inputs.labels,
+        inputs.examples,
         step,
-        streams,
+        inputs.streams,
         batch_size=config.batch_size,
         augment=config.augment,
-        strength=hyperparams.augmentation,
+        strength=inputs.hyperparams.augmentation_strength,
     )
-    if config.shards == 1:
-        return read()
-    shards = lax.map(
-        lambda shard: read(first=shard * config.shard_size, num_rows=config.shard_size),
-        local_shards(config.shards, config.mesh),
-    )
-    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), shards)
+    examples, batch = config.layout.read(read, config.batch_size)
+    return StepInputs(examples, batch, jax.random.fold_in(inputs.streams.dropout, step))
 
 
 def train_epoch(
     state: TrainState,
-    images: jax.Array,
-    labels: jax.Array,
-    examples: jax.Array,
-    streams: Streams,
-    hyperparams: Hyperparams = DEFAULTS,
+    inputs: TrainInputs,
     metrics: Metrics | None = None,
     *,
     config: StepConfig,
-    next_num_steps: Callable[[int], int] | None = None,
+    next_num_steps: NextNumSteps | None = None,
 ) -> Iterator[tuple[TrainState, Metrics]]:
     """Takes the remaining steps of the epoch that the state is in.
 
     Args:
       state: the current state. Donated, like each state that is yielded but the last.
-      images: as for `train_steps`.
-      labels: as for `train_steps`.
-      examples: int32[m], positions of the training examples in `images`.
-      streams: the run's random streams.
-      hyperparams: scalars that may be traced.
+      inputs: what training reads; the order of the examples is drawn for each epoch.
       metrics: sums over the epoch so far; None starts at zero.
       config: what is fixed at compile time.
-      next_num_steps: called before each compiled call with the number of steps that are left;
-        returns how many to take, at least one. None takes them all in one call.
+      next_num_steps: called before each compiled call with the step and the number of steps that
+        are left in the epoch; returns how many to take, at least one. None takes them all in one
+        call.
 
     Yields:
       The state and the metrics of the epoch so far, after each compiled call.
 
     Raises:
       TypeError: as `train_steps`.
-      ValueError: as `train_steps`, or if there are no examples, or `next_num_steps` returns a
-        number outside its range.
+      ValueError: as `train_steps`, or if `next_num_steps` returns a number outside its range.
+      ConfigError: as `train_step`.
 
     Example:
       >>> import fmnist_jax as fm
-      >>> data, streams = fm.load_fashion_mnist(sample=True), fm.create_streams(0)
+      >>> data = fm.load_fashion_mnist(sample=True)
       >>> config = StepConfig(model=fm.create_model("valid_2x2"), tx=fm.create_optimizer("adam"))
-      >>> state = fm.create_train_state(streams.init, config)
-      >>> images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
-      >>> for state, metrics in train_epoch(
-      ...     state, images, labels, jnp.arange(500), streams, Hyperparams(1e-3), config=config
-      ... ):
+      >>> inputs = TrainInputs(
+      ...     data.train_images, data.train_labels, fm.create_streams(0), Hyperparams(1e-3),
+      ...     examples=jnp.arange(500),
+      ... )
+      >>> state = fm.create_train_state(inputs.streams.init, config)
+      >>> for state, metrics in train_epoch(state, inputs, config=config):
       ...     print(int(state.step), int(metrics.num_examples))
       4 500
     """
-    if not len(examples):
-        raise ValueError("examples is empty; expected at least one position")
-    num_steps = steps_per_epoch(len(examples), config.batch_size)
+    inputs = config.layout.place(inputs.checked())
+    num_steps = steps_per_epoch(len(inputs.examples), config.batch_size)
     epoch, done = divmod(int(state.step), num_steps)
-    order = epoch_order(streams.shuffle, epoch, examples)
+    order = epoch_order(inputs.streams.shuffle, epoch, inputs.examples)
     metrics = metrics_lib.zeros(config.log_norms) if metrics is None else metrics
-    if config.mesh is not None:
-        state, images, labels, order, streams, hyperparams, metrics = replicate(
-            (state, images, labels, order, streams, hyperparams, metrics), config.mesh
-        )
+    state, metrics, order = config.layout.place((state, metrics, order))
     while done < num_steps:
         left = num_steps - done
-        count = left if next_num_steps is None else next_num_steps(left)
+        count = left if next_num_steps is None else next_num_steps(int(state.step), left)
         if not 1 <= count <= left:
             raise ValueError(f"next_num_steps returned {count} for {left} steps that are left")
         state, metrics = train_steps(
-            state,
-            images,
-            labels,
-            order,
-            streams,
-            jnp.int32(count),
-            hyperparams,
-            metrics,
-            config=config,
+            state, inputs._replace(examples=order), jnp.int32(count), metrics, config=config
         )
         done += count
         yield state, metrics
 
 
-def with_microbatch_size(
-    config: StepConfig, state: TrainState, image_shape: tuple[int, ...]
-) -> StepConfig:
-    """Fills in the microbatch size that `train_steps` uses for images of this height and width."""
+def train_epochs(
+    state: TrainState,
+    inputs: TrainInputs,
+    num_epochs: int,
+    metrics: Metrics | None = None,
+    *,
+    config: StepConfig,
+    next_num_steps: NextNumSteps | None = None,
+) -> Iterator[tuple[TrainState, Metrics]]:
+    """Takes the remaining steps of `num_epochs` epochs, counted from step 0, epoch by epoch.
+
+    Args:
+      state: as for `train_epoch`.
+      inputs: as for `train_epoch`.
+      num_epochs: number of epochs after which training ends.
+      metrics: sums over the epoch that the state is in; None starts at zero.
+      config: as for `train_epoch`.
+      next_num_steps: as for `train_epoch`; None makes one call of each epoch.
+
+    Yields:
+      The state and the metrics of its epoch so far, after each compiled call.
+
+    Raises:
+      TypeError: as `train_epoch`.
+      ValueError: as `train_epoch`.
+      ConfigError: as `train_epoch`.
+    """
+    inputs = config.layout.place(inputs.checked())
+    total_steps = num_epochs * steps_per_epoch(len(inputs.examples), config.batch_size)
+    while int(state.step) < total_steps:
+        calls = train_epoch(state, inputs, metrics, config=config, next_num_steps=next_num_steps)
+        for state, metrics in calls:
+            yield state, metrics
+        metrics = None
+
+
+def with_microbatch_size(config: StepConfig, state: TrainState, inputs: TrainInputs) -> StepConfig:
+    """Fills in the microbatch size that `train_steps` uses for these images."""
     if config.microbatch_size is not None:
         return config
+    image_shape = inputs.images.shape[1:3]
     if config.augment is not None and config.augment.image_size is not None:
         image_shape = (config.augment.image_size,) * 2
-    size = choose_microbatch_size(state.variables, config.model, image_shape, config.shard_size)
+    part_size = config.layout.part_size(config.batch_size)
+    size = choose_microbatch_size(state.variables, config.model, image_shape, part_size)
     return dataclasses.replace(config, microbatch_size=size)

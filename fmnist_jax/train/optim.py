@@ -7,7 +7,8 @@ bias-corrected root, which no choice of epsilon turns into Keras' update.
 """
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -80,12 +81,7 @@ def create_optimizer(name: OptimizerName) -> optax.GradientTransformationExtraAr
         weight_decay: float | jax.Array | None = None,
         **_: Any,
     ) -> tuple[optax.Updates, Any]:
-        if learning_rate is None:
-            raise ConfigError(
-                f"{name} has no learning rate; pass Hyperparams(learning_rate=1e-3), or "
-                "learning_rate=1e-3 to its update"
-            )
-        learning_rate = jnp.asarray(learning_rate, jnp.float32)
+        learning_rate = _given_rate(name, learning_rate)
         updates, opt_state = rule(grads, opt_state, params, learning_rate)
         if weight_decay is not None:
             updates = jax.tree.map(
@@ -98,6 +94,124 @@ def create_optimizer(name: OptimizerName) -> optax.GradientTransformationExtraAr
         return updates, opt_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def with_learning_rate(
+    factory: Callable[..., optax.GradientTransformation], **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Makes the learning rate of an optax optimizer an argument of its `update`.
+
+    Schedules, sweeps and `find_learning_rate` then act on it. The same holds for the weight decay
+    if the factory has a parameter `weight_decay`.
+
+    Args:
+      factory: has a parameter `learning_rate`, such as `optax.adamw`.
+      **options: its other arguments. They are fixed, but for `weight_decay`, which is the value
+        where `update` gets none.
+
+    Returns:
+      An optax transformation as `create_optimizer` returns it. Each call makes a new one, which
+      is compiled anew; reuse it.
+
+    Raises:
+      ConfigError: if the factory has no parameter `learning_rate`, or `update` is called without a
+        learning rate.
+
+    Example:
+      >>> tx = with_learning_rate(optax.sgd, momentum=0.9)
+      >>> params = {"w": jnp.zeros(())}
+      >>> updates, _ = tx.update({"w": jnp.ones(())}, tx.init(params), params, learning_rate=0.1)
+      >>> round(float(updates["w"]), 6)
+      -0.1
+    """
+    name, parameters = factory.__name__, set(inspect.signature(factory).parameters)
+    if "learning_rate" not in parameters:
+        raise ConfigError(f"{name} has no parameter learning_rate; expected one, as of optax.adam")
+    traced = parameters & {"learning_rate", "weight_decay"}
+    tx = optax.inject_hyperparams(factory, static_args=parameters - traced)(
+        learning_rate=0.0, **options
+    )
+
+    def update(
+        grads: optax.Updates,
+        opt_state: Any,
+        params: optax.Params | None = None,
+        *,
+        learning_rate: float | jax.Array | None = None,
+        weight_decay: float | jax.Array | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        given = {"learning_rate": _given_rate(name, learning_rate)}
+        if weight_decay is not None and "weight_decay" in traced:
+            given["weight_decay"] = jnp.asarray(weight_decay, jnp.float32)
+        opt_state = opt_state._replace(hyperparams=opt_state.hyperparams | given)
+        return tx.update(grads, opt_state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def check_scalars_act(
+    tx: optax.GradientTransformation, params: Any, scalars: Mapping[str, Any]
+) -> None:
+    """Checks that an optimizer's update depends on each scalar that is given.
+
+    optax's own optimizers ignore them, and would train at another learning rate.
+
+    Args:
+      tx: the optimizer.
+      params: the parameters, of which only shapes and dtypes are read.
+      scalars: the extra arguments of its update by name; None is not given.
+
+    Raises:
+      ConfigError: if one has no effect.
+
+    Example:
+      >>> check_scalars_act(optax.adam(1e-3), jnp.zeros(2), {"learning_rate": 1e-2})
+      Traceback (most recent call last):
+      ...
+      fmnist_jax.errors.ConfigError: learning_rate has no effect on this optimizer, which has its \
+own; leave it out, or make the optimizer by with_learning_rate(optax.adam)
+    """
+    given = tuple(sorted(name for name, value in scalars.items() if value is not None))
+    if not given:
+        return
+    leaves, treedef = jax.tree.flatten(params)
+    shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+    for name in given:
+        if name not in _effective_scalars(tx, treedef, shapes, given):
+            raise ConfigError(
+                f"{name} has no effect on this optimizer, which has its own; leave it out, or make "
+                "the optimizer by with_learning_rate(optax.adam)"
+            )
+
+
+@functools.lru_cache(maxsize=32)
+def _effective_scalars(
+    tx: optax.GradientTransformation, treedef: Any, shapes: tuple[Any, ...], names: tuple[str, ...]
+) -> set[str]:
+    """Returns those of the sorted names on which the update depends."""
+
+    def update(scalars: dict[str, jax.Array], params: Any) -> Any:
+        transformation = optax.with_extra_args_support(tx)
+        return transformation.update(params, tx.init(params), params, **scalars)
+
+    params = treedef.unflatten([jax.ShapeDtypeStruct(*shape) for shape in shapes])
+    scalars = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in names}
+    jaxpr = jax.make_jaxpr(update)(scalars, params).jaxpr
+    read = {id(variable) for equation in jaxpr.eqns for variable in equation.invars}
+    read |= {id(variable) for variable in jaxpr.outvars}
+    return {
+        name for name, variable in zip(names, jaxpr.invars, strict=False) if id(variable) in read
+    }
+
+
+def _given_rate(name: str, learning_rate: float | jax.Array | None) -> jax.Array:
+    if learning_rate is None:
+        raise ConfigError(
+            f"{name} has no learning rate; pass Hyperparams(learning_rate=1e-3), or "
+            "learning_rate=1e-3 to its update"
+        )
+    return jnp.asarray(learning_rate, jnp.float32)
 
 
 def create_schedule(name: ScheduleName) -> Schedule | None:

@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
 
-from fmnist_jax.data.batches import check_labels, checked_images, scale
+from fmnist_jax.data.batches import check_labels, checked_images, join, scale
 from fmnist_jax.train import metrics as metrics_lib
+from fmnist_jax.train.layout import ONE_DEVICE, Layout
 from fmnist_jax.train.metrics import Metrics, cross_entropy
 from fmnist_jax.train.microbatch import choose_microbatch_size
-from fmnist_jax.train.step import LossFn, example_losses
+from fmnist_jax.train.step import Loss, Model, example_losses
 from fmnist_jax.xla.jit import platform_jit
-from fmnist_jax.xla.mesh import AXIS, on_each_device, replicate
 
 # Most images per pass through the model; on a CPU it is the microbatch size of such a batch.
 # Measured on two cores (Zen 3), against 128: 1.3 to 1.4 times as fast for valid_2x2 and same_3x3,
@@ -38,10 +37,10 @@ def predict(
     variables: Any,
     images: Any,
     *,
-    model: Any,
+    model: Model,
     batch_size: int | None = None,
     on_call: OnCall | None = None,
-    mesh: Mesh | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> jax.Array:
     """Computes the logits of any number of images.
 
@@ -53,7 +52,7 @@ def predict(
         chooses (`choose_microbatch_size`).
       on_call: called with the number of images that are done, after each compiled call of about
         1,000 images.
-      mesh: devices that share the passes; None is the default device.
+      layout: the devices, which share the passes.
 
     Returns:
       float32[n, num_classes], in the order of the images.
@@ -77,38 +76,33 @@ def predict(
     # On the host, so that one program serves any number of images.
     is_traced = isinstance(images, jax.core.Tracer)
     images, pad = (images, jnp.pad) if is_traced else (np.asarray(images), np.pad)
-    num_devices = 1 if mesh is None else mesh.size
+    num_devices = layout.num_devices
     num_batches = -(-len(images) // (batch_size * num_devices))  # on each device
     num_batches = num_devices * max(1, min(num_batches, _CALL_SIZE // batch_size))
     call_size = num_batches * batch_size
-    variables = variables if mesh is None else replicate(variables, mesh)
+    variables = layout.place(variables)
     logits = []
     for start in range(0, max(len(images), 1), call_size):
         part = images[start : start + call_size]
         part = pad(part, ((0, call_size - len(part)), (0, 0), (0, 0)))
         batches: Any = part.reshape(num_batches, batch_size, *images.shape[1:])
-        logits.append(_predict(variables, batches, model=model, mesh=mesh))
+        logits.append(_predict(variables, batches, model=model, layout=layout))
         if on_call is not None:
             logits[-1].block_until_ready()
             on_call(min(start + call_size, len(images)))
     return jnp.concatenate(logits)[: len(images)]
 
 
-@platform_jit(static_argnames=("model", "mesh"))
-def _predict(variables: Any, batches: jax.Array, *, model: Any, mesh: Mesh | None) -> jax.Array:
+@platform_jit(static_argnames=("model", "layout"))
+def _predict(variables: Any, batches: jax.Array, *, model: Model, layout: Layout) -> jax.Array:
     """Maps uint8[batches, batch, height, width] to float32[batches * batch, num_classes]."""
 
     def apply(variables: Any, batches: jax.Array) -> jax.Array:
-        logits = lax.map(lambda batch: model.apply(variables, scale(batch), train=False), batches)
-        return logits.reshape(-1, logits.shape[-1])
+        return join(
+            lax.map(lambda batch: model.apply(variables, scale(batch), train=False), batches)
+        )
 
-    if mesh is None:
-        return apply(variables, batches)
-
-    def gather(variables: Any, batches: jax.Array) -> jax.Array:
-        return lax.all_gather(apply(variables, batches), AXIS, tiled=True)
-
-    return on_each_device(gather, mesh, split=(1,))(variables, batches)
+    return layout.map(apply, variables, batches)
 
 
 def evaluate(
@@ -116,11 +110,11 @@ def evaluate(
     images: Any,
     labels: Any,
     *,
-    model: Any,
-    loss: LossFn = cross_entropy,
+    model: Model,
+    loss: Loss = cross_entropy,
     batch_size: int | None = None,
     on_call: OnCall | None = None,
-    mesh: Mesh | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> Metrics:
     """Computes the metrics of a split.
 
@@ -132,7 +126,7 @@ def evaluate(
       loss: as in `StepConfig`.
       batch_size: as for `predict`.
       on_call: as for `predict`.
-      mesh: as for `predict`.
+      layout: as for `predict`.
 
     Raises:
       TypeError: if the images are not uint8, or the labels are not integers.
@@ -140,13 +134,13 @@ def evaluate(
     """
     check_labels(checked_images(images), labels)
     logits = predict(
-        variables, images, model=model, batch_size=batch_size, on_call=on_call, mesh=mesh
+        variables, images, model=model, batch_size=batch_size, on_call=on_call, layout=layout
     )
     return _measure(logits, labels, loss=loss)
 
 
 @platform_jit(static_argnames=("loss",))
-def _measure(logits: jax.Array, labels: jax.Array, *, loss: LossFn) -> Metrics:
+def _measure(logits: jax.Array, labels: jax.Array, *, loss: Loss) -> Metrics:
     losses = example_losses(loss, logits, labels)
     return metrics_lib.measure(losses, logits, labels, jnp.ones(len(labels), bool))
 
@@ -155,9 +149,9 @@ def predict_tta(
     variables: Any,
     images: Any,
     *,
-    model: Any,
+    model: Model,
     on_call: OnCall | None = None,
-    mesh: Mesh | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> jax.Array:
     """Computes log probabilities with test-time augmentation.
 
@@ -171,7 +165,7 @@ def predict_tta(
       images: uint8[n, height, width], values 0 to 255.
       model: as in `StepConfig`.
       on_call: as for `predict`, with the images of all views counted.
-      mesh: as for `predict`.
+      layout: as for `predict`.
 
     Returns:
       float32[n, num_classes], in the order of the images.
@@ -196,7 +190,7 @@ def predict_tta(
     for row, column in _TTA_SHIFTS:
         view = padded[:, 1 - row : 1 - row + height, 1 - column : 1 - column + width]
         views += [view, view[:, :, ::-1]]
-    logits = predict(variables, np.concatenate(views), model=model, on_call=on_call, mesh=mesh)
+    logits = predict(variables, np.concatenate(views), model=model, on_call=on_call, layout=layout)
     shape = (NUM_VIEWS, len(images), logits.shape[-1])
     log_probabilities = jax.nn.log_softmax(logits).reshape(shape)
     weights = jnp.array(_TTA_WEIGHTS)[:, None, None]

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fmnist_jax.data.batches import check_labels, checked_images, epoch_order
+from fmnist_jax.data.batches import epoch_order
 from fmnist_jax.errors import ConfigError
-from fmnist_jax.rng import Streams
-from fmnist_jax.train.loop import read_shards, with_microbatch_size
-from fmnist_jax.train.step import DEFAULTS, Hyperparams, StepConfig, TrainState, train_step
+from fmnist_jax.train.loop import TrainInputs, take_step, with_microbatch_size
+from fmnist_jax.train.step import StepConfig, TrainState
 from fmnist_jax.xla.jit import platform_jit
 
 # The curve ends where the smoothed loss exceeds its minimum by this factor, as in fastai.
@@ -40,11 +39,7 @@ class RateCurve(NamedTuple):
 
 def find_learning_rate(
     state: TrainState,
-    images: jax.Array,
-    labels: jax.Array,
-    examples: jax.Array,
-    streams: Streams,
-    hyperparams: Hyperparams = DEFAULTS,
+    inputs: TrainInputs,
     *,
     config: StepConfig,
     low: float = 1e-5,
@@ -57,11 +52,7 @@ def find_learning_rate(
 
     Args:
       state: where to start from, usually the initial state.
-      images: uint8[n, height, width], values 0 to 255.
-      labels: int[n].
-      examples: int32[m], positions of the training examples in `images`.
-      streams: the random streams of the run.
-      hyperparams: scalars of the training; the learning rate is ignored.
+      inputs: what training reads; the learning rate is ignored.
       config: what is fixed at compile time; its schedule is ignored.
       low: the first learning rate, above 0.
       high: the last one, above `low`.
@@ -71,20 +62,20 @@ def find_learning_rate(
       The curve up to where the loss diverged.
 
     Raises:
-      ConfigError: if a value is outside its range, or the loss diverged within ten steps or never
-        fell.
-      TypeError: if the images are not uint8, or the labels are not integers.
-      ValueError: if their shapes do not fit together.
+      ConfigError: if a value is outside its range, the learning rate has no effect on the
+        optimizer, or the loss diverged within ten steps or never fell.
+      TypeError: as `train_steps`.
+      ValueError: as `train_steps`.
 
     Example:
       >>> import fmnist_jax as fm
-      >>> data, streams = fm.load_fashion_mnist(sample=True), fm.create_streams(0)
+      >>> data = fm.load_fashion_mnist(sample=True)
       >>> config = StepConfig(model=fm.create_model("valid_2x2"), tx=fm.create_optimizer("adam"))
-      >>> state = fm.create_train_state(streams.init, config)
-      >>> images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
-      >>> curve = find_learning_rate(
-      ...     state, images, labels, jnp.arange(500), streams, config=config, high=0.1, num_steps=10
+      >>> inputs = fm.TrainInputs(
+      ...     data.train_images, data.train_labels, fm.create_streams(0), examples=jnp.arange(500)
       ... )
+      >>> state = fm.create_train_state(inputs.streams.init, config)
+      >>> curve = find_learning_rate(state, inputs, config=config, high=0.1, num_steps=10)
       >>> curve.losses.shape, bool(1e-5 <= curve.suggestion <= 0.1)
       ((10,), True)
     """
@@ -92,14 +83,11 @@ def find_learning_rate(
         raise ConfigError(f"low is {low} and high is {high}; expected 0 < low < high")
     if num_steps < 10:
         raise ConfigError(f"num_steps is {num_steps}; expected at least 10")
-    images = checked_images(images)
-    check_labels(images, labels)
+    inputs = inputs.checked()
+    order = epoch_order(inputs.streams.shuffle, 0, inputs.examples)
     rates = np.geomspace(low, high, num_steps).astype(np.float32)
-    order = epoch_order(streams.shuffle, 0, examples)
     losses = np.asarray(
-        _losses(
-            state, images, labels, order, streams, hyperparams, jnp.asarray(rates), config=config
-        )
+        _losses(state, inputs._replace(examples=order), jnp.asarray(rates), config=config)
     )
     smoothed = _smooth(losses)
     diverged = ~np.isfinite(smoothed) | (smoothed > _DIVERGED * np.minimum.accumulate(smoothed))
@@ -123,28 +111,16 @@ def find_learning_rate(
 
 @platform_jit(static_argnames=("config",))
 def _losses(
-    state: TrainState,
-    images: jax.Array,
-    labels: jax.Array,
-    order: jax.Array,
-    streams: Streams,
-    hyperparams: Hyperparams,
-    rates: jax.Array,
-    *,
-    config: StepConfig,
+    state: TrainState, inputs: TrainInputs, rates: jax.Array, *, config: StepConfig
 ) -> jax.Array:
     """Returns float32[steps], the mean loss of each step."""
-    config = dataclasses.replace(config, schedule=None, mesh=None)
-    config = with_microbatch_size(config, state, images.shape[1:3])
+    # On the default device, whatever the layout of the training.
+    config = dataclasses.replace(config, schedule=None, layout=config.layout.on_one_device())
+    config = with_microbatch_size(config, state, inputs)
 
     def body(state: TrainState, rate: jax.Array) -> tuple[TrainState, jax.Array]:
-        _, batch = read_shards(
-            images, labels, order, state.step, streams, hyperparams, config=config
-        )
-        key = jax.random.fold_in(streams.dropout, state.step)
-        state, metrics = train_step(
-            state, batch, key, hyperparams._replace(learning_rate=rate), config=config
-        )
+        hyperparams = inputs.hyperparams._replace(learning_rate=rate)
+        state, metrics = take_step(state, inputs._replace(hyperparams=hyperparams), config=config)
         return state, metrics.loss / metrics.num_examples
 
     return lax.scan(body, state._replace(step=jnp.int32(0)), rates)[1]

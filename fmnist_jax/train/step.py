@@ -6,25 +6,55 @@ traced: other values reuse the compiled program, and `vmap` or `lax.map` can tra
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
-from fmnist_jax.config import check_shards
 from fmnist_jax.data.augment import Augmentation
-from fmnist_jax.data.batches import Batch
+from fmnist_jax.data.batches import Batch, join, split
 from fmnist_jax.train import metrics as metrics_lib
+from fmnist_jax.train.layout import ONE_DEVICE, Layout
 from fmnist_jax.train.metrics import Metrics, Norms, cross_entropy
-from fmnist_jax.train.optim import Schedule
+from fmnist_jax.train.optim import Schedule, check_scalars_act
 from fmnist_jax.xla.jit import platform_jit
-from fmnist_jax.xla.mesh import AXIS, local_shards, sum_shards
-from fmnist_jax.xla.noinline import inlining, reproducible
 
-LossFn = Callable[..., jax.Array]
+
+class Model(Protocol):
+    """A network: a Linen module, or any hashable object with these two methods."""
+
+    def init(self, key: jax.Array, images: jax.Array, /, *, train: bool) -> Any:
+        """Returns the variables, {"params": ..., and other collections, if any}."""
+
+    def apply(self, variables: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Returns the logits, float[batch, num_classes].
+
+        Args:
+          variables: as `init` returns them.
+          *args: the images, float[batch, height, width, 1], values in [0, 1].
+          **kwargs: `train`, whether dropout and batch statistics are those of training. In
+            training also `rngs`, {"dropout": a typed key}; for a model with collections besides
+            its parameters `mutable`, their names, and it then returns logits and their new
+            values; and with `Hyperparams.dropout` that rate as `dropout`, for all layers.
+        """
+
+
+class Loss(Protocol):
+    """A loss function, which maps logits and labels to one value per example."""
+
+    def __call__(
+        self, logits: jax.Array, labels: jax.Array, /, *args: Any, **kwargs: Any
+    ) -> jax.Array:
+        """Returns float[batch].
+
+        Args:
+          logits: float[batch, num_classes].
+          labels: int[batch], values in [0, num_classes).
+          *args: `Hyperparams.label_smoothing`, where it is not None.
+          **kwargs: none.
+        """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,16 +62,11 @@ class StepConfig:
     """Everything that is fixed at compile time; each distinct value is one compiled program.
 
     Attributes:
-      model: a Linen module, or any hashable object with its `init` and `apply`. It is called as
-        `model.apply(variables, images, train=..., rngs={"dropout": key})` with images
-        float32[batch, height, width, 1] in [0, 1], and returns logits, float[batch, num_classes].
-        Variables other than its parameters, such as batch statistics, are updated in training:
-        then `mutable` is passed too, and with `Hyperparams.dropout` the rate as `dropout`.
+      model: the network.
       tx: an optax transformation. `learning_rate` and `weight_decay` of `Hyperparams` are passed
-        to its `update` as extra arguments; optax's own optimizers ignore them.
+        to its `update` as extra arguments, and refused if they have no effect on it.
       batch_size: examples per step, at least 1.
-      loss: maps logits, float[batch, num_classes], and labels, int32[batch], to float[batch]. With
-        `Hyperparams.label_smoothing` it gets that as a third argument.
+      loss: the loss of each example; the gradient is that of their mean.
       augment: applied to every training image; None only scales to [0, 1].
       schedule: maps the fraction of the run that is done to a fraction of the learning rate; None
         is constant. It needs `Hyperparams.total_steps`.
@@ -51,29 +76,23 @@ class StepConfig:
         update is the same but for rounding, for dropout, where each microbatch has its own key,
         and for batch normalization, which sees each microbatch alone. None chooses
         (`train_steps`) or takes the whole batch (`train_step`).
-      shards: equal parts of a batch whose gradients are computed apart, each with its own dropout
-        key, batch normalization and microbatches, and summed in a fixed order; a power of two that
-        divides `batch_size`. Batch statistics are averaged over them. The bits of a training depend
-        on the number of shards, and not on the number of devices that compute them.
-      mesh: devices that share the shards of each batch, from `create_mesh`; their number divides
-        `shards`. None is one device.
+      layout: the devices, and how they divide a batch; `distributed.shards.Shards` has several.
       log_norms: whether the metrics have the norms of gradient, parameters and updates.
 
     Raises:
-      ValueError: if a size is below 1, or `shards` is no multiple of the number of devices.
-      ConfigError: if `shards` is no power of two that divides the batch size.
+      ValueError: if a size is below 1.
+      ConfigError: if the layout cannot divide the batch size.
     """
 
-    model: Any
+    model: Model
     tx: optax.GradientTransformation
     batch_size: int = 128
-    loss: LossFn = cross_entropy
+    loss: Loss = cross_entropy
     augment: Augmentation | None = None
     schedule: Schedule | None = None
     dtype: Any = jnp.float32
     microbatch_size: int | None = None
-    shards: int = 1
-    mesh: jax.sharding.Mesh | None = None
+    layout: Layout = ONE_DEVICE
     log_norms: bool = False
 
     def __post_init__(self) -> None:
@@ -82,14 +101,7 @@ class StepConfig:
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"{name} is {size}; expected at least 1")
-        check_shards(self.shards, self.batch_size)
-        if self.mesh is not None and self.shards % self.mesh.size:
-            raise ValueError(f"shards is {self.shards}, but the mesh has {self.mesh.size} devices")
-
-    @property
-    def shard_size(self) -> int:
-        """Examples in a shard."""
-        return self.batch_size // self.shards
+        self.layout.part_size(self.batch_size)
 
 
 class Hyperparams(NamedTuple):
@@ -101,7 +113,7 @@ class Hyperparams(NamedTuple):
       weight_decay: decoupled, at least 0; None is none.
       dropout: one rate in [0, 1) for all dropout layers; None leaves each layer its own.
       label_smoothing: fraction of the target spread over all classes, in [0, 1); None is 0.
-      augmentation: scales every range of the augmentation, at least 0; None is 1.
+      augmentation_strength: scales every range of the augmentation, at least 0; None is 1.
     """
 
     learning_rate: float | jax.Array | None = None
@@ -109,7 +121,7 @@ class Hyperparams(NamedTuple):
     weight_decay: float | jax.Array | None = None
     dropout: float | jax.Array | None = None
     label_smoothing: float | jax.Array | None = None
-    augmentation: float | jax.Array | None = None
+    augmentation_strength: float | jax.Array | None = None
 
 
 DEFAULTS = Hyperparams()
@@ -159,7 +171,7 @@ def create_train_state(
 # One program in place of some twenty small ones.
 @platform_jit(static_argnames=("model", "tx", "image_shape"), quick=True)
 def _create_train_state(
-    key: jax.Array, *, model: Any, tx: optax.GradientTransformation, image_shape: tuple[int, int]
+    key: jax.Array, *, model: Model, tx: optax.GradientTransformation, image_shape: tuple[int, int]
 ) -> TrainState:
     images = jnp.zeros((1, *image_shape, 1), jnp.float32)
     variables = dict(model.init(key, images, train=False))
@@ -179,12 +191,12 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """Updates the parameters by the mean loss over a batch.
 
-    A plain function, to be called as it is or under `jit`, `vmap` and loops. With a mesh, it is
-    called on each of its devices (`on_each_device`).
+    A plain function, to be called as it is or under `jit`, `vmap` and loops. With several devices,
+    it is called on each of them (`Layout.run`).
 
     Args:
       state: the current state.
-      batch: images, labels and mask; with a mesh, the shards of this device.
+      batch: images, labels and mask; with several devices, the part of this device.
       key: a typed PRNG key for dropout, used here and nowhere else.
       hyperparams: scalars that may be traced.
       config: what is fixed at compile time; `augment` is not applied here.
@@ -194,18 +206,22 @@ def train_step(
 
     Raises:
       TypeError: if the images are not float.
-      ValueError: if the loss does not return one value per example, the batch cannot be split into
-        shards, or that of a model with other variables than parameters into equal microbatches.
-      ConfigError: if the optimizer needs a learning rate and none is given.
+      ValueError: if the loss does not return one value per example, or the batch cannot be divided
+        into the parts of the layout, or, for a model with collections besides its parameters, into
+        equal microbatches.
+      ConfigError: if the optimizer needs a learning rate and none is given, or if a learning rate,
+        a schedule or a weight decay is given that has no effect on its update.
     """
-    grads, model_state, metrics, _, _ = compute_grads(state, batch, key, hyperparams, config=config)
-    learning_rate = _learning_rate(state.step, hyperparams, config.schedule)
-    arguments = (grads, state.opt_state, state.params, learning_rate, hyperparams.weight_decay)
+    grads, model_state, metrics, _ = compute_grads(state, batch, key, hyperparams, config=config)
+    scalars = {
+        "learning_rate": _learning_rate(state.step, hyperparams, config.schedule),
+        "weight_decay": hyperparams.weight_decay,
+    }
+    check_scalars_act(config.tx, state.params, scalars)
     update = functools.partial(_update, config.tx)
-    if config.shards == 1:
-        params, opt_state = update(*arguments)
-    else:
-        params, opt_state = reproducible(inlining(update), *arguments)
+    params, opt_state = config.layout.update(
+        update, grads, state.opt_state, state.params, *scalars.values()
+    )
     if config.log_norms:
         updates = jax.tree.map(jnp.subtract, params, state.params)
         trees = (grads, state.params, updates)
@@ -234,15 +250,13 @@ class StepGrads(NamedTuple):
       grads: the gradient of the mean loss over the batch's unmasked examples, like `params`.
       model_state: the next `model_state`.
       metrics: those of the batch.
-      losses: float[batch]; with a mesh, of this device's shards.
-      logits: float[batch, num_classes], likewise.
+      losses: float[batch]; with several devices, of this device's part.
     """
 
     grads: Any
     model_state: Any
     metrics: Metrics
     losses: jax.Array
-    logits: jax.Array
 
 
 def compute_grads(
@@ -256,44 +270,22 @@ def compute_grads(
     """Computes the gradient that `train_step` applies; the same arguments and errors."""
     if not jnp.issubdtype(batch.images.dtype, jnp.floating):
         raise TypeError(f"batch.images are {batch.images.dtype}; expected float in [0, 1]")
-    num_examples = jnp.sum(batch.mask)
-    compute = functools.partial(_compute_shard, config=config)
-    if config.shards == 1:
-        return compute(state.params, state.model_state, batch, key, hyperparams, num_examples)
-
-    if config.mesh is not None:
-        num_examples = lax.psum(num_examples, AXIS)
-    numbers = local_shards(config.shards, config.mesh)
-    if len(batch.labels) != len(numbers) * config.shard_size:
-        raise ValueError(
-            f"the batch has {len(batch.labels)} examples; expected {len(numbers)} shards of "
-            f"{config.shard_size}"
-        )
-    # One after the other, so that their number on this device changes nothing in one of them.
-    computed = lax.map(
-        lambda shard: reproducible(
-            inlining(compute), state.params, state.model_state, *shard, hyperparams, num_examples
-        ),
-        (_split(batch, config.shard_size), jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)),
-    )
-    losses, logits = _join((computed.losses, computed.logits))
-    grads, model_state, metrics = sum_shards(computed[:3], config.mesh)
-    model_state = jax.tree.map(lambda leaf: (leaf / config.shards).astype(leaf.dtype), model_state)
-    metrics = metrics._replace(finite_steps=jnp.isfinite(metrics.loss).astype(jnp.int32))
-    return StepGrads(grads, model_state, metrics, losses, logits)
+    compute = functools.partial(_compute_part_grads, config=config)
+    shared = (state.params, state.model_state, hyperparams)
+    return config.layout.sum_grads(compute, shared, batch, key)
 
 
-def _compute_shard(
+def _compute_part_grads(
     params: Any,
     model_state: Any,
+    hyperparams: Hyperparams,
     batch: Batch,
     key: jax.Array,
-    hyperparams: Hyperparams,
     num_examples: jax.Array,
     *,
     config: StepConfig,
 ) -> StepGrads:
-    """Computes the part of the gradient that a shard contributes to the mean of the batch."""
+    """Computes what a part of a batch contributes to the gradient of the mean over the batch."""
     grad = jax.grad(functools.partial(_mean_loss, config=config), has_aux=True)
     size = config.microbatch_size
     if size is None or size >= len(batch.labels):
@@ -307,7 +299,7 @@ def _compute_shard(
                 f"{', '.join(model_state)}, which would see the padding of the last microbatch; "
                 "use a divisor of the batch size"
             )
-        microbatches = _split(batch, size)
+        microbatches = split(batch, size)
         keys = jax.random.split(key, len(microbatches.labels))
 
         def add(carry: Any, microbatch: tuple[Batch, jax.Array]) -> Any:
@@ -319,9 +311,9 @@ def _compute_shard(
 
         zeros = jax.tree.map(jnp.zeros_like, params)
         (grads, model_state), outputs = lax.scan(add, (zeros, model_state), (microbatches, keys))
-        losses, logits = jax.tree.map(lambda array: array[: len(batch.labels)], _join(outputs))
+        losses, logits = jax.tree.map(lambda array: array[: len(batch.labels)], join(outputs))
     metrics = metrics_lib.measure(losses, logits, batch.labels, batch.mask)
-    return StepGrads(grads, model_state, metrics, losses, logits)
+    return StepGrads(grads, model_state, metrics, losses)
 
 
 def _mean_loss(
@@ -357,7 +349,7 @@ def _mean_loss(
     return loss, (model_state, losses, logits)
 
 
-def example_losses(loss: LossFn, logits: jax.Array, labels: jax.Array, *options: Any) -> jax.Array:
+def example_losses(loss: Loss, logits: jax.Array, labels: jax.Array, *options: Any) -> jax.Array:
     """Calls the loss and checks that it returns float[batch].
 
     Raises:
@@ -388,20 +380,3 @@ def _learning_rate(
     if total_steps is None:
         raise ValueError("the schedule needs total_steps, the length of the run; it is None")
     return learning_rate * schedule(jnp.minimum(step / total_steps, 1.0))
-
-
-def _split(batch: Batch, size: int) -> Batch:
-    """Reshapes to [num_microbatches, size, ...]; the last one is filled up with masked zeros."""
-    num_microbatches = -(-len(batch.labels) // size)
-
-    def split(array: jax.Array) -> jax.Array:
-        missing = num_microbatches * size - len(array)
-        padded = jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
-        return padded.reshape(num_microbatches, size, *array.shape[1:])
-
-    return jax.tree.map(split, batch)
-
-
-def _join(tree: Any) -> Any:
-    """Reshapes leaves [parts, size, ...] to [parts * size, ...]."""
-    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), tree)

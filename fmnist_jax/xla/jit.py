@@ -128,10 +128,6 @@ class PlatformJit(Generic[P, R]):
         """Lowers the outermost program for these arguments or their shapes, as `jax.jit` does."""
         return self._outer.lower(*args, **kwargs)
 
-    def trace(self, *args: Any, **kwargs: Any) -> Any:
-        """Traces the outermost program; a call with the same shapes reuses the trace."""
-        return self._outer.trace(*args, **kwargs)
-
 
 def _is_tracing(args: Any, kwargs: Any) -> bool:
     # Under `jit` every new array is a tracer; under `vmap` and `grad` only the arguments are.

@@ -27,7 +27,7 @@ def workdir(sample, tmp_path_factory):
     recipe = fm.Recipe(arch="small_norm", epochs=3, batch_size=50)
     workdir = tmp_path_factory.mktemp("run") / "run"
     run = fm.Run(recipe=recipe, workdir=workdir, train_examples=200, keep_every="1ep")
-    fm.fit(run, sample, progress=fm.NullProgress())
+    fm.fit(run, sample, hooks=())
     yield workdir
     patch.undo()
 

@@ -8,12 +8,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import fmnist_jax as fm
 from fmnist_jax.nn import models
-from fmnist_jax.report.tensorboard import TensorBoardWriter
+from fmnist_jax.report.tensorboard import TensorBoardHook
 from fmnist_jax.runs import files
 from tests.small import Small
 
 
-class Crash(fm.Writer):
+class Crash(fm.Hook):
     """Raises after an epoch was logged and before it is saved."""
 
     def __init__(self, epoch):
@@ -38,9 +38,8 @@ def read(folder):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_crashed_run_has_no_double_points(run, sample, tmp_path):
-    def fit(*writers):
-        events = TensorBoardWriter(tmp_path / "events")
-        return fm.fit(run, sample, progress=fm.NullProgress(), writers=[events, *writers])
+    def fit(*hooks):
+        return fm.fit(run, sample, hooks=[TensorBoardHook(tmp_path / "events"), *hooks])
 
     for epoch in (1, 3):
         with pytest.raises(RuntimeError, match="crash"):
@@ -74,7 +73,7 @@ def test_a_crashed_run_has_no_double_points(run, sample, tmp_path):
 
 
 def test_norms_are_part_of_the_settings(run, sample):
-    fm.fit(run, sample, progress=fm.NullProgress())
+    fm.fit(run, sample, hooks=())
     other = dataclasses.replace(run, log_grad_norms=False)
     with pytest.raises(fm.errors.ConfigError, match="log_grad_norms: True"):
-        fm.fit(other, sample, progress=fm.NullProgress())
+        fm.fit(other, sample, hooks=())

@@ -24,8 +24,7 @@ from fmnist_jax.errors import (
     Interrupted,
 )
 from fmnist_jax.nn import models
-from fmnist_jax.runs import environment, files, saver
-from fmnist_jax.runs import fit as fit_lib
+from fmnist_jax.runs import driver, environment, files, saver
 from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.runs.plan import create_plan
 from fmnist_jax.train.predict import predict_tta
@@ -57,7 +56,7 @@ def make_run(workdir, seed=0, train_examples=None, tta=False, **changes):
 def straight(tmp_path_factory, tiny):
     """A run from start to end, and its folder."""
     workdir = tmp_path_factory.mktemp("straight")
-    return fm.fit(make_run(workdir), tiny, progress=fm.NullProgress()), workdir
+    return fm.fit(make_run(workdir), tiny, hooks=()), workdir
 
 
 def figures(line):
@@ -67,13 +66,13 @@ def figures(line):
     }
 
 
-class Stop(fm.NullProgress):
+class Stop(fm.Hook):
     """Sends a signal when a step is reached, and records messages."""
 
     def __init__(self, step, number=signal.SIGINT):
         self.step, self.number, self.texts = step, number, []
 
-    def say(self, text):
+    def message(self, text):
         self.texts.append(text)
 
     def update(self, *, step, epoch, images_per_second, loss):
@@ -84,14 +83,14 @@ class Stop(fm.NullProgress):
 @pytest.mark.parametrize("steps", [[1], [4], [3, 4, 8], [5, 6, 7, 9]])
 def test_resume_is_bitwise_identical(steps, straight, tmp_path, tiny, monkeypatch):
     # One step per call, so that the signal arrives at this very step.
-    monkeypatch.setattr(fit_lib, "_CALL_SECONDS", 0.0)
+    monkeypatch.setattr(driver, "_CALL_SECONDS", 0.0)
     for step in steps:
         with pytest.raises(
             Interrupted, match=f"after step {step} of 9; the state is saved"
         ) as caught:
-            fm.fit(make_run(tmp_path), tiny, progress=Stop(step))
+            fm.fit(make_run(tmp_path), tiny, hooks=[Stop(step)])
         assert caught.value.signal_number == signal.SIGINT
-    result = fm.fit(make_run(tmp_path), tiny, progress=fm.NullProgress())
+    result = fm.fit(make_run(tmp_path), tiny, hooks=())
     expected, _ = straight
     chex.assert_trees_all_equal(result.state, expected.state)
     assert [figures(line) for line in result.history] == [
@@ -103,18 +102,49 @@ def test_resume_is_bitwise_identical(steps, straight, tmp_path, tiny, monkeypatc
 
 
 def test_sigterm_stops_and_the_handlers_are_restored(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(fit_lib, "_CALL_SECONDS", 0.0)
+    monkeypatch.setattr(driver, "_CALL_SECONDS", 0.0)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted) as caught:
-        fm.fit(make_run(tmp_path), tiny, progress=Stop(2, signal.SIGTERM))
+        fm.fit(make_run(tmp_path), tiny, hooks=[Stop(2, signal.SIGTERM)])
     assert caught.value.signal_number == signal.SIGTERM
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+class StopAfterEpoch(fm.Hook):
+    """Asks to stop after an epoch, and records the events of the run."""
+
+    def __init__(self, epoch):
+        self.last, self.events = epoch, []
+
+    def start(self, *, settings, step, total_steps):
+        self.events.append(("start", step, total_steps))
+
+    def epoch(self, log):
+        self.events.append(("epoch", log.epoch, log.step))
+        return log.epoch == self.last
+
+    def stop(self):
+        self.events.append(("stop",))
+
+    def finish(self, *, report):
+        self.events.append(("finish", report["steps"]))
+
+
+def test_a_hook_stops_the_run_and_the_same_call_resumes(straight, tmp_path, tiny):
+    hook = StopAfterEpoch(2)
+    with pytest.raises(Interrupted, match="after step 6 of 9; the state is saved") as caught:
+        fm.fit(make_run(tmp_path), tiny, hooks=[hook])
+    assert caught.value.signal_number is None
+    assert hook.events == [("start", 0, 9), ("epoch", 1, 3), ("epoch", 2, 6), ("stop",)]
+    result = fm.fit(make_run(tmp_path), tiny, hooks=[hook])
+    assert hook.events[4:] == [("start", 6, 9), ("epoch", 3, 9), ("stop",), ("finish", 9)]
+    chex.assert_trees_all_equal(result.state, straight[0].state)
 
 
 def test_a_finished_run_returns_its_results(straight, tiny):
     expected, workdir = straight
     before = {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()}
-    again = fm.fit(make_run(workdir), tiny, progress=fm.NullProgress())
+    again = fm.fit(make_run(workdir), tiny, hooks=())
     chex.assert_trees_all_equal(again.state, expected.state)
     assert again.report == expected.report
     assert again.history == expected.history
@@ -131,19 +161,17 @@ def test_bits_depend_neither_on_calls_nor_on_checkpoints(
     fix_pace(monkeypatch, steps_per_call)
     expected, _ = straight
     run = dataclasses.replace(make_run(tmp_path), checkpoint_every=checkpoint_every)
-    result = fm.fit(run, tiny, progress=fm.NullProgress())
+    result = fm.fit(run, tiny, hooks=())
     assert result.report["params_sha256"] == expected.report["params_sha256"]
     chex.assert_trees_all_equal(result.state, expected.state)
 
 
 def fix_pace(monkeypatch, num_steps):
     """From the second call on, each takes this number of steps."""
-    monkeypatch.setattr(
-        fit_lib._Pace, "update", lambda self, *_: setattr(self, "num_steps", num_steps)
-    )
+    monkeypatch.setattr(driver, "_adapted", lambda *_: num_steps)
 
 
-class Steps(fm.NullProgress):
+class Steps(fm.Hook):
     """Records the steps after which a call returned."""
 
     def __init__(self):
@@ -158,10 +186,10 @@ def test_calls_of_many_steps_change_no_bit(tmp_path, sample, monkeypatch):
     for num_steps in (1, 7, 100):
         fix_pace(monkeypatch, num_steps)
         run = make_run(tmp_path / str(num_steps), epochs=1, batch_size=2, train_examples=240)
-        progress = Steps()
-        hashes.add(fm.fit(run, sample, progress=progress).report["params_sha256"])
-        assert progress.steps[-1] == 120
-        assert max(np.diff(progress.steps)) == num_steps
+        hook = Steps()
+        hashes.add(fm.fit(run, sample, hooks=[hook]).report["params_sha256"])
+        assert hook.steps[-1] == 120
+        assert max(np.diff(hook.steps)) == num_steps
     assert len(hashes) == 1
 
 
@@ -185,7 +213,7 @@ def test_timed_checkpoints_use_a_monotonic_clock(straight, saved, tmp_path, tiny
     clock = types.SimpleNamespace(monotonic=itertools.count(step=35.0).__next__)
     monkeypatch.setattr(saver, "time", clock)
     run = dataclasses.replace(make_run(tmp_path), checkpoint_every="60s")
-    result = fm.fit(run, tiny, progress=fm.NullProgress())
+    result = fm.fit(run, tiny, hooks=())
     assert saved == [2, 3, 5, 6, 8, 9]
     chex.assert_trees_all_equal(result.state, straight[0].state)
 
@@ -194,7 +222,7 @@ def test_checkpoints_are_saved_and_retained_as_configured(saved, tmp_path, tiny)
     def steps(name, **changes):
         saved.clear()
         run = dataclasses.replace(make_run(tmp_path / name), **changes)
-        fm.fit(run, tiny, progress=fm.NullProgress())
+        fm.fit(run, tiny, hooks=())
         return list(saved)
 
     assert steps("a") == [3, 6, 9]
@@ -230,9 +258,9 @@ def test_the_score_is_saved_when_the_first_save_fails(tmp_path, tiny, monkeypatc
 
     refused: list[int] = []
     monkeypatch.setattr(Checkpoints, "save", refuse)
-    monkeypatch.setattr(fit_lib, "_CALL_SECONDS", 0.0)
+    monkeypatch.setattr(driver, "_CALL_SECONDS", 0.0)
     with pytest.warns(CheckpointWarning, match="full"), pytest.raises(Interrupted):
-        fm.fit(make_run(tmp_path), tiny, progress=Stop(3))
+        fm.fit(make_run(tmp_path), tiny, hooks=[Stop(3)])
     checkpoint = fm.load_checkpoint(tmp_path)
     assert checkpoint.step == 3
     assert checkpoint.score == checkpoint.meta["history"][-1]["accuracy"]
@@ -247,14 +275,14 @@ def test_invalid_intervals_are_refused(text, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_skipped(straight, tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(fit_lib, "_CALL_SECONDS", 0.0)
+    monkeypatch.setattr(driver, "_CALL_SECONDS", 0.0)
     with pytest.raises(Interrupted):
-        fm.fit(make_run(tmp_path), tiny, progress=Stop(8))
+        fm.fit(make_run(tmp_path), tiny, hooks=[Stop(8)])
     for path in (tmp_path / "checkpoints" / "8").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.warns(CheckpointWarning, match="step 8 is damaged"):
-        result = fm.fit(make_run(tmp_path), tiny, progress=fm.NullProgress())
+        result = fm.fit(make_run(tmp_path), tiny, hooks=())
     expected, _ = straight
     chex.assert_trees_all_equal(result.state, expected.state)
     assert [figures(line) for line in result.history] == [
@@ -263,23 +291,23 @@ def test_a_damaged_checkpoint_is_skipped(straight, tmp_path, tiny, monkeypatch):
 
 
 def test_the_log_is_restored_from_the_checkpoint(straight, tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(fit_lib, "_CALL_SECONDS", 0.0)
+    monkeypatch.setattr(driver, "_CALL_SECONDS", 0.0)
     for step, content in ((4, b'{"step": 3, "epo'), (7, None)):
         with pytest.raises(Interrupted):
-            fm.fit(make_run(tmp_path), tiny, progress=Stop(step))
+            fm.fit(make_run(tmp_path), tiny, hooks=[Stop(step)])
         path = tmp_path / files.METRICS
         path.write_bytes(content) if content else path.unlink()
-    result = fm.fit(make_run(tmp_path), tiny, progress=fm.NullProgress())
+    result = fm.fit(make_run(tmp_path), tiny, hooks=())
     expected = [figures(line) for line in straight[0].history]
     assert [figures(line) for line in result.history] == expected
     assert [figures(line) for line in files.read_lines(path)] == expected
 
 
 def test_a_changed_environment_is_reported(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(fit_lib, "_CALL_SECONDS", 0.0)
+    monkeypatch.setattr(driver, "_CALL_SECONDS", 0.0)
     for step in (2, 4):  # unchanged: a warning would be an error
         with pytest.raises(Interrupted):
-            fm.fit(make_run(tmp_path), tiny, progress=Stop(step))
+            fm.fit(make_run(tmp_path), tiny, hooks=[Stop(step)])
     describe = environment.describe
     before = describe()["num_threads"]
     monkeypatch.setattr(environment, "describe", lambda: describe() | {"processor": "another"})
@@ -287,7 +315,7 @@ def test_a_changed_environment_is_reported(tmp_path, tiny, monkeypatch):
     settings = describe()["settings"]
     monkeypatch.setattr(environment, "_settings", lambda: settings | {"jax_enable_x64": True})
     with pytest.warns(EnvironmentWarning, match="the environment has changed") as caught:
-        fm.fit(make_run(tmp_path), tiny, progress=fm.NullProgress())
+        fm.fit(make_run(tmp_path), tiny, hooks=())
     assert str(caught[0].message).splitlines()[1:] == [
         f"  processor: {describe()['processor']} before, another now",
         f"  num_threads: {before} before, 77 now",
@@ -319,13 +347,13 @@ def test_tta_is_evaluated_where_the_recipe_mirrors_or_on_request(straight, tmp_p
     before = json.loads((workdir / files.REPORT).read_text())
     assert before["tta_accuracy"] is None
     moved = shutil.copytree(workdir, tmp_path / "run")
-    result = fm.fit(make_run(moved, tta=True), tiny, progress=fm.NullProgress())
+    result = fm.fit(make_run(moved, tta=True), tiny, hooks=())
     logits = predict_tta(result.state.variables, tiny.test_images, model=result.model)
     accuracy = np.mean(np.asarray(logits).argmax(axis=1) == tiny.test_labels)
     assert result.report == before | {"tta_accuracy": accuracy}
     # Other settings without effect on the training resume the same run.
     again = dataclasses.replace(make_run(moved), checkpoint_every="2ep")
-    assert fm.fit(again, tiny, progress=fm.NullProgress()).report == result.report
+    assert fm.fit(again, tiny, hooks=()).report == result.report
 
 
 def test_a_damaged_checkpoint_of_a_finished_run_is_refused(straight, tmp_path, tiny):
@@ -333,7 +361,7 @@ def test_a_damaged_checkpoint_of_a_finished_run_is_refused(straight, tmp_path, t
     (moved / "checkpoints" / "9" / "manifest.json").write_text("")
     before = {path: path.read_bytes() for path in moved.rglob("*") if path.is_file()}
     with pytest.raises(CheckpointError, match=r"step 9 in .* is damaged"):
-        fm.fit(make_run(moved), tiny, progress=fm.NullProgress())
+        fm.fit(make_run(moved), tiny, hooks=())
     assert {path: path.read_bytes() for path in moved.rglob("*") if path.is_file()} == before
 
 
@@ -343,7 +371,7 @@ def test_a_finished_run_without_checkpoints_keeps_its_results(straight, tmp_path
     before = {path: path.read_bytes() for path in moved.iterdir() if path.is_file()}
     for tta in (False, True):
         with pytest.raises(CheckpointError, match="is finished, but its checkpoints are gone"):
-            fm.fit(make_run(moved, tta=tta), tiny, progress=fm.NullProgress())
+            fm.fit(make_run(moved, tta=tta), tiny, hooks=())
     assert {path: path.read_bytes() for path in moved.iterdir() if path.is_file()} == before
 
 
@@ -401,23 +429,21 @@ def test_augmented_examples_are_those_of_the_training(straight, tiny):
 
 def test_seeds_differ_and_repeat(straight, tmp_path, tiny):
     expected, _ = straight
-    again = fm.fit(make_run(tmp_path / "a"), tiny, progress=fm.NullProgress())
-    other = fm.fit(make_run(tmp_path / "b", seed=1), tiny, progress=fm.NullProgress())
+    again = fm.fit(make_run(tmp_path / "a"), tiny, hooks=())
+    other = fm.fit(make_run(tmp_path / "b", seed=1), tiny, hooks=())
     assert again.report["params_sha256"] == expected.report["params_sha256"]
     assert other.report["params_sha256"] != expected.report["params_sha256"]
 
 
 def test_a_run_without_validation(tmp_path, tiny):
-    result = fm.fit(
-        make_run(tmp_path, epochs=1, val_fraction=0.0), tiny, progress=fm.NullProgress()
-    )
+    result = fm.fit(make_run(tmp_path, epochs=1, val_fraction=0.0), tiny, hooks=())
     assert result.report["val_accuracy"] is None
     assert [line["split"] for line in result.history] == ["train"]
 
 
 def test_the_sample_is_marked_in_every_file(tmp_path, sample):
     run = make_run(tmp_path, epochs=1, train_examples=32)
-    fm.fit(run, sample, progress=fm.NullProgress())
+    fm.fit(run, sample, hooks=())
     assert json.loads((tmp_path / files.CONFIG).read_text())["sample"]
     assert json.loads((tmp_path / files.REPORT).read_text())["sample"]
     assert all(entry["sample"] for entry in json.loads((tmp_path / files.ENVIRONMENT).read_text()))
@@ -430,7 +456,7 @@ def test_the_sample_is_marked_in_every_file(tmp_path, sample):
 def test_divergence_names_epoch_and_step(tmp_path, tiny):
     run = make_run(tmp_path, optimizer="sgd", learning_rate=1e30, schedule="constant")
     with pytest.raises(DivergedError, match=r"in epoch 1, step [23];"):
-        fm.fit(run, tiny, progress=fm.NullProgress())
+        fm.fit(run, tiny, hooks=())
     assert not (tmp_path / files.REPORT).exists()
 
 
@@ -440,7 +466,7 @@ def test_divergence_in_the_last_step_is_found_without_validation_images(tmp_path
         batch_size=60, val_fraction=0.0,
     )  # fmt: skip
     with pytest.raises(DivergedError, match="logits of the test images are not finite"):
-        fm.fit(run, tiny, progress=fm.NullProgress())
+        fm.fit(run, tiny, hooks=())
     assert not (tmp_path / files.REPORT).exists()
 
 
@@ -452,18 +478,18 @@ def test_more_steps_than_the_counter_holds_are_refused(tmp_path, tiny):
 def test_a_folder_with_another_run_is_refused(straight, tiny):
     _, workdir = straight
     with pytest.raises(ConfigError, match="holds another run") as caught:
-        fm.fit(make_run(workdir, seed=7, epochs=5), tiny, progress=fm.NullProgress())
+        fm.fit(make_run(workdir, seed=7, epochs=5), tiny, hooks=())
     assert "  seed: 0 found, 7 requested" in str(caught.value)
     assert "  recipe.epochs: 3 found, 5 requested" in str(caught.value)
     fewer = dataclasses.replace(tiny, sha256="", test_images=tiny.test_images[::-1])
     with pytest.raises(ConfigError, match="data_sha256"):
-        fm.fit(make_run(workdir), fewer, progress=fm.NullProgress())
+        fm.fit(make_run(workdir), fewer, hooks=())
 
 
 def test_a_file_as_folder_is_refused(tmp_path, tiny):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be used"):
-        fm.fit(make_run(tmp_path / "file"), tiny, progress=fm.NullProgress())
+        fm.fit(make_run(tmp_path / "file"), tiny, hooks=())
 
 
 def test_a_read_only_folder_is_refused(tmp_path, tiny, monkeypatch):
@@ -473,17 +499,17 @@ def test_a_read_only_folder_is_refused(tmp_path, tiny, monkeypatch):
     # The user of the tests may be one whom no permission stops.
     monkeypatch.setattr(files, "sync", refuse)
     with pytest.raises(ConfigError, match=r"cannot be used: .*Read-only"):
-        fm.fit(make_run(tmp_path), tiny, progress=fm.NullProgress())
+        fm.fit(make_run(tmp_path), tiny, hooks=())
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_folder_in_use_is_refused(tmp_path, tiny):
     with files.locked(tmp_path), pytest.raises(ConfigError, match="in use by another process"):
-        fm.fit(make_run(tmp_path), tiny, progress=fm.NullProgress())
+        fm.fit(make_run(tmp_path), tiny, hooks=())
     with files.locked(tmp_path):
         pass
 
 
 def test_a_batch_size_above_the_number_of_examples_is_refused(tmp_path, tiny):
     with pytest.raises(ConfigError, match="batch_size is 49, but there are only 48"):
-        fm.fit(make_run(tmp_path, batch_size=49), tiny, progress=fm.NullProgress())
+        fm.fit(make_run(tmp_path, batch_size=49), tiny, hooks=())

@@ -42,7 +42,7 @@ def trained(tmp_path_factory, tiny):
     workdir = tmp_path_factory.mktemp("replay") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "ARCHS", {**models.ARCHS, "small_dropout": Watched})
-        fm.fit(fm.Run(recipe=RECIPE, workdir=workdir, tta=False), tiny, progress=fm.NullProgress())
+        fm.fit(fm.Run(recipe=RECIPE, workdir=workdir, tta=False), tiny, hooks=())
         jax.effects_barrier()
         assert len(seen) == 12
         yield workdir, list(seen)
@@ -75,7 +75,7 @@ def test_losses_and_gradient_are_those_of_the_step(trained, tiny, tmp_path):
     assert near.gradient_norm == far.gradient_norm
 
     plan = create_plan(fm.Run(recipe=RECIPE, workdir=workdir), tiny)
-    sgd = dataclasses.replace(plan.config, tx=optax.sgd(1.0))
+    sgd = dataclasses.replace(plan.config, tx=optax.sgd(1.0), schedule=None)
     tree = fm.load_checkpoint(workdir, 8).arrays
     params = jax.tree.map_with_path(
         lambda path, _: jnp.asarray(
@@ -90,8 +90,9 @@ def test_losses_and_gradient_are_those_of_the_step(trained, tiny, tmp_path):
     )
     state = fm.TrainState(jnp.int32(8), params, {}, sgd.tx.init(params))
     after, metrics = train_step(
-        state, batch, jax.random.fold_in(plan.streams.dropout, 8), plan.hyperparams,
-        config=with_microbatch_size(sgd, state, (28, 28)),
+        state, batch, jax.random.fold_in(plan.streams.dropout, 8),
+        plan.hyperparams._replace(learning_rate=None),
+        config=with_microbatch_size(sgd, state, plan.inputs),
     )  # fmt: skip
     np.testing.assert_allclose(shown.losses.sum(), metrics.loss, rtol=1e-5)
     moved = jax.tree.map(jnp.subtract, params, after.params)  # the gradient, at rate 1

@@ -26,7 +26,7 @@ def main(folder: Path) -> None:
     run = fm.Run(recipe=RECIPE, workdir=folder, train_examples=64, exclude=range(1000, 6000))
     threading.Thread(target=kill_one, args=(folder,), daemon=True).start()
     result = fm.fit_seeds(
-        run, dataset, NUM_SEEDS, executor=RayExecutor("local", num_cpus=1), progress=Printer()
+        run, dataset, NUM_SEEDS, executor=RayExecutor("local", num_cpus=1), hooks=[Printer()]
     )
     print("hashes", *result.report["params_sha256"])
 
@@ -49,8 +49,8 @@ def process_with(path: Path) -> int:
     raise AssertionError(f"no process has {path} open")
 
 
-class Printer(fm.NullProgress):
-    def say(self, text: str) -> None:
+class Printer(fm.Hook):
+    def message(self, text: str) -> None:
         print(text, flush=True)
 
 

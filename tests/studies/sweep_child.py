@@ -19,11 +19,11 @@ RECIPE = fm.Recipe(arch="small", epochs=2, batch_size=50)
 SPACE = dict(map(sweep_lib.parse_domain, ["learning_rate=log:1e-4:1e-2", "dropout=0:0.5"]))
 
 
-class Killer(fm.NullProgress):
+class Killer(fm.Hook):
     def __init__(self, kill_at: int) -> None:
         self.kill_at = kill_at
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         print(text, flush=True)
         if self.kill_at and text.startswith(f"{self.kill_at - 1} of "):
             evaluate = sweep_lib.evaluate
@@ -43,7 +43,7 @@ def create_run(folder: Path) -> fm.Run:
 def main(folder: Path, num_trials: int, kill_at: int) -> None:
     dataset = fm.load_fashion_mnist(sample=True)
     run = create_run(folder)
-    fm.sweep(run, dataset, SPACE, num_trials, num_seeds=2, progress=Killer(kill_at))
+    fm.sweep(run, dataset, SPACE, num_trials, num_seeds=2, hooks=[Killer(kill_at)])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 import fmnist_jax as fm
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.studies import cross_validation
-from fmnist_jax.studies.cross_validation import cross_validate, train_epochs
+from fmnist_jax.studies.cross_validation import cross_validate, train_network
 from tests.small import Linear
 
 
@@ -52,20 +52,20 @@ def test_results_are_those_of_networks_trained_fold_by_fold(tiny, monkeypatch):
     def record(seed, images, labels, examples, **options):
         states: list[np.ndarray] = []
         folds.append((seed, examples, states))
-        for state in train_epochs(seed, images, labels, examples, **options):
+        for state in train_network(seed, images, labels, examples, **options):
             states.append(np.asarray(fm.predict(state.variables, images, model=Linear())))
             yield state
 
-    monkeypatch.setattr(cross_validation, "train_epochs", record)
+    monkeypatch.setattr(cross_validation, "train_network", record)
     texts = []
 
-    class Recorder(fm.NullProgress):
-        def say(self, text):
+    class Recorder(fm.Hook):
+        def message(self, text):
             texts.append(text)
 
     crossed = cross_validate(
         2**32 - 1, tiny.train_images, tiny.train_labels, tiny.test_images, model=Linear(),
-        folds=2, epochs=3, batch_size=16, progress=Recorder(),
+        folds=2, epochs=3, batch_size=16, hooks=[Recorder()],
     )  # fmt: skip
     assert [seed for seed, _, _ in folds] == [2**32 - 1, 0]
     assert sorted(np.concatenate([examples for _, examples, _ in folds])) == list(range(60))
@@ -103,7 +103,7 @@ def test_results_are_reproduced_from_their_seed(tiny):
 def test_each_epoch_takes_all_its_steps(tiny):
     images, labels = jnp.asarray(tiny.train_images), jnp.asarray(tiny.train_labels)
     examples = np.arange(40, dtype=np.int32)
-    states = train_epochs(0, images, labels, examples, model=Linear(), epochs=2, batch_size=16)
+    states = train_network(0, images, labels, examples, model=Linear(), epochs=2, batch_size=16)
     assert [int(state.step) for state in states] == [3, 6]
 
 
@@ -112,5 +112,11 @@ def test_invalid_settings_are_named(folds, epochs, tiny):
     labels = np.repeat([0, 1], 30).astype(np.int32)
     with pytest.raises(ConfigError, match=rf"folds is {folds}; .* 2 to 30|epochs is 0"):
         cross_validate(
-            0, tiny.train_images, labels, tiny.test_images, model=None, folds=folds, epochs=epochs
+            0,
+            tiny.train_images,
+            labels,
+            tiny.test_images,
+            model=Linear(),
+            folds=folds,
+            epochs=epochs,
         )

@@ -42,7 +42,7 @@ def test_a_killed_ray_worker_is_retried_and_no_bit_changes(tmp_path):
         recipe=RECIPE, workdir=tmp_path / "here", train_examples=64, exclude=range(1000, 6000)
     )
     dataset = fm.load_fashion_mnist(sample=True)
-    here = fm.fit_seeds(run, dataset, NUM_SEEDS, progress=fm.NullProgress())
+    here = fm.fit_seeds(run, dataset, NUM_SEEDS, hooks=())
     hashes = next(line for line in lines if line.startswith("hashes")).split()[1:]
     assert hashes == here.report["params_sha256"]
 

@@ -1,18 +1,21 @@
 """Several seeds: their runs equal those of `fit`, the summary equals their files."""
 
 import dataclasses
+import io
 import json
+import re
 import shutil
 
 import chex
 import numpy as np
 import pytest
 import scipy.stats
+from rich.console import Console
 
 import fmnist_jax as fm
 from fmnist_jax.errors import ConfigError, DamagedFileError
 from fmnist_jax.nn import models
-from fmnist_jax.runs import files
+from fmnist_jax.runs import console, files
 from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.studies import seeds
 from fmnist_jax.train.loop import train_steps
@@ -35,13 +38,13 @@ def workdir(tmp_path_factory, tiny):
     """Finished runs of the seeds 5 to 7."""
     place = tmp_path_factory.mktemp("seeds") / "several"
     run = fm.Run(recipe=RECIPE, workdir=place, seed=5, tta=True)
-    fm.fit_seeds(run, tiny, 3, progress=fm.NullProgress())
+    fm.fit_seeds(run, tiny, 3, hooks=())
     return place
 
 
 def test_a_seed_is_bitwise_identical_to_its_own_run(workdir, tiny, tmp_path):
     run = fm.Run(recipe=RECIPE, workdir=tmp_path, seed=6, tta=True)
-    alone = fm.fit(run, tiny, progress=fm.NullProgress())
+    alone = fm.fit(run, tiny, hooks=())
     chex.assert_trees_all_equal(
         fm.load_checkpoint(workdir / "seed-6").arrays, fm.load_checkpoint(tmp_path).arrays
     )
@@ -57,7 +60,7 @@ def test_all_seeds_share_one_program(tiny, tmp_path):
     # A batch size of its own, so that no other test has compiled it.
     run = fm.Run(recipe=dataclasses.replace(RECIPE, batch_size=13, epochs=1), workdir=tmp_path)
     before = train_steps._outer._cache_size()
-    fm.fit_seeds(run, tiny, 3, progress=fm.NullProgress())
+    fm.fit_seeds(run, tiny, 3, hooks=())
     assert train_steps._outer._cache_size() == before + 1
 
 
@@ -96,7 +99,7 @@ def test_added_seeds_keep_the_finished_ones(workdir, tiny, tmp_path):
     more = shutil.copytree(workdir, tmp_path / "more")
     times = {path: path.stat().st_mtime_ns for path in more.glob("seed-*/report.json")}
     run = fm.Run(recipe=RECIPE, workdir=more, seed=5, tta=True)
-    result = fm.fit_seeds(run, tiny, 4, progress=fm.NullProgress())
+    result = fm.fit_seeds(run, tiny, 4, hooks=())
     assert result.report["seeds"] == [5, 6, 7, 8]
     before = files.read_json(workdir / files.SEEDS)["params_sha256"]
     assert result.report["params_sha256"][:3] == before
@@ -115,23 +118,22 @@ def test_invalid_number_of_seeds_is_named(num_seeds, tiny, tmp_path):
         fm.fit_seeds(run, tiny, num_seeds)
 
 
-def test_progress_counts_the_steps_of_all_seeds(tiny, tmp_path):
-    starts, steps, splits = [], [], set()
+def test_progress_counts_the_steps_of_all_seeds(tiny, tmp_path, monkeypatch):
+    splits = set()
 
-    class Recorder(fm.NullProgress):
-        def start(self, *, step, total_steps):
-            starts.append((step, total_steps))
-
-        def update(self, *, step, epoch, images_per_second, loss):
-            steps.append(step)
-
+    class Recorder(fm.Hook):
         def evaluate(self, *, split, num_done, num_images):
             splits.add(split)
 
+    monkeypatch.setattr(console, "_LINE_SECONDS", 0.0)
+    output = Console(file=io.StringIO(), width=120)
     run = fm.Run(recipe=dataclasses.replace(RECIPE, epochs=1), workdir=tmp_path)
-    result = fm.fit_seeds(run, tiny, 2, progress=Recorder())
+    result = fm.fit_seeds(run, tiny, 2, hooks=[fm.ConsoleProgress(output), Recorder()])
     # 54 images in batches of 16 are four steps.
-    assert starts == [(0, 8), (4, 8)]
+    assert isinstance(output.file, io.StringIO)
+    found = re.findall(r"step (\d)/(\d):", output.file.getvalue())
+    steps = [int(step) for step, _ in found]
+    assert {total for _, total in found} == {"8"}
     assert steps == sorted(steps)
     assert steps[-1] == 8
     assert splits == {"val", "test"}
@@ -142,15 +144,15 @@ def test_seeds_stopped_in_between_resume(workdir, tiny, tmp_path):
     class StoppedError(Exception):
         pass
 
-    class Stopper(fm.NullProgress):
-        def say(self, text):
+    class Stopper(fm.Hook):
+        def message(self, text):
             if "seed 7" in text:
                 raise StoppedError
 
     run = fm.Run(recipe=RECIPE, workdir=tmp_path, seed=5, tta=True)
     with pytest.raises(StoppedError):
-        fm.fit_seeds(run, tiny, 3, progress=Stopper())
+        fm.fit_seeds(run, tiny, 3, hooks=[Stopper()])
     assert Checkpoints(tmp_path / "seed-6" / files.CHECKPOINTS).steps()
-    result = fm.fit_seeds(run, tiny, 3, progress=fm.NullProgress())
+    result = fm.fit_seeds(run, tiny, 3, hooks=())
     expected = files.read_json(workdir / files.SEEDS)["params_sha256"]
     assert result.report["params_sha256"] == expected

@@ -35,7 +35,7 @@ def run(tmp_path, monkeypatch):
 
 def test_a_sweep_compiles_once_and_its_winner_is_trained_from_fresh_seeds(run, sample):
     before = train_steps._outer._cache_size()
-    report = fm.sweep(run, sample, SPACE, 4, num_seeds=2, progress=fm.NullProgress())
+    report = fm.sweep(run, sample, SPACE, 4, num_seeds=2, hooks=())
     # The trials share a program with the fresh seeds.
     assert train_steps._outer._cache_size() == before + 1
     assert len(report["trials"]) == 4
@@ -46,7 +46,7 @@ def test_a_sweep_compiles_once_and_its_winner_is_trained_from_fresh_seeds(run, s
     # The same run by another way.
     recipe = dataclasses.replace(run.recipe, **best["params"])
     again = dataclasses.replace(run, recipe=recipe, workdir=run.workdir / "again")
-    result = fm.fit(again, sample, progress=fm.NullProgress())
+    result = fm.fit(again, sample, hooks=())
     assert result.report["val_accuracy"] == best["val_accuracy"]
 
     fresh = [
@@ -62,11 +62,11 @@ def test_a_sweep_compiles_once_and_its_winner_is_trained_from_fresh_seeds(run, s
     assert page.count("data:image/png") == 3
 
     # More trials continue the study; other settings are refused.
-    report = fm.sweep(run, sample, SPACE, 5, num_seeds=2, progress=fm.NullProgress())
+    report = fm.sweep(run, sample, SPACE, 5, num_seeds=2, hooks=())
     assert len(report["trials"]) == 5
     other = dataclasses.replace(run, seed=1)
     with pytest.raises(ConfigError, match="holds another sweep"):
-        fm.sweep(other, sample, SPACE, 5, progress=fm.NullProgress())
+        fm.sweep(other, sample, SPACE, 5, hooks=())
 
 
 def test_trials_without_result_are_reported(run, sample):
@@ -75,7 +75,7 @@ def test_trials_without_result_are_reported(run, sample):
     # Characters that mean something in a URL.
     run = dataclasses.replace(run, recipe=recipe, workdir=run.workdir / "a?b%41")
     with pytest.raises(ConfigError, match="none of the 1 trials has a result"):
-        fm.sweep(run, sample, {"batch_size": Domain(50, 100)}, 1, progress=fm.NullProgress())
+        fm.sweep(run, sample, {"batch_size": Domain(50, 100)}, 1, hooks=())
     assert (run.workdir / "study.db").stat().st_size
     (trial,) = read_trials(run.workdir)
     assert trial.state.name == "PRUNED"

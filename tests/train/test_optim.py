@@ -10,6 +10,8 @@ import pytest
 
 import fmnist_jax as fm
 from fmnist_jax.errors import ConfigError
+from tests.small import Linear
+from tests.train.test_step import make_batch
 
 KERAS = {
     "adam": lambda: keras.optimizers.Adam(1e-3),
@@ -169,3 +171,76 @@ def test_unknown_names_and_missing_learning_rates_are_refused():
     params = jnp.ones(())
     with pytest.raises(ConfigError, match="adam has no learning rate; pass Hyperparams"):
         tx.update(params, tx.init(params), params)
+
+
+PARAMS = {"kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "bias": jnp.array([0.1, 0.2])}
+GRADS = jax.tree.map(lambda param: 0.3 * param + 0.1, PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("factory", "options", "scalars"),
+    [
+        (optax.adam, {"b1": 0.8}, {"learning_rate": 0.02}),
+        (optax.sgd, {"momentum": 0.9, "nesterov": True}, {"learning_rate": 0.02}),
+        (optax.adamw, {"mask": {"kernel": True, "bias": False}},
+         {"learning_rate": 0.02, "weight_decay": 0.3}),
+        (optax.lion, {}, {"learning_rate": 0.02}),
+    ],
+)  # fmt: skip
+def test_a_factory_of_optax_takes_traced_scalars(factory, options, scalars):
+    ours = fm.with_learning_rate(factory, **options)
+    expected = factory(**options, **scalars)
+    state, expected_state = ours.init(PARAMS), expected.init(PARAMS)
+    update = jax.jit(ours.update)
+    for _ in range(3):
+        updates, state = update(GRADS, state, PARAMS, **scalars)
+        expected_updates, expected_state = expected.update(GRADS, expected_state, PARAMS)
+        chex.assert_trees_all_close(updates, expected_updates, rtol=1e-6)
+
+
+def test_a_schedule_acts_on_a_factory_of_optax(tiny):
+    config = fm.StepConfig(
+        model=Linear(), tx=fm.with_learning_rate(optax.sgd), schedule=fm.create_schedule("linear")
+    )
+    state, batch = fm.create_train_state(jax.random.key(0), config), make_batch(tiny, 8)
+    moves = []
+    for step in (0, 5, 10):
+        after, _ = fm.train_step(
+            state._replace(step=jnp.int32(step)), batch, jax.random.key(0),
+            fm.Hyperparams(0.1, total_steps=10), config=config,
+        )  # fmt: skip
+        moves.append(optax.tree.norm(jax.tree.map(jnp.subtract, after.params, state.params)))
+    np.testing.assert_allclose(moves, np.array([1, 0.5, 0]) * moves[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tx", "hyperparams", "refused"),
+    [
+        (optax.adam(1e-3), fm.Hyperparams(1e-3), "learning_rate"),
+        (optax.adamw(1e-3), fm.Hyperparams(weight_decay=0.1), "weight_decay"),
+        (optax.inject_hyperparams(optax.sgd)(learning_rate=0.1), fm.Hyperparams(1e-3),
+         "learning_rate"),
+        (fm.with_learning_rate(optax.sgd), fm.Hyperparams(1e-3, weight_decay=0.1), "weight_decay"),
+        (optax.adam(1e-3), fm.Hyperparams(), None),
+        (fm.create_optimizer("adam"), fm.Hyperparams(1e-3, weight_decay=0.1), None),
+        (optax.chain(optax.clip_by_global_norm(1.0), fm.create_optimizer("sgd")),
+         fm.Hyperparams(1e-3), None),
+        (fm.with_learning_rate(optax.adamw), fm.Hyperparams(1e-3, weight_decay=0.1), None),
+    ],
+)  # fmt: skip
+def test_scalars_without_effect_are_refused(tx, hyperparams, refused, tiny):
+    config = fm.StepConfig(model=Linear(), tx=tx)
+    state, batch = fm.create_train_state(jax.random.key(0), config), make_batch(tiny, 8)
+    if refused is None:
+        fm.train_step(state, batch, jax.random.key(0), hyperparams, config=config)
+        return
+    with pytest.raises(ConfigError, match=f"{refused} has no effect on this optimizer"):
+        fm.train_step(state, batch, jax.random.key(0), hyperparams, config=config)
+
+
+def test_a_factory_without_a_learning_rate_is_refused():
+    with pytest.raises(ConfigError, match="scale_by_adam has no parameter learning_rate"):
+        fm.with_learning_rate(optax.scale_by_adam)
+    tx = fm.with_learning_rate(optax.adam)
+    with pytest.raises(ConfigError, match="adam has no learning rate"):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS)

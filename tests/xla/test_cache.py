@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from fmnist_jax.commands import run as run_command
 from fmnist_jax.xla.cache import enable_compilation_cache
 
 PROGRAM = """
@@ -101,12 +102,12 @@ def test_existing_cache_directory_is_unchanged(tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "cached"), [([], True), (["--no-cache"], False)])
-def test_no_cache_flag_disables_the_cache(flags, cached, run_py, tmp_path, monkeypatch):
+def test_no_cache_flag_disables_the_cache(flags, cached, tmp_path, monkeypatch):
     jax.config.update("jax_compilation_cache_dir", None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     try:
-        assert run_py.main(["--list", *flags]) == 0
+        assert run_command.main(["--list", *flags]) == 0
         assert jax.config.jax_enable_compilation_cache == cached  # type: ignore[attr-defined]
         assert bool(jax.config.jax_compilation_cache_dir) == cached  # type: ignore[attr-defined]
     finally:

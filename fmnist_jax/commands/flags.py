@@ -1,0 +1,230 @@
+"""The flags that the commands share, and the runs and data that they describe."""
+
+import argparse
+import dataclasses
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, NoReturn
+
+import fmnist_jax as fm
+from fmnist_jax import config, errors
+from fmnist_jax.digest import sha256_json
+from fmnist_jax.recipes import find_recipe
+from fmnist_jax.studies.executors import Executor, RayExecutor, fit_in_turn
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that reports bad usage in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message and exits with status 2."""
+        self.exit(2, f"error: {message}; --help shows all flags\n")
+
+
+def add_recipe_flag(parser: argparse.ArgumentParser, **options: Any) -> None:
+    """Adds `--arch`, which names a recipe or a network, and its synonym `--recipe`."""
+    parser.add_argument("--arch", "--recipe", metavar="NAME", **options)
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say where the data are."""
+    group = parser.add_argument_group("data").add_mutually_exclusive_group()
+    group.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder with the four IDX files, or TFDS directory",
+    )
+    group.add_argument("--sample", action="store_true", help="use the embedded sample")
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the data flags and one flag per field of `Recipe` and `Run` that has a help text.
+
+    A training flag that is not given is absent from the parsed arguments.
+    """
+    add_data_flags(parser)
+    group = parser.add_argument_group("recipe", "The defaults are those of the recipe.")
+    for field in _fields(fm.Recipe):
+        _add_flag(group, field, field.metadata["help"])
+    group = parser.add_argument_group("run")
+    for field in _fields(fm.Run):
+        default = "" if field.default is None else f" ({field.default})"
+        _add_flag(group, field, field.metadata["help"] + default)
+    group.add_argument(
+        "--exclude",
+        type=Path,
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="file that lists training images to leave out, one position per line",
+    )
+    group.add_argument(
+        "--classes", metavar="A,B,...", help="train on these, by name or number; default: all"
+    )
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `run` reads."""
+    parser.add_argument(
+        "--no-cache", action="store_true", help="do not use the persistent compilation cache"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
+
+
+def add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that `load_classifier` reads."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--which",
+        metavar="CHECKPOINT",
+        default="latest",
+        help="latest, best (by validation accuracy), or a step (%(default)s)",
+    )
+
+
+def load_classifier(arguments: argparse.Namespace) -> fm.Classifier:
+    """Loads the network that the arguments of `add_network_arguments` describe."""
+    which = arguments.which
+    if which in ("latest", "best"):
+        return fm.load_classifier(arguments.run, which)
+    if not which.isdecimal():
+        raise errors.ConfigError(f"--which is {which!r}; expected latest, best or a step")
+    return fm.load_classifier(arguments.run, int(which))
+
+
+def add_ray_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `create_executor` reads."""
+    group = parser.add_argument_group("Ray", "Independent runs at once, on a Ray cluster.")
+    group.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const="local",
+        help="cluster, such as auto or ray://head:10001; without an address, this machine",
+    )
+    group.add_argument("--ray-cpus", type=float, metavar="N", default=1, help="cores of a run (1)")
+    group.add_argument("--ray-gpus", type=float, metavar="N", default=0, help="GPUs of a run (0)")
+
+
+def create_executor(arguments: argparse.Namespace) -> Executor:
+    """Creates the executor that the flags of `add_ray_flags` describe."""
+    if arguments.ray is None:
+        return fit_in_turn
+    return RayExecutor(arguments.ray, num_cpus=arguments.ray_cpus, num_gpus=arguments.ray_gpus)
+
+
+def create_run(
+    arguments: argparse.Namespace, name: str, workdir: Path, *, base: fm.Run | None = None
+) -> fm.Run:
+    """Creates the run that the training flags describe.
+
+    Args:
+      arguments: with the flags of `add_training_flags`.
+      name: of a recipe or a network (`find_recipe`).
+      workdir: folder of the run.
+      base: settings of the run that no flag gives; the recipe is not taken from it.
+
+    Raises:
+      ConfigError: if there is no such recipe, or a value is outside its range.
+    """
+    recipe = dataclasses.replace(find_recipe(name), **_given(arguments, fm.Recipe))
+    settings = _given(arguments, fm.Run)
+    if "exclude" in arguments:
+        settings["exclude"] = _read_positions(arguments.exclude)
+    if base is None:
+        return fm.Run(recipe=recipe, workdir=workdir, **settings)
+    return dataclasses.replace(base, recipe=recipe, workdir=workdir, **settings)
+
+
+def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the settings that training flags give."""
+    exclude = {"exclude": arguments.exclude} if "exclude" in arguments else {}
+    return _given(arguments, fm.Recipe) | _given(arguments, fm.Run) | exclude
+
+
+def load_data(arguments: argparse.Namespace) -> fm.Dataset:
+    """Loads the data that the flags describe.
+
+    Raises:
+      ConfigError: if --exclude was made for other data, or is combined with --classes.
+      DataError: if the data cannot be read.
+    """
+    classes = getattr(arguments, "classes", None)
+    if classes is not None and "exclude" in arguments:
+        raise errors.ConfigError(
+            "--exclude lists positions among the images of all classes; leave --classes out"
+        )
+    dataset = fm.load_fashion_mnist(arguments.data_dir, sample=arguments.sample)
+    check_excluded(arguments, dataset)
+    return dataset if classes is None else fm.select_classes(dataset, classes)
+
+
+def check_excluded(arguments: argparse.Namespace, dataset: fm.Dataset) -> None:
+    """Refuses a list of excluded images whose comments name the SHA-256 of other data."""
+    if "exclude" not in arguments:
+        return
+    named = re.search(r"#.*SHA-256 ([0-9a-f]{64})", _read_text(arguments.exclude))
+    if named is not None and named[1] != dataset.sha256:
+        raise errors.ConfigError(
+            f"{arguments.exclude} lists images of other data, with SHA-256 {named[1][:12]}...; "
+            f"this is {dataset.source}, {dataset.sha256[:12]}..."
+        )
+
+
+def name_workdir(parent: Path, run: fm.Run, dataset: fm.Dataset, *, seeds: bool) -> Path:
+    """Returns a folder for these settings, so that the same settings find the same run again.
+
+    Args:
+      parent: folder of the folder.
+      run: the run, or the first of several seeds.
+      dataset: the data.
+      seeds: whether runs with further seeds share the folder.
+    """
+    digest = sha256_json([config.to_dict(run), dataset.class_names, dataset.sha256])
+    # Without the number of seeds, so that more can be added.
+    name = f"seeds-from-{run.seed}" if seeds else f"seed{run.seed}"
+    return parent / f"{run.recipe.arch}-{name}-{digest[:8]}"
+
+
+def _fields(settings: type[fm.Recipe] | type[fm.Run]) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(settings) if "help" in field.metadata]
+
+
+def _given(
+    arguments: argparse.Namespace, settings: type[fm.Recipe] | type[fm.Run]
+) -> dict[str, Any]:
+    names = [field.name for field in _fields(settings)]
+    return {name: getattr(arguments, name) for name in names if name in arguments}
+
+
+def _add_flag(
+    group: argparse._ArgumentGroup, field: dataclasses.Field[Any], help_text: str
+) -> None:
+    is_optional = typing.get_origin(field.type) in (types.UnionType, typing.Union)
+    kind: Any = typing.get_args(field.type)[0] if is_optional else field.type
+    options: dict[str, Any] = {"type": kind, "metavar": getattr(kind, "__name__", None)}
+    if typing.get_origin(kind) is typing.Literal:
+        options = {"choices": typing.get_args(kind)}
+    elif kind is bool:
+        options = {"action": argparse.BooleanOptionalAction}
+    group.add_argument(
+        f"--{field.name.replace('_', '-')}",
+        default=argparse.SUPPRESS,
+        help=help_text.replace("%", "%%"),
+        **options,
+    )
+
+
+def _read_positions(path: Path) -> list[int]:
+    """Reads one integer per line; # starts a comment."""
+    lines = [line.partition("#")[0].strip() for line in _read_text(path).splitlines()]
+    wrong = next((line for line in lines if line and not line.isdecimal()), None)
+    if wrong is not None:
+        raise errors.ConfigError(f"{path} has the line {wrong!r}; expected one integer per line")
+    return [int(line) for line in lines if line]
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(errors="replace")

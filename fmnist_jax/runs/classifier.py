@@ -1,0 +1,215 @@
+"""`Classifier`: the trained network of a run, for arrays and files of pictures."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.errors import ScopeParamShapeError
+
+from fmnist_jax.config import Recipe, from_dict
+from fmnist_jax.data.batches import checked_images
+from fmnist_jax.data.pictures import SIZE, Picture, read_pictures
+from fmnist_jax.digest import params_sha256
+from fmnist_jax.errors import CheckpointError, ConfigError, DataError
+from fmnist_jax.runs import files
+from fmnist_jax.runs.checkpoint import Checkpoint, load_checkpoint
+from fmnist_jax.runs.plan import create_recipe_model
+from fmnist_jax.train.predict import predict
+
+_FEW = 32
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Classifier:
+    """A trained network with the names of its classes.
+
+    Attributes:
+      model: the Linen module.
+      variables: its variables, as `model.apply` takes them.
+      class_names: the names of the classes in the order of the logits.
+      temperature: divides the logits before the softmax. It was fitted on the validation images; 1
+        if the run has none for this checkpoint.
+      recipe: the recipe of the run.
+      step: number of steps of the training.
+
+    Example:
+      >>> import tempfile, fmnist_jax as fm
+      >>> data = fm.load_fashion_mnist(sample=True)
+      >>> recipe = fm.Recipe(arch="valid_2x2", epochs=1)
+      >>> run = fm.Run(recipe=recipe, workdir=Path(tempfile.mkdtemp()), train_examples=200)
+      >>> _ = fm.fit(run, data, hooks=())
+      >>> classifier = load_classifier(run.workdir)
+      >>> classifier
+      Classifier(valid_2x2, 10 classes, step 2)
+      >>> classifier.probabilities(data.test_images[:3]).shape
+      (3, 10)
+      >>> classifier.class_names[classifier.predict(data.test_images[:1])[0]] in data.class_names
+      True
+    """
+
+    model: Any
+    variables: Any
+    class_names: tuple[str, ...]
+    temperature: float
+    recipe: Recipe
+    step: int
+
+    def __repr__(self) -> str:
+        arch, num_classes = self.recipe.arch, len(self.class_names)
+        return f"Classifier({arch}, {num_classes} classes, step {self.step:,})"
+
+    def logits(self, images: Any) -> np.ndarray:
+        """Computes the logits.
+
+        Args:
+          images: uint8[n, height, width] or [n, height, width, 1], values 0 to 255, the article
+            light on black.
+
+        Returns:
+          float32[n, num_classes].
+
+        Raises:
+          TypeError: if the images are not uint8.
+          ValueError: if their shape is another, or not that of the training images.
+        """
+        images = checked_images(images)
+        # Few images are not padded to the size at which many are fastest. Powers of two, so that
+        # six programs serve all.
+        size = 1 << max(len(images) - 1, 0).bit_length()
+        batch_size = size if size <= _FEW else None
+        try:
+            logits = predict(self.variables, images, model=self.model, batch_size=batch_size)
+            return np.asarray(logits)
+        except ScopeParamShapeError as error:
+            raise ValueError(
+                f"images have shape {images.shape}, but {self.recipe.arch} was trained on images "
+                "of another size"
+            ) from error
+
+    def probabilities(self, images: Any) -> np.ndarray:
+        """Computes the probabilities of the classes, float32[n, num_classes]; as `logits`."""
+        return np.asarray(jax.nn.softmax(jnp.asarray(self.logits(images)) / self.temperature))
+
+    def predict(self, images: Any) -> np.ndarray:
+        """Returns the position of the most likely class, int32[n]; as `logits`."""
+        return self.logits(images).argmax(axis=1).astype(np.int32)
+
+
+def load_classifier(
+    workdir: Path | str, which: int | Literal["latest", "best"] = "latest"
+) -> Classifier:
+    """Loads the network of a run from its folder, which may be unfinished.
+
+    The SHA-256 of the files and of the parameters are verified.
+
+    Args:
+      workdir: folder of the run.
+      which: as for `load_checkpoint`: a step, the latest, or the one with the best validation
+        accuracy.
+
+    Raises:
+      ConfigError: if the network is not one of `ARCHS`, or the folder holds no run.
+      CheckpointError: if the checkpoint is missing, damaged or of another network.
+      DamagedFileError: if the report of the run cannot be read.
+    """
+    workdir = Path(workdir)
+    if not (workdir / files.CHECKPOINTS).exists():
+        name = files.CHECKPOINTS
+        found = [*workdir.glob(f"*/{name}"), *workdir.glob(f"*/*/{name}")]
+        runs = sorted(path.parent.relative_to(workdir).as_posix() for path in found)
+        hint = f"; it holds the runs {', '.join(runs)}" if runs else ""
+        raise ConfigError(f"{workdir} is not the folder of a run: it has no {name}{hint}")
+    checkpoint = load_checkpoint(workdir, which)
+    recipe = from_dict(checkpoint.settings, workdir).recipe
+    class_names = tuple(checkpoint.settings["classes"])
+    model = create_recipe_model(recipe, len(class_names))
+    variables = _variables(checkpoint)
+    temperature = 1.0
+    report = files.read_json(workdir / files.REPORT)
+    if report is not None and report["steps"] == checkpoint.step:
+        if report["params_sha256"] != params_sha256(variables["params"]):
+            raise CheckpointError(
+                f"the parameters of step {checkpoint.step} in {workdir} have another SHA-256 than "
+                f"{files.REPORT} says; one of them was exchanged"
+            )
+        temperature = report["calibration"]["temperature"] or 1.0
+    return Classifier(model, variables, class_names, temperature, recipe, checkpoint.step)
+
+
+def _variables(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Returns the model's variables from the names of a checkpoint's arrays."""
+    variables: dict[str, Any] = {}
+    for name, array in checkpoint.arrays.items():
+        kind, _, rest = name.removeprefix("state.").partition(".")
+        if kind not in ("params", "model_state"):
+            continue
+        *parents, leaf = ["params", *rest.split(".")] if kind == "params" else rest.split(".")
+        folder = variables
+        for parent in parents:
+            folder = folder.setdefault(parent, {})
+        folder[leaf] = jnp.asarray(array)
+    return variables
+
+
+def classify_files(
+    classifier: Classifier,
+    paths: Sequence[Path],
+    batch_size: int = 256,
+    on_file: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[Picture | Path, np.ndarray | DataError]]:
+    """Classifies the pictures in files, in order, batch by batch.
+
+    The probabilities are the mean over the picture and its mirror image, because the shoes of
+    Fashion-MNIST point to the left. Images of 28 x 28 in IDX files are not mirrored.
+
+    Args:
+      classifier: the network.
+      paths: files, as `read_pictures` reads them.
+      batch_size: pictures in memory at once.
+      on_file: called after each file.
+
+    Yields:
+      A picture and its probabilities, float[num_classes]; or the path of a file that cannot be read
+      and its error.
+    """
+    stream = _read(paths, on_file)
+    while batch := list(itertools.islice(stream, batch_size)):
+        pictures = [item for item, error in batch if error is None]
+        # Batches of one size, so that one program serves all.
+        size = batch_size if len(paths) > batch_size else len(pictures)
+        images = np.zeros((size, SIZE, SIZE), np.uint8)
+        for number, picture in enumerate(pictures):
+            images[number] = picture.image
+        probabilities = iter(_mean_probabilities(classifier, images, pictures))
+        for item, error in batch:
+            yield item, next(probabilities) if error is None else error
+
+
+def _mean_probabilities(
+    classifier: Classifier, images: np.ndarray, pictures: Sequence[Picture]
+) -> np.ndarray:
+    if not pictures:
+        return np.zeros((0, len(classifier.class_names)), np.float32)
+    plain = classifier.probabilities(images)[: len(pictures)]
+    is_original = np.array([picture.is_original for picture in pictures])
+    if is_original.all():
+        return plain
+    mirrored = classifier.probabilities(images[:, :, ::-1])[: len(pictures)]
+    return np.where(is_original[:, None], plain, (plain + mirrored) / 2)
+
+
+def _read(
+    paths: Sequence[Path], on_file: Callable[[], None]
+) -> Iterator[tuple[Any, DataError | None]]:
+    for path in paths:
+        try:
+            for picture in read_pictures(path):
+                yield picture, None
+        except DataError as error:
+            yield path, error
+        on_file()

@@ -1,0 +1,118 @@
+"""The command audit.py."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+import fmnist_jax as fm
+from fmnist_jax.commands import audit as audit_command
+from fmnist_jax.data.dataset import CLASS_NAMES
+from fmnist_jax.studies import audit
+from fmnist_jax.studies.cross_validation import train_network
+from tests.small import Linear
+
+
+def test_audit_end_to_end(tiny, tmp_path, monkeypatch, capsys):
+    train = tiny.train_images.copy()
+    train[7], train[20] = tiny.test_images[3], tiny.test_images[11][:, ::-1]
+    labels = np.arange(60) % 10
+    data = fm.Dataset(train, labels, tiny.test_images, tiny.test_labels)
+    monkeypatch.setattr(fm, "load_fashion_mnist", lambda *_, **__: data)
+    monkeypatch.setattr(audit, "create_model", lambda name, num_classes: Linear(num_classes))
+    command = ["--folds", "2", "--epochs", "1", "--workdir", str(tmp_path / "a")]
+    assert audit_command.main(command) == 0
+    output = capsys.readouterr().out
+    assert "fold 2 of 2, epoch 1 of 1" in output
+
+    found_audit = json.loads((tmp_path / "a" / "audit.json").read_text())
+    assert found_audit["data"]["sha256"] == data.sha256
+    for name, images in (("train", train), ("test", tiny.test_images)):
+        split, pixels = found_audit["splits"][name], images / 255
+        found = [split[key] for key in ("images", "mean", "std", "zero_share")]
+        np.testing.assert_allclose(
+            found, [len(images), pixels.mean(), pixels.std(), (images == 0).mean()]
+        )
+    by_class = found_audit["splits"]["train"]["by_class"]
+    assert [row["images"] for row in by_class] == [6] * 10
+    np.testing.assert_allclose(by_class[4]["mean"], train[labels == 4].mean() / 255)
+    (group,) = found_audit["exact_duplicates"]
+    assert [(member["split"], member["index"]) for member in group] == [("train", 7), ("test", 3)]
+    assert group[0]["label"] == "Sneaker"
+    pairs = found_audit["near_duplicates"]["pairs"]
+    assert sorted((p["test"], p["train"], p["mirrored"]) for p in pairs) == [
+        (3, 7, False),
+        (11, 20, True),
+    ]
+
+    found = found_audit["labels"]
+    indices = [issue["index"] for issue in found["issues"]]
+    margins = [s["label_probability"] - s["other_probability"] for s in found["issues"]]
+    assert margins == sorted(margins)
+    for issue in found["issues"]:
+        assert issue["label"] == CLASS_NAMES[labels[issue["index"]]] != issue["predicted"]
+    lines = (tmp_path / "a" / "label_issues.txt").read_text().splitlines()
+    assert lines[0].startswith("# label issues of 60 training images")
+    assert [int(line) for line in lines[1:]] == indices
+    assert [len(values) for values in found["test_accuracy"].values()] == [3, 3]
+
+    page = (tmp_path / "a" / "audit.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
+    assert len(sources) > 12
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    for expected in (
+        "train 7: Sneaker",
+        "distance 0.000, mirrored",
+        "biased upward by construction",
+    ):
+        assert expected in page
+    assert 'class="warning"' not in page
+
+
+def test_accuracies_match_separate_training(tiny, monkeypatch):
+    assert audit.ARCH in fm.ARCHS
+    monkeypatch.setattr(audit, "create_model", lambda name, num_classes: Linear(num_classes))
+    found = audit.audit_labels(tiny, 2, 1, 3)
+    left = [issue["index"] for issue in found["issues"]]
+    model = Linear()
+    for name, examples in (("with", np.arange(60)), ("without", np.delete(np.arange(60), left))):
+        (state,) = train_network(
+            4, tiny.train_images, tiny.train_labels, examples.astype(np.int32), model=model,
+            epochs=1,
+        )  # fmt: skip
+        logits = np.asarray(fm.predict(state.variables, tiny.test_images, model=model))
+        accuracy = (logits.argmax(axis=1) == tiny.test_labels).mean()
+        np.testing.assert_allclose(found["test_accuracy"][name][1], accuracy)
+
+
+def test_audit_without_training(tmp_path):
+    arguments = ["--sample", "--skip-training", "--workdir", str(tmp_path)]
+    assert audit_command.main(arguments) == 0
+    found_audit = json.loads((tmp_path / "audit.json").read_text())
+    assert found_audit["labels"] is None
+    assert found_audit["exact_duplicates"] == []
+    assert [split["images"] for split in found_audit["splits"].values()] == [6000, 1000]
+    assert not (tmp_path / "label_issues.txt").exists()
+    page = (tmp_path / "audit.html").read_text()
+    assert "Audit of the embedded sample" in page
+    assert "Label issues" not in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data-dir", "/nowhere"], "/nowhere: not a folder"),
+        (["--sample", "--seed", "-1"], "seed is -1"),
+        (["--sample", "--workdir", "/dev/null"], "workdir /dev/null cannot be used"),
+        (["--sample", "--folds", "1"], "folds is 1"),
+        (["--sample", "--epochs", "0"], "epochs is 0"),
+    ],
+)
+def test_invalid_input_prints_one_line(arguments, message, tmp_path, capsys):
+    workdir = [] if "--workdir" in arguments else ["--workdir", str(tmp_path)]
+    assert audit_command.main([*arguments, *workdir]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("error: ")
+    assert len(captured.err.splitlines()) == 1

@@ -1,0 +1,113 @@
+"""Pictures are classified from the command line."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fmnist_jax as fm
+from fmnist_jax.commands import predict as predict_command
+from fmnist_jax.data import idx
+from fmnist_jax.data.pictures import prepare
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory, sample):
+    """Two pictures in a subfolder, an IDX file of three images, and another file."""
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "sub").mkdir()
+    for number in range(2):
+        large = np.kron(sample.test_images[number], np.ones((5, 5), np.uint8))
+        Image.fromarray(255 - np.pad(large, 20)).save(folder / "sub" / f"{number}.png")
+    idx.write(folder / "images-idx3-ubyte.gz", sample.test_images[:3])
+    (folder / "notes.txt").write_text("not a picture")
+    return folder
+
+
+def json_lines(capsys):
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_table_and_a_contact_sheet(finished, pictures, tmp_path, capsys):
+    sheet = tmp_path / "new" / "sheet.png"
+    assert predict_command.main([str(finished), str(pictures), "--sheet", str(sheet)]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"^sub/1\.png ", output, re.MULTILINE)
+    assert len(re.findall("yes *$", output, re.MULTILINE)) == 2
+    assert "Trouser" in output
+    counts = "5 pictures were classified, 0 files could not be read, and 1 files of other types"
+    assert counts in output
+    with Image.open(sheet) as picture:
+        assert picture.size[0] > 500
+
+
+@pytest.mark.parametrize("batch_size", ["2", "256"])
+def test_json_has_the_probabilities_of_the_network(
+    batch_size, finished, pictures, sample, tmp_path, capsys
+):
+    command = [str(finished), str(pictures), "--json", "--batch-size", batch_size]
+    assert predict_command.main([*command, "--sheet", str(tmp_path / "sheet.png")]) == 0
+    lines = json_lines(capsys)
+    names = [f"{pictures}/images-idx3-ubyte.gz[{number}]" for number in range(3)]
+    assert [line["file"] for line in lines] == [
+        *names, f"{pictures}/sub/0.png", f"{pictures}/sub/1.png"
+    ]  # fmt: skip
+    classifier = fm.load_classifier(finished)
+    expected = classifier.probabilities(sample.test_images[:3])
+    for line in lines[3:]:
+        with Image.open(line["file"]) as file:
+            image, _ = prepare(np.asarray(file))
+        both = classifier.probabilities(np.stack([image, image[:, ::-1]]))
+        expected = np.concatenate([expected, both.mean(axis=0, keepdims=True)])
+    for line, row in zip(lines, expected, strict=True):
+        top = {entry["class"]: entry["probability"] for entry in line["top"]}
+        assert top == pytest.approx(dict(zip(classifier.class_names, row, strict=True)))
+        assert line["probability"] == pytest.approx(max(row))
+        assert line["class"] == classifier.class_names[row.argmax()]
+    assert (tmp_path / "sheet.png").exists()
+
+
+def test_a_bad_file_is_reported_and_the_others_are_classified(finished, pictures, tmp_path, capsys):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    files = [str(tmp_path / "bad.png"), str(pictures / "sub"), str(tmp_path / "missing.png")]
+    assert predict_command.main([str(finished), *files, "--json"]) == 1
+    lines = json_lines(capsys)
+    assert ["error" in line for line in lines] == [True, False, False, True]
+    assert predict_command.main([str(finished), *files, "--quiet"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert errors[0] == f"error: {files[0]}: is no PNG, JPEG, WebP or IDX file"
+
+
+def test_a_default_sheet_that_cannot_be_written_is_reported(finished, pictures, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "sheet.png").unlink(missing_ok=True)
+    (run / "sheet.png").mkdir()
+    assert predict_command.main([str(run), str(pictures)]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"The contact sheet was not written: {run}/sheet.png: Is a directory." in output
+    assert predict_command.main([str(run), str(pictures), "--sheet", f"{run}/sheet.png"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--which", "newest"], "--which is 'newest'; expected latest, best or a step"),
+        (["--which", "7"], "has no checkpoint 7"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--sheet", "sheet.txt"], "expected a name that ends in .png"),
+    ],
+)
+def test_bad_input_is_refused(flags, message, finished, pictures, error_line):
+    assert predict_command.main([str(finished), str(pictures), *flags]) == 2
+    assert message in error_line()
+
+
+def test_folders_without_pictures_or_run_are_refused(finished, tmp_path, error_line):
+    assert predict_command.main([str(finished), str(tmp_path)]) == 2
+    assert "there is no picture" in error_line()
+    assert predict_command.main([str(tmp_path), str(tmp_path)]) == 2
+    assert "is not the folder of a run" in error_line()

@@ -1,0 +1,205 @@
+"""run.py: train, resume, seeds, replay, and its exit statuses."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import fmnist_jax as fm
+from fmnist_jax.commands import run as run_command
+from fmnist_jax.commands import shell
+from fmnist_jax.recipes import CLAIMS
+from tests.commands.conftest import SMALL
+from tests.conftest import ROOT
+
+RUN = [sys.executable, str(ROOT / "experiments" / "run.py")]
+
+
+# tests/runs/test_verify.py trains he_stack and sprint_93.
+SLOW = ("same_3x3", "deep_augmented", "sprint_91", "resnet20")
+
+
+@pytest.mark.parametrize(
+    "arch",
+    ["small_dropout", "valid_2x2", *(pytest.param(arch, marks=pytest.mark.slow) for arch in SLOW)],
+)
+def test_every_network_trains(arch, tmp_path, capsys):
+    flags = ["--image-size", "48"] if arch == "deep_augmented" else []
+    command = ["--arch", arch, *SMALL, "--epochs", "2", *flags, "--workdir", str(tmp_path)]
+    assert run_command.main(command) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["arch"], report["steps"]) == (fm.RECIPES[arch].arch, 4)
+    assert report["data"]["classes"] == ["Bag", "Trouser"]
+    assert (tmp_path / "report.html").stat().st_size > 50_000
+    output = capsys.readouterr().out
+    for expected in ("Compiling", "epoch   2", "images/s", "test accuracy"):
+        assert expected in output
+    assert ("claim of the Keras project" in output) == (arch in CLAIMS)
+    assert shell.SAMPLE_NOTE in output
+
+
+def test_same_command_finds_the_finished_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = [*SMALL, "--arch", "valid_2x2"]
+    assert run_command.main([*command, "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+    (workdir,) = (tmp_path / "runs").iterdir()
+    assert run_command.main(command) == 0
+    assert "This run is finished" in capsys.readouterr().out
+    assert list((tmp_path / "runs").iterdir()) == [workdir]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "resnet"], "unknown recipe 'resnet'"),
+        (["--data-dir", "/nowhere"], "/nowhere: not a folder"),
+        (["--sample", "--classes", "hat,bag"], "unknown class 'hat'"),
+        (["--sample", "--classes", ""], "unknown class ''"),
+        (["--epochs", "0"], "epochs is 0"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--learning-rate", "-1"], "learning_rate is -1.0"),
+        (["--checkpoint-every", "5"], "checkpoint_every is '5'"),
+        (["--keep-every", "60s"], "keep_every is '60s'"),
+        (["--augmentation-strength", "1"], "augmentation is 'none'"),
+        (["--sample", "--batch-size", "5401"], "only 5,400 training examples"),
+        (["--sample", "--train-examples", "6000"], "only 5,400 training examples"),
+        (["--sample", "--arch", "he_stack", "--dropout", "0.5"], "he_stack has no dropout"),
+        (["--sample", "--image-size", "64"], "image_size"),
+        (["--sample", "--seeds", "0"], "is 0"),
+        (["--sample", "--devices", "9" * 20], f"devices is {'9' * 20}, but JAX has"),
+        (["--sample", "--arch", "deep_augmented", "--image-size", "30", "--dry-run"], "too small"),
+        (["--sample", "--replay", "1"], "--replay needs --workdir"),
+        (["--sample", "--replay", "1", "--workdir", "nowhere"], "nowhere holds no run"),
+        (["--exclude", "nowhere"], "nowhere"),
+        (["--exclude", "/dev/null", "--classes", "0,1"], "leave --classes out"),
+        (["--sample", "--workdir", "/dev/null"], "cannot be used"),
+    ],
+)
+def test_bad_input_exits_with_2_and_one_line(arguments, message, error_line):
+    assert run_command.main(arguments) == 2
+    assert message in error_line()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--epochs", "many"], ["--optimizer", "lion"], ["--unknown"], ["extra"],
+        ["--sample", "--data-dir", "x"], ["--list", "--dry-run"],
+    ],
+)  # fmt: skip
+def test_bad_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_command.main(arguments)
+    assert caught.value.code == 2
+    assert re.fullmatch("error: .*; --help shows all flags\n", capsys.readouterr().err)
+
+
+def test_divergence_exits_with_3(tmp_path, capsys):
+    flags = ["--arch", "valid_2x2", "--optimizer", "sgd", "--learning-rate", "1e30"]
+    assert run_command.main([*SMALL, *flags, "--epochs", "5", "--workdir", str(tmp_path)]) == 3
+    assert "diverged: the loss is not finite in epoch 1, step" in capsys.readouterr().err
+
+
+def test_dry_run_shows_the_plan(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    flags = ["--dropout", "0.25", "--label-smoothing", "0.1", "--weight-decay", "0.001"]
+    assert run_command.main(["--sample", "--dry-run", *flags, "--workdir", str(workdir)]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    for expected in (
+        "241,546", "Conv_2/kernel", "3 x 3 x 64 x 128", "GFLOP", "MiB", "1,290, 43 per epoch",
+        "dropout 0.25", "label smoothing 0.1", "weight decay 0.001",
+    ):  # fmt: skip
+        assert expected in output
+    # Three times the forward pass, without the gradient of the images. A multiplication and an
+    # addition count separately. On a CPU the second convolution has 5 x 5 tiles of 16 products.
+    second = (5 * 5 * 16 if jax.default_backend() == "cpu" else 11 * 11 * 9) * 32 * 64
+    forward = 26 * 26 * 9 * 32 + second + 3 * 3 * 9 * 64 * 128 + 1152 * 128 + 1280
+    expected_flops = 2 * 128 * (3 * forward - 26 * 26 * 9 * 32)
+    flops = float(output.split(" GFLOP")[0].split()[-1]) * 1e9
+    np.testing.assert_allclose(flops, expected_flops, rtol=0.2)
+    assert not workdir.exists()
+
+
+def test_seeds_and_replay(tmp_path, capsys):
+    command = [*SMALL, "--arch", "valid_2x2", "--seeds", "2", "--workdir", str(tmp_path)]
+    assert run_command.main(command) == 0
+    output = capsys.readouterr().out
+    summary = json.loads((tmp_path / "seeds.json").read_text())
+    assert f"{summary['test_accuracy']['mean']:.2%} (95% interval" in output
+    assert re.search(rf"ensemble +{summary['ensemble']['accuracy']:.2%}", output)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"seed-0", "seed-1"}
+    assert (tmp_path / "seeds.html").stat().st_size > 20_000
+
+    workdir = tmp_path / "seed-1"
+    assert run_command.main(["--sample", "--replay", "2", "--workdir", str(workdir)]) == 0
+    output = capsys.readouterr().out
+    assert "Step 2: mean loss" in output
+    assert "gradient norm" in output
+    assert (workdir / "plots" / "replay-2.png").stat().st_size > 5_000
+
+
+def test_a_folder_may_have_the_name_of_markup(tmp_path, capsys):
+    workdir = tmp_path / "x[/b]:bag:"
+    command = [*SMALL, "--arch", "valid_2x2", "--workdir", str(workdir)]
+    assert run_command.main(command) == 0
+    page = workdir / "report.html"
+    assert f"The report is {page}." in capsys.readouterr().out
+    page.unlink()
+    page.mkdir()  # the report cannot be written
+    assert run_command.main(command) == 2
+    captured = capsys.readouterr()
+    assert "test accuracy" in captured.out
+    assert captured.err.startswith("error: ")
+
+
+def test_training_ends_without_a_reader(tmp_path):
+    flags = [*SMALL, "--arch", "valid_2x2", "--workdir", str(tmp_path / "run")]
+    process = subprocess.Popen([*RUN, *flags], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_list_shows_recipes_and_claims(capsys):
+    assert run_command.main(["--list"]) == 0
+    output = capsys.readouterr().out
+    assert all(name in output for name in fm.RECIPES)
+    assert "91.33%" in output
+
+
+def test_interrupt_before_training_ends_the_process(tmp_path):
+    command = [*RUN, "--sample", "--arch", "valid_2x2", "--workdir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode in (-signal.SIGINT, 130)  # the latter if it trains already
+    assert "Traceback" not in errors
+
+
+def test_interrupt_saves_and_the_same_command_resumes(tmp_path, capsys):
+    flags = [*SMALL, "--arch", "valid_2x2", "--epochs", "30", "--workdir", str(tmp_path)]
+    process = subprocess.Popen(
+        [*RUN, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert any(line.startswith("epoch   1") for line in iter(process.stdout.readline, ""))
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "The same command resumes the run." in " ".join(errors.split())
+    assert "Traceback" not in errors
+
+    assert run_command.main(flags) == 0
+    assert "Resuming after step" in capsys.readouterr().out
+    assert json.loads((tmp_path / "report.json").read_text())["steps"] == 60

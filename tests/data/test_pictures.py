@@ -1,0 +1,179 @@
+"""Pictures are brought to the format of Fashion-MNIST, whatever they look like."""
+
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fmnist_jax.data import idx
+from fmnist_jax.data.pictures import prepare, read_pictures
+from fmnist_jax.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def article(sample):
+    """An ankle boot that fills the width of its image."""
+    image = sample.test_images[0]
+    assert image[:, 0].any()
+    assert image[:, -1].any()
+    return image
+
+
+def enlarge(image, factor=10):
+    return np.kron(image, np.ones((factor, factor), np.uint8))
+
+
+def difference(found, expected):
+    return np.abs(found.astype(int) - expected).mean()
+
+
+def read(path):
+    (picture,) = read_pictures(path)
+    return picture
+
+
+def framed(article, background=0, margin=40):
+    """A large picture of the article on a background, light or dark."""
+    picture = np.pad(enlarge(article), margin)
+    return picture if background < 128 else 255 - picture
+
+
+@pytest.mark.parametrize("background", [0, 255])
+def test_the_article_is_found_on_a_light_and_a_dark_background(background, article):
+    image, inverted = prepare(framed(article, background))
+    assert inverted == (background == 255)
+    assert difference(image, article) < 4
+    # The test can fail: the inverted image is far away.
+    assert difference(255 - image, article) > 50
+
+
+def test_a_noisy_background_with_a_gradient_is_removed(article):
+    picture = 255 - framed(article).astype(float) * 0.6
+    picture += np.linspace(-10, 10, picture.shape[1]) - 40
+    picture += np.random.default_rng(0).normal(0, 6, picture.shape)
+    image, inverted = prepare(picture.clip(0, 255).astype(np.uint8))
+    assert inverted
+    assert np.corrcoef(image.ravel(), article.ravel())[0, 1] > 0.9
+
+
+def test_a_tall_article_is_padded_to_a_square():
+    picture = np.zeros((300, 200), np.uint8)
+    picture[50:250, 90:140] = 200
+    image, _ = prepare(picture)
+    assert image.shape == (28, 28)
+    assert np.flatnonzero(image.any(axis=0)).tolist() == list(range(11, 18))
+    assert image.any(axis=1).all()
+
+
+@pytest.mark.parametrize("size", [(30, 40), (1, 1)])
+def test_a_blank_picture_is_refused(size):
+    with pytest.raises(DataError, match="shows no article"):
+        prepare(np.full(size, 250, np.uint8))
+
+
+@pytest.mark.parametrize(("background", "shade"), [(60, -60), (120, -90), (140, 90), (190, 65)])
+def test_the_article_decides_whether_a_grey_picture_is_inverted(background, shade, article):
+    picture = background + shade / 255 * framed(article).astype(float)
+    image, inverted = prepare(picture.round().astype(np.uint8))
+    assert inverted == (shade < 0)
+    assert np.corrcoef(image.ravel(), article.ravel())[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("sigma", [0, 10, 20, 30])
+@pytest.mark.parametrize("background", [255, 128])
+def test_noise_does_not_hide_the_article(sigma, background, article):
+    noise = np.random.default_rng(0).normal(0, sigma, framed(article).shape)
+    picture = background - framed(article) * 0.5 + noise
+    image, _ = prepare(picture.round().clip(0, 255).astype(np.uint8))
+    # 0.4 if it is not cut out.
+    assert np.corrcoef(image.ravel(), article.ravel())[0, 1] > 0.75
+    assert image[:3, 12:].max() < 16  # the background above the boot
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_formats_and_colours(suffix, mode, article, tmp_path):
+    path = tmp_path / f"picture.{suffix}"
+    Image.fromarray(framed(article, 255)).convert(mode).save(path, quality=95)
+    picture = read(path)
+    assert (picture.name, picture.inverted) == (str(path), True)
+    assert difference(picture.image, article) < 6
+
+
+def test_sixteen_bits_and_palettes(article, tmp_path):
+    picture = framed(article)
+    Image.fromarray(picture.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(picture).convert("P").save(tmp_path / "palette.png")
+    for name in ("deep.png", "palette.png"):
+        assert difference(read(tmp_path / name).image, article) < 4, name
+
+
+def test_the_orientation_of_a_camera_is_followed(article, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to view
+    turned = np.rot90(framed(article, 255))
+    Image.fromarray(turned).save(tmp_path / "photo.jpg", quality=95, exif=exif)
+    assert difference(read(tmp_path / "photo.jpg").image, article) < 6
+
+
+@pytest.mark.parametrize("is_light", [False, True])
+def test_a_transparent_background_is_that_which_the_article_differs_from(
+    is_light, article, tmp_path
+):
+    large = framed(article)
+    alpha = np.where(large > 0, 255, 0).astype(np.uint8)
+    grey = np.where(alpha > 0, np.maximum(large, 130), 0) if is_light else (255 - large) // 2
+    pixels = np.stack([grey, grey, grey, alpha], -1).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "cut.png")
+    picture = read(tmp_path / "cut.png")
+    assert picture.inverted == (not is_light)
+    assert np.corrcoef(picture.image.ravel(), article.ravel())[0, 1] > 0.8
+
+
+def test_images_of_an_idx_file_are_left_as_they_are(sample, tmp_path):
+    path = tmp_path / "images.gz"
+    idx.write(path, sample.test_images[:3])
+    pictures = list(read_pictures(path))
+    np.testing.assert_array_equal([p.image for p in pictures], sample.test_images[:3])
+    assert pictures[2].name == f"{path}[2]"
+
+
+def bad_files(folder):
+    Image.fromarray(np.eye(50, dtype=np.uint8) * 255).save(folder / "good.png")
+    noise = np.random.default_rng(0).integers(0, 256, (50, 50, 3), dtype=np.uint8)
+    for name in ("cut.png", "cut.jpg"):
+        Image.fromarray(noise).save(folder / name)
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+    (folder / "text.png").write_text("not a picture")
+    (folder / "empty.png").write_bytes(b"")
+    Image.new("L", (100_000, 2)).save(folder / "wide.png")
+    Image.new("1", (15_000, 15_000)).save(folder / "bomb.png")
+    (folder / "no-rows").write_bytes(np.array([idx.IMAGES_MAGIC, 3, 0, 28], ">u4").tobytes())
+    header = np.array([idx.IMAGES_MAGIC, 2**31, 2**31, 4], ">u4")
+    (folder / "wraps").write_bytes(header.tobytes())
+    content = (folder / "good.png").read_bytes()
+    # A chunk of an Exif header that ends within its second number.
+    exif = b"eXIfMM\x00*\x00\x00"
+    chunk = len(exif[4:]).to_bytes(4, "big") + exif + zlib.crc32(exif).to_bytes(4, "big")
+    (folder / "exif.png").write_bytes(content[:33] + chunk + content[33:])
+    (folder / "gzip.gz").write_bytes(b"\x1f\x8bnothing")
+    (folder / "folder.png").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cut.png", "is damaged"), ("cut.jpg", "is damaged"), ("text.png", "is no PNG, JPEG"),
+        ("empty.png", "is empty"), ("wide.png", "100,000 x 2 pixels"),
+        ("bomb.png", "too many pixels"), ("gzip.gz", "damaged gzip file"),
+        ("no-rows", "holds no pixel"), ("wraps", "its header says"), ("exif.png", "is damaged"),
+        ("missing.png", "cannot be read"), ("folder.png", "cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_picture_is_refused(name, message, tmp_path):
+    bad_files(tmp_path)
+    assert read(tmp_path / "good.png")
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / name)
