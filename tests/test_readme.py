@@ -26,6 +26,17 @@ def test_python_runs(tmp_path, monkeypatch, capsys, tiny):
     assert len(statements) <= 10
 
 
+def test_results_name_every_recipe():
+    table = README.split("<!-- results -->")[1].split("<!-- end results -->")[0]
+    assert re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE) == list(fm.RECIPES)
+    assert len(fm.RECIPES) == 10
+    assert "one of ten recipes" in README
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 120
+
+
 def test_flags_exist(run_py):
     modules = [run_py, load_module(ROOT / "experiments" / "sweep.py")]
     options = {
