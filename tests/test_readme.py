@@ -7,7 +7,8 @@ import pytest
 
 import fmnist_jax as fm
 from fmnist_jax.commands import run as run_command
-from tests.conftest import ROOT, load_module
+from fmnist_jax.commands import sweep as sweep_command
+from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 
@@ -27,8 +28,19 @@ def test_python_runs(tmp_path, monkeypatch, capsys, tiny):
     assert len(statements) <= 10
 
 
+def test_results_name_every_recipe():
+    table = README.split("<!-- results -->")[1].split("<!-- end results -->")[0]
+    assert re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE) == list(fm.RECIPES)
+    assert len(fm.RECIPES) == 10
+    assert "one of ten recipes" in README
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 120
+
+
 def test_flags_exist():
-    modules = [run_command, load_module(ROOT / "experiments" / "sweep.py")]
+    modules = [run_command, sweep_command]
     options = {
         option
         for module in modules
