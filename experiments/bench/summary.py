@@ -118,7 +118,7 @@ def draw_curves(curves: dict[str, list[Any]], targets: Sequence[float]) -> Figur
         axes.plot(seconds, accuracy.mean(0), marker="o", markersize=4, markevery=[-1], label=name)
         axes.fill_between(seconds, accuracy.min(0), accuracy.max(0), alpha=0.2, lw=0)
     for target in targets:
-        axes.axhline(100 * target, color=INK, linewidth=0.8, linestyle=":", zorder=0)
+        axes.axhline(100 * target, color=INK, linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
     axes.set_xticks(_SECONDS, map(str, _SECONDS))
     axes.minorticks_off()

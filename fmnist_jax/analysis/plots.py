@@ -112,7 +112,7 @@ def learning_curve(history: Sequence[Mapping[str, Any]], metric: str) -> Figure:
         lines = [line for line in history if line["split"] == split]
         if lines:
             epochs, values = [line["epoch"] for line in lines], [line[metric] for line in lines]
-            axes.plot(epochs, values, marker="o", markersize=3, label=name)
+            axes.plot(epochs, values, label=name)
     axes.set_ylabel(_label(metric))
     _format_epochs(axes, metric)
     return figure
@@ -326,8 +326,8 @@ def seeds_curves(histories: Sequence[Sequence[Mapping[str, Any]]], split: str) -
         epochs = range(1, curves.shape[1] + 1)
         for number, curve in enumerate(curves):
             label = "" if number else "each seed"
-            axes.plot(epochs, curve, ".-", color=PALE, linewidth=1, label=label)
-        axes.plot(epochs, curves.mean(axis=0), ".-", color=PRIMARY, linewidth=2, label="mean")
+            axes.plot(epochs, curve, color=PALE, linewidth=1, label=label)
+        axes.plot(epochs, curves.mean(axis=0), color=PRIMARY, linewidth=2, label="mean")
         axes.set_ylabel({"train": "training ", "val": "validation "}[split] + _label(metric))
         _format_epochs(axes, metric)
     return figure
@@ -344,7 +344,7 @@ def rate_curve(curve: _RateCurve) -> Figure:
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss (nats)")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_ylim(0, 1.3 * curve.smoothed.max())
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=3)
     return figure
 
 
@@ -386,13 +386,17 @@ def trial_settings(
             axes.set_xticks(range(len(choices)), map(str, choices), **rotated)
             axes.set_xlim(-0.5, len(choices) - 0.5)
         else:
+            low, high = domain["low"], domain["high"]
             if domain["log"]:
-                axes.set_xscale("log")
-                is_narrow = domain["high"] < 50 * domain["low"]
-                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
+                margin = (high / low) ** 0.05
+                axes.set(xscale="log", xlim=(low / margin, high * margin))
+                subs = (1, 2, 5) if high < 50 * low else (1,)
+                axes.xaxis.set_major_locator(LogLocator(subs=subs))
                 axes.xaxis.set_minor_formatter(NullFormatter())
             else:
-                axes.xaxis.set_major_locator(MaxNLocator(4))
+                margin = 0.05 * (high - low)
+                axes.set_xlim(low - margin, high + margin)
+                axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
             axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(name.replace("_", " "))
     for axes in grid.flat[len(space) :]:
@@ -448,19 +452,20 @@ def _figure(width: float = 4.6, height: float = 3.4) -> tuple[Figure, Axes]:
 def _plot_trials(
     axes: Axes,
     trials: Sequence[Mapping[str, Any]],
-    name: str | None = None,
+    setting: str | None = None,
     choices: Sequence[Any] = (),
 ) -> None:
     """Draws the last validation accuracy of each trial by a setting, or by number."""
-
-    def position(trial: Mapping[str, Any]) -> float:
-        value = trial["number"] if name is None else trial["params"][name]
-        return choices.index(value) if choices else value
-
-    for state, name, marker in (("COMPLETE", "completed", "o"), ("PRUNED", "pruned", "xk")):
+    for state, name, marker, color in (
+        ("COMPLETE", "completed", "o", PRIMARY),
+        ("PRUNED", "pruned", "x", INK),
+    ):
         shown = [trial for trial in trials if trial["state"] == state and trial["val_accuracy"]]
+        values = [trial["params"][setting] if setting else trial["number"] for trial in shown]
+        positions = [choices.index(value) for value in values] if choices else values
         accuracies = [trial["val_accuracy"][-1] for trial in shown]
-        axes.plot(list(map(position, shown)), accuracies, marker, markersize=5, label=name)
+        if shown:
+            axes.plot(positions, accuracies, marker, color=color, markersize=5, label=name)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
 
 
@@ -470,8 +475,12 @@ def _label(metric: str) -> str:
 
 def _format_epochs(axes: Axes, metric: str) -> None:
     axes.set_xlabel("epoch")
-    axes.set_xlim(0.5, axes.dataLim.x1 + 0.5)  # no tick before the first or after the last epoch
+    num_epochs = axes.dataLim.x1
+    axes.set_xlim(0.5, num_epochs + 0.5)  # no tick before the first or after the last epoch
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if num_epochs <= 50:  # more markers hide the curve
+        for line in axes.lines:
+            line.set(marker="o", markersize=3)
     if metric == "accuracy":
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.legend()
