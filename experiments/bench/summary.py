@@ -125,7 +125,7 @@ def draw_curves(curves: dict[str, list[Any]], targets: Sequence[float]) -> Figur
     axes.set_ylim(86, 95)
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("test accuracy, %")
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     return figure
 
 

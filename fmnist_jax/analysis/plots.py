@@ -13,6 +13,7 @@ import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from scipy.special import softmax
 
@@ -375,7 +376,8 @@ def trial_settings(
     """
     columns = min(len(space), 3)
     rows = -(-len(space) // columns)
-    figure = Figure(figsize=(max(3 * columns, 4.6), 3 * rows + 0.3), layout="constrained")
+    layout = ConstrainedLayoutEngine(wspace=0.06)  # room for the outer tick labels
+    figure = Figure(figsize=(max(3 * columns, 4.6), 3 * rows + 0.3), layout=layout)
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes, (name, domain) in zip(grid.flat, space.items(), strict=False):
         choices = domain["choices"]

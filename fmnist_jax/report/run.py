@@ -93,7 +93,7 @@ def write_replay(
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Reads the file that marks its folder as finished.
+    """Reads the JSON file that a finished run or study has.
 
     Raises:
       DamagedFileError: if it is missing or damaged.
@@ -120,8 +120,8 @@ def changed_settings(report: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Lists the settings of a run that differ from the recipe of its network.
 
     Returns:
-      Name, the recipe's value and the run's value of each; of several recipes for the network, for
-      the one with the fewest differences.
+      (name, value of the recipe, value of the run) of each, relative to the recipe of this network
+      with the fewest differences.
 
     Example:
       >>> recipe = dataclasses.asdict(RECIPES["same_3x3"]) | {"epochs": 3}

@@ -47,7 +47,7 @@ def test_numbers_are_those_of_the_file(tmp_path, monkeypatch):
     assert "3 trials completed, 2 pruned." in page.words
     assert "2 fresh seeds" in page.words
     assert list(page.numbers.values()) == ["51.00%", "50.00% to 52.00%", "60.00%", "10.00"]
-    assert page.fact("learning_rate") == "0.0123"
+    assert page.fact("Learning rate") == "0.0123"
     assert page.fact("Validation accuracy of trial 5") == "70.00%"
     assert len(page.pictures) == len(set(page.pictures)) == 3
 
