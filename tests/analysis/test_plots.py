@@ -176,7 +176,7 @@ def test_trial_settings_have_the_scale_of_their_domain():
 
 def test_largest_importance_is_on_top():
     axes = plots.importances({"a": 0.6, "b_c": 0.1, "d": 0.3}).axes[0]
-    assert [bar.get_width() for bar in axes.patches] == [0.1, 0.3, 0.6]
+    assert [text.get_text() for text in axes.texts] == ["10%", "30%", "60%"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["b c", "d", "a"]
 
 
