@@ -114,7 +114,6 @@ def learning_curve(history: Sequence[Mapping[str, Any]], metric: str) -> Figure:
         if lines:
             epochs, values = [line["epoch"] for line in lines], [line[metric] for line in lines]
             axes.plot(epochs, values, label=name)
-    axes.set_ylabel(_label(metric))
     _format_epochs(axes, metric)
     return figure
 
@@ -142,8 +141,7 @@ def reliability_diagram(
         axes.plot(
             bins.confidence[shown], bins.accuracy[shown], marker="o", markersize=4, label=name
         )
-    axes.set_xlabel("confidence")
-    axes.set_ylabel("accuracy")
+    axes.set(xlabel="confidence", ylabel="accuracy")
     axes.legend()
     return figure
 
@@ -159,8 +157,7 @@ def risk_coverage_curve(logits: np.ndarray, labels: np.ndarray) -> Figure:
     curve = calibration.risk_coverage(logits, labels)
     figure, axes = _figure()
     axes.plot(curve.coverage, curve.risk)
-    axes.set_xlabel("coverage, most confident first")
-    axes.set_ylabel("error rate")
+    axes.set(xlabel="coverage, most confident first", ylabel="error rate")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylim(bottom=0)
@@ -183,8 +180,7 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]
     positions = range(len(class_names))
     axes.set_xticks(positions, class_names, rotation=45, ha="right")
     axes.set_yticks(positions, class_names)
-    axes.set_xlabel("prediction")
-    axes.set_ylabel("label")
+    axes.set(xlabel="prediction", ylabel="label")
     axes.tick_params(length=0)
     return figure
 
@@ -235,12 +231,8 @@ def worst_predictions(
     row_of = {int(index): row for row, index in enumerate(predictions["indices"])}
     titles = []
     for index in map(int, examples["worst_indices"]):
-        row = row_of[index]
-        predicted = probabilities[row].argmax()
-        titles.append(
-            f"test image {index}\n{class_names[predictions['labels'][row]]}\n"
-            f"predicted {class_names[predicted]} ({probabilities[row, predicted]:.0%})"
-        )
+        label, row = predictions["labels"][row_of[index]], probabilities[row_of[index]]
+        titles.append(f"test image {index}\n{_prediction_title(label, row, class_names)}")
     return _titled_images(examples["worst_images"] / 255, titles, columns=5, side=1.8)
 
 
@@ -265,11 +257,7 @@ def misclassified(
     predicted = probabilities.argmax(axis=1)
     order = np.argsort(probabilities[np.arange(len(labels)), labels], kind="stable")
     shown = order[predicted[order] != labels[order]][:num_shown]
-    titles = [
-        f"{class_names[labels[row]]}\npredicted {class_names[predicted[row]]} "
-        f"({probabilities[row, predicted[row]]:.0%})"
-        for row in shown
-    ]
+    titles = [_prediction_title(labels[i], probabilities[i], class_names) for i in shown]
     return _titled_images(images[shown] / 255, titles, columns=5, side=1.8)
 
 
@@ -329,8 +317,7 @@ def seeds_curves(histories: Sequence[Sequence[Mapping[str, Any]]], split: str) -
             label = "" if number else "each seed"
             axes.plot(epochs, curve, color=PALE, linewidth=1, label=label)
         axes.plot(epochs, curves.mean(axis=0), color=PRIMARY, linewidth=2, label="mean")
-        axes.set_ylabel({"train": "training ", "val": "validation "}[split] + _label(metric))
-        _format_epochs(axes, metric)
+        _format_epochs(axes, metric, {"train": "training ", "val": "validation "}[split])
     return figure
 
 
@@ -389,15 +376,12 @@ def trial_settings(
             axes.set_xlim(-0.5, len(choices) - 0.5)
         else:
             low, high = domain["low"], domain["high"]
+            axes.set(xscale="log" if domain["log"] else "linear", xlim=(low, high))
             if domain["log"]:
-                margin = (high / low) ** 0.05
-                axes.set(xscale="log", xlim=(low / margin, high * margin))
                 subs = (1, 2, 5) if high < 50 * low else (1,)
                 axes.xaxis.set_major_locator(LogLocator(subs=subs))
                 axes.xaxis.set_minor_formatter(NullFormatter())
             else:
-                margin = 0.05 * (high - low)
-                axes.set_xlim(low - margin, high + margin)
                 axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
             axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(name.replace("_", " "))
@@ -437,11 +421,11 @@ def distance_histogram(distances: Mapping[str, np.ndarray], threshold: float) ->
     for split, name in (("test", "test"), ("train", "training")):
         axes.hist(distances[split], bins, histtype="step", linewidth=1.5, label=f"{name} images")
     axes.axvline(threshold, color=INK, linewidth=1, linestyle="--")
-    axes.set_yscale("log")
+    axes.set(
+        xlabel="relative distance to the nearest training image", ylabel="images", yscale="log"
+    )
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("relative distance to the nearest training image")
-    axes.set_ylabel("images")
     axes.legend()
     return figure
 
@@ -466,17 +450,14 @@ def _plot_trials(
         values = [trial["params"][setting] if setting else trial["number"] for trial in shown]
         positions = [choices.index(value) for value in values] if choices else values
         accuracies = [trial["val_accuracy"][-1] for trial in shown]
-        if shown:
-            axes.plot(positions, accuracies, marker, color=color, markersize=5, label=name)
+        if shown:  # not clipped at the ends of a domain
+            options = {"color": color, "markersize": 5, "label": name, "clip_on": False}
+            axes.plot(positions, accuracies, marker, **options)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
 
 
-def _label(metric: str) -> str:
-    return {"loss": "loss (nats)", "accuracy": "accuracy"}[metric]
-
-
-def _format_epochs(axes: Axes, metric: str) -> None:
-    axes.set_xlabel("epoch")
+def _format_epochs(axes: Axes, metric: str, prefix: str = "") -> None:
+    axes.set(xlabel="epoch", ylabel=prefix + {"loss": "loss (nats)"}.get(metric, metric))
     num_epochs = axes.dataLim.x1
     axes.set_xlim(0.5, num_epochs + 0.5)  # no tick before the first or after the last epoch
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -503,6 +484,12 @@ def _titled_images(
         _show(axes, image, cmap)
         axes.set_title(title, fontsize=fontsize)
     return figure
+
+
+def _prediction_title(label: int, probabilities: np.ndarray, class_names: Sequence[str]) -> str:
+    predicted = probabilities.argmax()
+    name = class_names[predicted]
+    return f"{class_names[label]}\npredicted {name} ({probabilities[predicted]:.0%})"
 
 
 def _shorten(line: str) -> str:

@@ -128,15 +128,10 @@ def changed_settings(report: dict[str, Any]) -> list[tuple[str, Any, Any]]:
       >>> changed_settings({"arch": "same_3x3", "recipe": recipe})
       [('epochs', 10, 3)]
     """
-    recipes = [dataclasses.asdict(recipe) for recipe in RECIPES.values()]
+    recipes = [dataclasses.asdict(r) for r in RECIPES.values() if r.arch == report["arch"]]
     changes = [
-        [
-            (n, recipe.get(n), value)
-            for n, value in report["recipe"].items()
-            if recipe.get(n) != value
-        ]
+        [(n, recipe.get(n), v) for n, v in report["recipe"].items() if recipe.get(n) != v]
         for recipe in recipes
-        if recipe["arch"] == report["arch"]
     ]
     return min(changes, key=len, default=[])
 
