@@ -421,9 +421,8 @@ def distance_histogram(distances: Mapping[str, np.ndarray], threshold: float) ->
     for split, name in (("test", "test"), ("train", "training")):
         axes.hist(distances[split], bins, histtype="step", linewidth=1.5, label=f"{name} images")
     axes.axvline(threshold, color=INK, linewidth=1, linestyle="--")
-    axes.set(
-        xlabel="relative distance to the nearest training image", ylabel="images", yscale="log"
-    )
+    axes.set(xlabel="relative distance to the nearest training image", ylabel="images")
+    axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.legend()
@@ -450,9 +449,9 @@ def _plot_trials(
         values = [trial["params"][setting] if setting else trial["number"] for trial in shown]
         positions = [choices.index(value) for value in values] if choices else values
         accuracies = [trial["val_accuracy"][-1] for trial in shown]
-        if shown:  # not clipped at the ends of a domain
-            options = {"color": color, "markersize": 5, "label": name, "clip_on": False}
-            axes.plot(positions, accuracies, marker, **options)
+        if shown:
+            (line,) = axes.plot(positions, accuracies, marker, color=color, label=name)
+            line.set(markersize=5, clip_on=False)  # whole markers at the ends of a domain
     axes.yaxis.set_major_formatter(PercentFormatter(1))
 
 
@@ -487,7 +486,7 @@ def _titled_images(
 
 
 def _prediction_title(label: int, probabilities: np.ndarray, class_names: Sequence[str]) -> str:
-    predicted = probabilities.argmax()
+    predicted = int(probabilities.argmax())
     name = class_names[predicted]
     return f"{class_names[label]}\npredicted {name} ({probabilities[predicted]:.0%})"
 
