@@ -11,16 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from worker import Case
 
+from fmnist_jax.analysis.plots import INK, PALE, PRIMARY, style
+
 _SECONDS = (10, 20, 50, 100, 200, 500)
-_OURS_COLOR, _PEER_COLOR, _INK = "#2563eb", "#cbd5e1", "#1f2937"
-STYLE: Any = {
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.edgecolor": _PEER_COLOR,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-}
 
 
 def speeds(result: dict[str, Any], name: str) -> list[float]:
@@ -87,6 +80,7 @@ def print_result(result: dict[str, Any], console: Console) -> None:
         console.print(f"{_range(ratios(result, peer), '.2f')} times the best peer, {peer}")
 
 
+@style()
 def draw_results(results: Sequence[dict[str, Any]]) -> Figure:
     """Draws a bar chart per case: images/s relative to the best peer."""
     heights = [1 + 0.3 * len(result["competitors"]) for result in results]
@@ -100,58 +94,57 @@ def draw_results(results: Sequence[dict[str, Any]]) -> Figure:
         bars = chart.barh(
             names,
             [medians[name] / unit for name in names],
-            color=[_OURS_COLOR if name == OURS else _PEER_COLOR for name in names],
+            color=[PRIMARY if name == OURS else PALE for name in names],
             height=0.7,
         )
         chart.bar_label(bars, [f"{medians[name]:,.0f}" for name in names], padding=4)
         chart.set_title(str(Case(**result["case"])), loc="left", fontweight="bold")
-        chart.axvline(1, color=_INK, linewidth=0.8, linestyle=":")
+        chart.axvline(1, color=INK, linewidth=0.8, linestyle=":")
         chart.margins(x=0.12)
-        chart.spines[["top", "right", "left"]].set_visible(False)
+        chart.grid(visible=False, axis="y")
         chart.tick_params(axis="y", length=0)
     charts[-1].set_xlabel("speed relative to the best peer; numbers are images/s")
     return figure
 
 
+@style()
 def draw_curves(curves: dict[str, list[Any]], targets: Sequence[float]) -> Figure:
     """Draws test accuracy over seconds of training: the mean, and a band from lowest to highest."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for number, (name, seeds) in enumerate(curves.items()):
+    for name, seeds in curves.items():
         points = np.array(seeds)  # [seed, epoch, 2]
         seconds, accuracy = points[..., 0].mean(0), 100 * points[..., 1]
-        color = f"C{number}"
-        axes.plot(seconds, accuracy.mean(0), color=color, label=name)
-        axes.plot(seconds[-1:], accuracy.mean(0)[-1:], "o", color=color, markersize=4)
-        axes.fill_between(seconds, accuracy.min(0), accuracy.max(0), color=color, alpha=0.2, lw=0)
+        axes.plot(seconds, accuracy.mean(0), marker="o", markersize=4, markevery=[-1], label=name)
+        axes.fill_between(seconds, accuracy.min(0), accuracy.max(0), alpha=0.2, lw=0)
     for target in targets:
-        axes.axhline(100 * target, color=_PEER_COLOR, linewidth=0.8, zorder=0)
+        axes.axhline(100 * target, color=INK, linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
     axes.set_xticks(_SECONDS, map(str, _SECONDS))
     axes.minorticks_off()
     axes.set_ylim(86, 95)
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("test accuracy, %")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right", fontsize=8)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     return figure
 
 
+@style()
 def draw_scaling(curves: dict[str, list[tuple[int, float]]]) -> Figure:
     """Draws the efficiency by number of devices."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for number, (name, points) in enumerate(curves.items()):
+    for name, points in curves.items():
         counts, efficiency = zip(*points, strict=True)
-        axes.plot(counts, [100 * e for e in efficiency], marker="o", color=f"C{number}", label=name)
+        axes.plot(counts, [100 * e for e in efficiency], marker="o", label=name)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="devices", ylabel="efficiency by the model, %", ylim=(0, 105))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(fontsize=8)
     return figure
 
 
+@style()
 def draw_growth(points: Sequence[dict[str, Any]]) -> Figure:
     """Draws the time per image against each quantity."""
     figure = Figure(figsize=(8, 6), layout="constrained")
@@ -160,9 +153,8 @@ def draw_growth(points: Sequence[dict[str, Any]]) -> Figure:
         some = [point for point in points if point["axis"] == axis]
         values = [point["value"] for point in some]
         micros = [1e6 * median(point["seconds_per_image"]) for point in some]
-        chart.plot(values, micros, marker="o", color=_OURS_COLOR)
+        chart.plot(values, micros, marker="o")
         chart.set(xscale="log", xlabel=axis, ylabel="µs per image", ylim=(0, 1.15 * max(micros)))
-        chart.spines[["top", "right"]].set_visible(False)
         chart.set_xticks(values, [f"{value:,}" for value in values], rotation=45)
         chart.minorticks_off()
     return figure

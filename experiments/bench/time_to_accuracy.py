@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib as mpl
 import numpy as np
 from bench import add_place_flags, raise_exit
 from competitors import OURS, Child, ChildError
 from rich.console import Console
 from rich.table import Table
-from summary import STYLE, draw_curves
+from summary import draw_curves
 
 import fmnist_jax as fm
+from fmnist_jax.analysis.plots import encode
 from fmnist_jax.data.split import stratified_split
 from fmnist_jax.errors import DataError
 from fmnist_jax.nn.sprint import whitening_patterns
@@ -110,7 +110,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
     arguments.workdir.mkdir(parents=True, exist_ok=True)
     dataset = fm.load_fashion_mnist()
     curves: dict[str, list[Any]] = {name: [] for name in arguments.curve}
-    with tempfile.TemporaryDirectory() as folder, mpl.rc_context(STYLE):
+    with tempfile.TemporaryDirectory() as folder:
         for seed in range(arguments.seed, arguments.seed + arguments.seeds):
             data = Path(folder) / f"seed-{seed}.npz"
             _write(data, dataset, seed)
@@ -122,8 +122,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
                 )
             report = {"machine": environment.describe(), "curves": curves}
             files.write_json(arguments.workdir / "time_to_accuracy.json", report)
-            figure = draw_curves(curves, TARGETS)
-            figure.savefig(arguments.workdir / "time_to_accuracy.png", dpi=144)
+            picture = encode(draw_curves(curves, TARGETS))
+            files.write_bytes(arguments.workdir / "time_to_accuracy.png", picture)
     console.print(_table(curves))
     console.print(f"The results are in {arguments.workdir}.")
 

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from fmnist_jax.analysis import plots
 from fmnist_jax.data.sources import Dataset
-from fmnist_jax.report import plots
-from fmnist_jax.report.render import render
-from fmnist_jax.runs import files
+from fmnist_jax.report.render import write_page
 
 
 def write_audit(
@@ -33,7 +32,8 @@ def write_audit(
         if len(images):
             class_means.append((name, np.round(images.mean(axis=0)).astype(np.uint8)))
     histogram = plots.distance_histogram(distances, audit["near_duplicates"]["threshold"])
-    page = render(
+    return write_page(
+        workdir / "audit.html",
         "audit",
         sample=dataset.sample,
         audit=audit,
@@ -41,6 +41,3 @@ def write_audit(
         class_means=class_means,
         histogram=plots.encode(histogram, sample=dataset.sample),
     )
-    written = workdir / "audit.html"
-    files.write_bytes(written, page)
-    return written

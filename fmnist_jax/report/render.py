@@ -1,6 +1,5 @@
 """Renders the HTML pages: one file each, with all style and pictures inside."""
 
-import base64
 import contextlib
 import io
 from collections.abc import Iterator
@@ -11,21 +10,29 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from fmnist_jax.analysis.plots import data_url
+from fmnist_jax.errors import DamagedFileError
 from fmnist_jax.runs import files
 
 
-def render(template: str, **values: Any) -> bytes:
-    """Renders a page in UTF-8.
+def write_page(path: Path, template: str, **values: Any) -> Path:
+    """Renders a page and writes it to `path`.
 
     Args:
+      path: of the page.
       template: its name in `templates`, without ".html.j2".
       **values: the template's variables, `sample` among them: whether the data are the embedded
         sample. Text is escaped.
 
+    Returns:
+      `path`.
+
     Raises:
       jinja2.UndefinedError: if the template needs a value that is not given.
     """
-    return _ENVIRONMENT.get_template(f"{template}.html.j2").render(values).encode()
+    page = _ENVIRONMENT.get_template(f"{template}.html.j2").render(values)
+    files.write_bytes(path, page.encode())
+    return path
 
 
 @contextlib.contextmanager
@@ -34,7 +41,7 @@ def missing_values_as_damage(workdir: Path) -> Iterator[None]:
     try:
         yield
     except (LookupError, jinja2.UndefinedError) as error:
-        raise files.DamagedFileError(
+        raise DamagedFileError(
             f"a file in {workdir} misses a value: {error}; it is damaged or from another version"
         ) from error
 
@@ -70,14 +77,15 @@ def thousands(number: float) -> str:
     return f"{float(number):,.0f}"
 
 
-def data_url(png: bytes) -> str:
-    """Encodes a PNG for the `src` of an image.
+def quantity(number: int, noun: str) -> str:
+    """Formats a number and its noun.
 
     Example:
-      >>> data_url(b"png")
-      'data:image/png;base64,cG5n'
+      >>> quantity(1, "epoch"), quantity(1234, "class")
+      ('1 epoch', '1,234 classes')
     """
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    plural = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{thousands(number)} {noun}{plural}"
 
 
 def thumbnail(pixels: np.ndarray) -> bytes:
@@ -95,5 +103,5 @@ _ENVIRONMENT = jinja2.Environment(
     lstrip_blocks=True,
 )
 _ENVIRONMENT.filters.update(
-    {f.__name__: f for f in (percent, points, thousands, data_url, thumbnail)}
+    {f.__name__: f for f in (percent, points, thousands, quantity, data_url, thumbnail)}
 )

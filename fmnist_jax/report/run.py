@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from fmnist_jax.analysis import plots
+from fmnist_jax.errors import DamagedFileError
 from fmnist_jax.recipes import CLAIMS, RECIPES
-from fmnist_jax.report import plots
-from fmnist_jax.report.render import missing_values_as_damage, render
+from fmnist_jax.report.render import missing_values_as_damage, write_page
 from fmnist_jax.runs import files
 from fmnist_jax.runs.replay import Replay
 
@@ -33,22 +34,16 @@ def write_report(workdir: Path) -> Path:
     predictions = files.read_arrays(workdir / files.PREDICTIONS)
     examples = files.read_arrays(workdir / files.EXAMPLES)
     with missing_values_as_damage(workdir):
-        names, logits, labels = (
-            report["data"]["classes"],
-            predictions["logits"],
-            predictions["labels"],
-        )
+        names, temperature = report["data"]["classes"], report["calibration"]["temperature"]
+        logits, labels = predictions["logits"], predictions["labels"]
+        samples = examples["sample_images"], examples["sample_labels"]
         figures = {
             "loss": plots.learning_curve(history, "loss"),
             "accuracy": plots.learning_curve(history, "accuracy"),
-            "reliability": plots.reliability_diagram(
-                logits, labels, report["calibration"]["temperature"]
-            ),
+            "reliability": plots.reliability_diagram(logits, labels, temperature),
             "risk": plots.risk_coverage_curve(logits, labels),
             "confusion": plots.confusion_matrix(report["confusion_matrix"], names),
-            "samples": plots.class_samples(
-                examples["sample_images"], examples["sample_labels"], names
-            ),
+            "samples": plots.class_samples(*samples, names),
             "worst": plots.worst_predictions(predictions, examples, names),
         }
         if "augmented" in examples:
@@ -58,7 +53,8 @@ def write_report(workdir: Path) -> Path:
         images = {
             name: plots.encode(figure, sample=report["sample"]) for name, figure in figures.items()
         }
-        page = render(
+        page = write_page(
+            workdir / "report.html",
             "run",
             sample=report["sample"],
             report=report,
@@ -70,9 +66,7 @@ def write_report(workdir: Path) -> Path:
     (workdir / _PLOTS).mkdir(exist_ok=True)
     for name, image in images.items():
         (workdir / _PLOTS / f"{name}.png").write_bytes(image)
-    written = workdir / "report.html"
-    files.write_bytes(written, page)
-    return written
+    return page
 
 
 def write_replay(
@@ -91,19 +85,22 @@ def write_replay(
     """
     path = workdir / _PLOTS / f"replay-{replay.step}.png"
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(plots.encode(plots.replayed_batch(replay, class_names), sample=sample))
+    figure = plots.replayed_batch(
+        replay.images, replay.examples, replay.labels, replay.losses, class_names
+    )
+    path.write_bytes(plots.encode(figure, sample=sample))
     return path
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Reads the file that marks its folder as finished.
+    """Reads the JSON file that a finished run or study has.
 
     Raises:
       DamagedFileError: if it is missing or damaged.
     """
     results = files.read_json(path)
     if not isinstance(results, dict):
-        raise files.DamagedFileError(f"{path} is missing or damaged; finish the run first")
+        raise DamagedFileError(f"{path} is missing or damaged; finish the run first")
     return results
 
 
@@ -115,7 +112,7 @@ def read_history(workdir: Path) -> list[dict[str, Any]]:
     """
     history = files.read_lines(workdir / files.METRICS)
     if not history:
-        raise files.DamagedFileError(f"{workdir / files.METRICS} is missing or empty")
+        raise DamagedFileError(f"{workdir / files.METRICS} is missing or empty")
     return history
 
 
@@ -123,23 +120,18 @@ def changed_settings(report: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Lists the settings of a run that differ from the recipe of its network.
 
     Returns:
-      Name, the recipe's value and the run's value of each; of several recipes for the network, for
-      the one with the fewest differences.
+      (name, value of the recipe, value of the run) of each, relative to the recipe of this network
+      with the fewest differences.
 
     Example:
       >>> recipe = dataclasses.asdict(RECIPES["same_3x3"]) | {"epochs": 3}
       >>> changed_settings({"arch": "same_3x3", "recipe": recipe})
       [('epochs', 10, 3)]
     """
-    recipes = [dataclasses.asdict(recipe) for recipe in RECIPES.values()]
+    recipes = [dataclasses.asdict(r) for r in RECIPES.values() if r.arch == report["arch"]]
     changes = [
-        [
-            (n, recipe.get(n), value)
-            for n, value in report["recipe"].items()
-            if recipe.get(n) != value
-        ]
+        [(n, recipe.get(n), v) for n, v in report["recipe"].items() if recipe.get(n) != v]
         for recipe in recipes
-        if recipe["arch"] == report["arch"]
     ]
     return min(changes, key=len, default=[])
 

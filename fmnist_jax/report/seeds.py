@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from fmnist_jax.report import plots
-from fmnist_jax.report.render import missing_values_as_damage, render
+from fmnist_jax.analysis import plots
+from fmnist_jax.report.render import missing_values_as_damage, write_page
 from fmnist_jax.report.run import read_history, read_results
 from fmnist_jax.runs import files
 
@@ -26,8 +26,7 @@ def write_seeds_report(workdir: Path) -> Path:
         split = "train" if summary["val_accuracy"] is None else "val"
         figure = plots.seeds_curves(histories, split)
         image = plots.encode(figure, sample=summary["sample"])
-        page = render("seeds", sample=summary["sample"], summary=summary, curves=image)
+        page = workdir / "seeds.html"
+        write_page(page, "seeds", sample=summary["sample"], summary=summary, curves=image)
     (workdir / "seeds.png").write_bytes(image)
-    written = workdir / "seeds.html"
-    files.write_bytes(written, page)
-    return written
+    return page

@@ -17,7 +17,8 @@ CLASSES = ("Bag", "Coat", "Dress")
 def write_run(workdir: Path, *, augmented: bool = False, **changes: Any) -> dict[str, Any]:
     """Writes the files of a finished run and returns its report; all numbers are arbitrary."""
     rng = np.random.default_rng(len(str(workdir.name)))
-    recipe = dataclasses.replace(fm.RECIPES["small_dropout"], epochs=2, dropout=0.25)
+    epochs = changes.get("epochs", 2)
+    recipe = dataclasses.replace(fm.RECIPES["small_dropout"], epochs=epochs, dropout=0.25)
     n, side = 40, 8
     names = changes.get("data", {}).get("classes", CLASSES)
     report: dict[str, Any] = {
@@ -25,8 +26,7 @@ def write_run(workdir: Path, *, augmented: bool = False, **changes: Any) -> dict
         "arch": "small_dropout",
         "recipe": dataclasses.asdict(recipe),
         "seed": 17,
-        "stream_seeds": {"init": 23},
-        "epochs": 2,
+        "epochs": epochs,
         "steps": 1234,
         "params": 56789,
         "train_accuracy": 0.91234,
@@ -58,7 +58,7 @@ def write_run(workdir: Path, *, augmented: bool = False, **changes: Any) -> dict
     } | changes  # fmt: skip
     history = [
         {"split": split, "epoch": epoch, "loss": float(loss), "accuracy": float(accuracy)}
-        for epoch in (1, 2)
+        for epoch in range(1, epochs + 1)
         for split in (("train", "val") if report["val_accuracy"] is not None else ("train",))
         for loss, accuracy in [rng.random(2)]
     ]

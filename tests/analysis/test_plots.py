@@ -1,12 +1,15 @@
 """The figures show the numbers they are given."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fmnist_jax.analysis import calibration
-from fmnist_jax.report import plots
+from fmnist_jax.analysis import calibration, plots
+from tests.conftest import ROOT
 
 HISTORY: list[dict[str, Any]] = [
     {"split": "train", "epoch": 1, "loss": 2.0, "accuracy": 0.3},
@@ -39,6 +42,19 @@ def test_learning_curve(metric, train, val):
 def test_learning_curve_without_validation():
     curves = lines(plots.learning_curve(HISTORY[::2], "loss"))
     assert list(curves) == ["training"]
+
+
+@pytest.mark.parametrize("num_epochs", [1, 2, 30, 200])
+def test_epoch_axis_has_whole_epochs_of_the_run(num_epochs):
+    history = [HISTORY[0] | {"epoch": epoch} for epoch in range(1, num_epochs + 1)]
+    for figure in (plots.learning_curve(history, "loss"), plots.seeds_curves([history], "train")):
+        axes = figure.axes[0]
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        assert ticks
+        assert set(ticks) <= set(range(1, num_epochs + 1))
+        # A line through a single point is invisible.
+        assert num_epochs > 1 or axes.lines[0].get_marker() == "o"
 
 
 def test_seeds_curves_and_their_mean():
@@ -111,3 +127,71 @@ def test_distance_histogram_counts_images_by_distance():
 def test_dollar_signs_in_class_names_are_plain_text():
     figure = plots.confusion_matrix([[1, 2], [3, 4]], ["$\\frac$", "$5"])
     assert plots.encode(figure, sample=False).startswith(b"\x89PNG")
+
+
+def test_contact_sheet_has_sixty_pictures_and_the_ends_of_long_names():
+    names = ["a.png", "/".join("abcdefghijklm") + ".png", "\udcff$\\frac.png", "日本😀.png"]
+    images = np.arange(61, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2), np.uint8)
+    figure = plots.contact_sheet(images, [f"{name}\nCoat 9%" for name in names] * 16)
+    assert len(figure.axes) == plots.MAX_PICTURES == 60
+    assert np.asarray(figure.axes[59].images[0].get_array()) * 255 == pytest.approx(59)
+    assert [axes.get_title() for axes in figure.axes[:4]] == [
+        "a.png\nCoat 9%", "…g/h/i/j/k/l/m.png\nCoat 9%", "?$\\frac.png\nCoat 9%",
+        "日本😀.png\nCoat 9%",
+    ]  # fmt: skip
+    # A glyph that the font lacks warns.
+    assert plots.encode(figure)
+
+
+TRIALS: list[dict[str, Any]] = [
+    {"number": number, "state": state, "val_accuracy": accuracies,
+     "params": {"learning_rate": rate, "optimizer": optimizer}}
+    for number, (state, accuracies, rate, optimizer) in enumerate([
+        ("COMPLETE", [0.3, 0.5], 0.001, "sgd"), ("PRUNED", [0.2], 0.1, "adam"),
+        ("COMPLETE", [0.4], 0.01, "adam"), ("FAIL", [0.9], 0.02, "sgd"),
+        ("PRUNED", [], 0.03, "sgd"), ("COMPLETE", [0.7], 0.002, "sgd"),
+    ])
+]  # fmt: skip
+SPACE: dict[str, dict[str, Any]] = {
+    "learning_rate": {"low": 0.001, "high": 0.1, "log": True, "choices": []},
+    "optimizer": {"low": None, "high": None, "log": False, "choices": ["adam", "sgd"]},
+}
+
+
+def test_trial_history_marks_pruned_trials_and_the_best_so_far():
+    curves = lines(plots.trial_history(TRIALS))
+    np.testing.assert_array_equal(curves["completed"], [[0, 2, 5], [0.5, 0.4, 0.7]])
+    np.testing.assert_array_equal(curves["pruned"], [[1], [0.2]])
+    np.testing.assert_array_equal(curves["best so far"], [[0, 2, 5], [0.5, 0.5, 0.7]])
+
+
+def test_trial_settings_have_the_scale_of_their_domain():
+    figure = plots.trial_settings(TRIALS, SPACE)
+    np.testing.assert_array_equal(lines(figure)["completed"][0], [0.001, 0.01, 0.002])
+    np.testing.assert_array_equal(lines(figure, 1)["completed"], [[1, 0, 1], [0.5, 0.4, 0.7]])
+    assert [axes.get_xscale() for axes in figure.axes] == ["log", "linear"]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["learning rate", "optimizer"]
+    assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["adam", "sgd"]
+
+
+def test_largest_importance_is_on_top():
+    axes = plots.importances({"a": 0.6, "b_c": 0.1, "d": 0.3}).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["10%", "30%", "60%"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["b c", "d", "a"]
+
+
+def test_settings_of_the_user_have_no_effect(tmp_path):
+    code = """
+import hashlib
+from fmnist_jax.analysis import plots
+line = {"split": "train", "epoch": 1, "loss": 2.0}
+print(hashlib.sha256(plots.encode(plots.learning_curve([line], "loss"))).hexdigest())
+"""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.dpi: 30\nfont.size: 30\n")
+    plain = os.environ | {"MPLCONFIGDIR": str(tmp_path / "config")}
+    changes = {"MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "module://missing", "PATH": ""}
+    outputs = [
+        subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=env, text=True)
+        for env in (plain, plain | changes)
+    ]
+    assert outputs[0] == outputs[1]

@@ -1,0 +1,508 @@
+"""Figures, drawn by matplotlib from arrays and mappings alone."""
+
+import base64
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import matplotlib as mpl
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.rcsetup import cycler
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from scipy.special import softmax
+
+from fmnist_jax.analysis import calibration
+
+INK, GRID = "#1f2937", "#e5e7eb"
+# Two hues that color-blind readers can tell apart: training and validation, or before and after.
+PRIMARY, SECONDARY = "#2563eb", "#ea7317"
+PALE = "#93b4f5"
+
+# A larger contact sheet is slow to draw and hard to read.
+MAX_PICTURES = 60
+
+# Characters that fit over a picture of a contact sheet.
+_MAX_LINE = 18
+
+_STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": GRID,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.prop_cycle": cycler(color=[PRIMARY, SECONDARY, "#0d9488", "#a21caf", "#6b7280"]),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.color": GRID,
+    "legend.frameon": False,
+    "text.color": INK,
+    "text.parse_math": False,  # names may have dollar signs
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+class _RateCurve(Protocol):
+    """The loss by learning rate, as `fmnist_jax.find_learning_rate` returns it."""
+
+    @property
+    def rates(self) -> np.ndarray: ...
+    @property
+    def losses(self) -> np.ndarray: ...
+    @property
+    def smoothed(self) -> np.ndarray: ...
+    @property
+    def suggestion(self) -> float: ...
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """Replaces the user's matplotlib settings, for a `with` statement or as a decorator.
+
+    Saving belongs inside, because matplotlib creates ticks and grid lines on saving.
+    """
+    with mpl.style.context(_STYLE, after_reset=True):
+        yield
+
+
+@style()
+def encode(figure: Figure, *, sample: bool = False) -> bytes:
+    """Encodes a figure as PNG.
+
+    Args:
+      figure: drawn inside `style()`.
+      sample: whether to add the watermark of the embedded sample.
+    """
+    if sample:
+        figure.text(
+            0.5, 0.5, "EMBEDDED SAMPLE", rotation=25, ha="center", va="center",
+            fontsize=34, color="#dc2626", alpha=0.18,
+        )  # fmt: skip
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+")  # missing from the font, drawn as a box
+        figure.savefig(buffer, format="png", dpi=144)
+    return buffer.getvalue()
+
+
+def data_url(png: bytes) -> str:
+    """Encodes a PNG for the `src` of an image.
+
+    Example:
+      >>> data_url(b"png")
+      'data:image/png;base64,cG5n'
+    """
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+@style()
+def learning_curve(history: Sequence[Mapping[str, Any]], metric: str) -> Figure:
+    """Training and validation metric by epoch.
+
+    Args:
+      history: the lines of metrics.jsonl.
+      metric: "loss" or "accuracy".
+    """
+    figure, axes = _figure()
+    for split, name in (("train", "training"), ("val", "validation")):
+        lines = [line for line in history if line["split"] == split]
+        if lines:
+            epochs, values = [line["epoch"] for line in lines], [line[metric] for line in lines]
+            axes.plot(epochs, values, label=name)
+    _format_epochs(axes, metric)
+    return figure
+
+
+@style()
+def reliability_diagram(
+    logits: np.ndarray, labels: np.ndarray, temperature: float | None
+) -> Figure:
+    """Accuracy by confidence, with and without temperature scaling.
+
+    Args:
+      logits: float[n, num_classes].
+      labels: int[n].
+      temperature: divides the logits; None leaves the second curve out.
+    """
+    figure, axes = _figure()
+    axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=":")
+    curves = [("uncalibrated", 1.0)]
+    if temperature is not None:
+        curves.append((f"temperature {temperature:.2f}", temperature))
+    for name, scale in curves:
+        bins = calibration.reliability(logits / scale, labels)
+        # The accuracy of fewer examples is mostly noise.
+        shown = bins.num_examples >= 10
+        axes.plot(
+            bins.confidence[shown], bins.accuracy[shown], marker="o", markersize=4, label=name
+        )
+    axes.set(xlabel="confidence", ylabel="accuracy")
+    axes.legend()
+    return figure
+
+
+@style()
+def risk_coverage_curve(logits: np.ndarray, labels: np.ndarray) -> Figure:
+    """Error rate among the most confident predictions, by their fraction.
+
+    Args:
+      logits: float[n, num_classes].
+      labels: int[n].
+    """
+    curve = calibration.risk_coverage(logits, labels)
+    figure, axes = _figure()
+    axes.plot(curve.coverage, curve.risk)
+    axes.set(xlabel="coverage, most confident first", ylabel="error rate")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_ylim(bottom=0)
+    return figure
+
+
+@style()
+def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
+    """Number of examples by label (rows) and prediction (columns)."""
+    counts = np.array(matrix)
+    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = 2.2 + 0.48 * len(class_names)
+    figure, axes = _figure(side, side)
+    axes.grid(visible=False)
+    # The square root keeps the few errors visible beside the many hits.
+    axes.imshow(np.sqrt(fractions), cmap="Blues", vmin=0, vmax=1)
+    for i, j in np.argwhere(counts):
+        color = "white" if np.sqrt(fractions[i, j]) > 0.6 else INK
+        axes.text(j, i, f"{counts[i, j]:,}", ha="center", va="center", fontsize=8, color=color)
+    positions = range(len(class_names))
+    axes.set_xticks(positions, class_names, rotation=45, ha="right")
+    axes.set_yticks(positions, class_names)
+    axes.set(xlabel="prediction", ylabel="label")
+    axes.tick_params(length=0)
+    return figure
+
+
+@style()
+def class_samples(images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """A row of images for each class; images are uint8[n, height, width]."""
+    rows = [images[labels == label] for label in range(len(class_names))]
+    columns = max(map(len, rows))
+    figure, grid = _image_grid(len(rows), columns, (1.3 + 0.7 * columns, 0.7 * len(rows)))
+    for axes_row, row, name in zip(grid, rows, class_names, strict=True):
+        for axes, image in zip(axes_row, row, strict=False):
+            _show(axes, image / 255)
+        first = axes_row[0]
+        first.text(-0.15, 0.5, name, transform=first.transAxes, ha="right", va="center")
+    return figure
+
+
+@style()
+def augmented_samples(originals: np.ndarray, augmented: np.ndarray) -> Figure:
+    """Each original, uint8[n, height, width], before its float[n, epochs, side, side] in [0, 1]."""
+    columns = 1 + augmented.shape[1]
+    size = 1.3 * columns, 1.3 * len(originals) + 0.3
+    figure, grid = _image_grid(len(originals), columns, size)
+    for axes_row, original, row in zip(grid, originals, augmented, strict=True):
+        for axes, image in zip(axes_row, [original / 255, *row], strict=True):
+            _show(axes, image)
+    titles = ["original", *(f"epoch {epoch}" for epoch in range(1, columns))]
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize=10)
+    return figure
+
+
+@style()
+def worst_predictions(
+    predictions: Mapping[str, np.ndarray],
+    examples: Mapping[str, np.ndarray],
+    class_names: Sequence[str],
+) -> Figure:
+    """The test images with the highest losses, their labels and predictions.
+
+    Args:
+      predictions: the arrays of predictions.npz.
+      examples: the arrays of examples.npz.
+      class_names: one per class.
+    """
+    probabilities = softmax(predictions["logits"].astype(np.float64), axis=1)
+    row_of = {int(index): row for row, index in enumerate(predictions["indices"])}
+    titles = []
+    for index in map(int, examples["worst_indices"]):
+        label, row = predictions["labels"][row_of[index]], probabilities[row_of[index]]
+        titles.append(f"test image {index}\n{_prediction_title(label, row, class_names)}")
+    return _titled_images(examples["worst_images"] / 255, titles, columns=5, side=1.8)
+
+
+@style()
+def misclassified(
+    images: np.ndarray,
+    labels: np.ndarray,
+    logits: np.ndarray,
+    class_names: Sequence[str],
+    num_shown: int,
+) -> Figure:
+    """The misclassified images with the smallest probabilities of their labels.
+
+    Args:
+      images: uint8[n, height, width].
+      labels: int[n].
+      logits: float[n, num_classes].
+      class_names: one per class.
+      num_shown: how many at most.
+    """
+    probabilities = softmax(logits.astype(np.float64), axis=1)
+    predicted = probabilities.argmax(axis=1)
+    order = np.argsort(probabilities[np.arange(len(labels)), labels], kind="stable")
+    shown = order[predicted[order] != labels[order]][:num_shown]
+    titles = [_prediction_title(labels[i], probabilities[i], class_names) for i in shown]
+    return _titled_images(images[shown] / 255, titles, columns=5, side=1.8)
+
+
+@style()
+def replayed_batch(
+    images: np.ndarray,
+    examples: np.ndarray,
+    labels: np.ndarray,
+    losses: np.ndarray,
+    class_names: Sequence[str],
+) -> Figure:
+    """The images of a batch as the network saw them.
+
+    Args:
+      images: float[batch, height, width], values in [0, 1].
+      examples: int[batch], positions among the training images.
+      labels: int[batch].
+      losses: float[batch], in nats.
+      class_names: one per class.
+    """
+    titles = [
+        f"{example}\n{class_names[label]}\nloss {loss:.2f}"
+        for example, label, loss in zip(examples, labels, losses, strict=True)
+    ]
+    return _titled_images(images, titles, columns=8, side=1.3)
+
+
+@style()
+def contact_sheet(images: np.ndarray, titles: Sequence[str]) -> Figure:
+    """The first `MAX_PICTURES` images, light on black, as the network sees them.
+
+    Args:
+      images: uint8[n, height, width].
+      titles: one per image, of two lines: file name and class. Long lines lose their beginning.
+    """
+    images, titles = images[:MAX_PICTURES] / 255, titles[:MAX_PICTURES]
+    shortened = ["\n".join(map(_shorten, title.split("\n"))) for title in titles]
+    columns = min(max(len(images), 1), 10)
+    return _titled_images(images, shortened, columns=columns, side=1.3, cmap="gray", fontsize=7)
+
+
+@style()
+def seeds_curves(histories: Sequence[Sequence[Mapping[str, Any]]], split: str) -> Figure:
+    """Loss and accuracy of each seed by epoch, and their mean.
+
+    Args:
+      histories: the lines of each run's metrics.jsonl.
+      split: "train" or "val".
+    """
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        curves = np.array(
+            [[line[metric] for line in history if line["split"] == split] for history in histories]
+        )
+        epochs = range(1, curves.shape[1] + 1)
+        for number, curve in enumerate(curves):
+            label = "" if number else "each seed"
+            axes.plot(epochs, curve, color=PALE, linewidth=1, label=label)
+        axes.plot(epochs, curves.mean(axis=0), color=PRIMARY, linewidth=2, label="mean")
+        _format_epochs(axes, metric, {"train": "training ", "val": "validation "}[split])
+    return figure
+
+
+@style()
+def rate_curve(curve: _RateCurve) -> Figure:
+    """Loss by learning rate, and the suggestion."""
+    figure, axes = _figure()
+    axes.plot(curve.rates, curve.losses, color=PALE, linewidth=0.8, label="each step")
+    axes.plot(curve.rates, curve.smoothed, color=PRIMARY, label="smoothed")
+    label = f"suggestion: {curve.suggestion:.2g}"
+    axes.axvline(curve.suggestion, color=SECONDARY, linestyle="--", label=label)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss (nats)")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(0, 1.3 * curve.smoothed.max())
+    figure.legend(loc="outside upper center", ncols=3)
+    return figure
+
+
+@style()
+def trial_history(trials: Sequence[Mapping[str, Any]]) -> Figure:
+    """Validation accuracy by trial, and the best so far; trials are those of sweep.json."""
+    figure, axes = _figure(9, 3.6)
+    _plot_trials(axes, trials)
+    completed = [trial for trial in trials if trial["state"] == "COMPLETE"]
+    best = np.maximum.accumulate([trial["val_accuracy"][-1] for trial in completed])
+    numbers = [trial["number"] for trial in completed]
+    axes.step(numbers, best, where="post", color=SECONDARY, label="best so far", zorder=1)
+    axes.set(xlabel="trial", ylabel="validation accuracy")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    figure.legend(loc="outside upper center", ncols=3)
+    return figure
+
+
+@style()
+def trial_settings(
+    trials: Sequence[Mapping[str, Any]], space: Mapping[str, Mapping[str, Any]]
+) -> Figure:
+    """Validation accuracy of each trial against each searched setting.
+
+    Args:
+      trials: those of sweep.json.
+      space: that of sweep.json, a mapping with `log` and `choices` for each setting.
+    """
+    columns = min(len(space), 3)
+    rows = -(-len(space) // columns)
+    layout = ConstrainedLayoutEngine(wspace=0.06)  # room for the outer tick labels
+    figure = Figure(figsize=(max(3 * columns, 4.6), 3 * rows + 0.3), layout=layout)
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axes, (name, domain) in zip(grid.flat, space.items(), strict=False):
+        choices = domain["choices"]
+        _plot_trials(axes, trials, name, choices)
+        if choices:
+            is_wide = sum(len(str(choice)) + 2 for choice in choices) > 28
+            rotated = {"rotation": 30, "ha": "right"} if is_wide else {}
+            axes.set_xticks(range(len(choices)), map(str, choices), **rotated)
+            axes.set_xlim(-0.5, len(choices) - 0.5)
+        else:
+            low, high = domain["low"], domain["high"]
+            axes.set(xscale="log" if domain["log"] else "linear", xlim=(low, high))
+            if domain["log"]:
+                subs = (1, 2, 5) if high < 50 * low else (1,)
+                axes.xaxis.set_major_locator(LogLocator(subs=subs))
+                axes.xaxis.set_minor_formatter(NullFormatter())
+            else:
+                axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+            axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel(name.replace("_", " "))
+    for axes in grid.flat[len(space) :]:
+        axes.axis("off")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("validation accuracy")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2)
+    return figure
+
+
+@style()
+def importances(values: Mapping[str, float]) -> Figure:
+    """Importance of each setting, a fraction of the variance of the validation accuracy."""
+    names = sorted(values, key=lambda name: values[name])
+    figure, axes = _figure(9, 1 + 0.35 * len(values))
+    bars = axes.barh([name.replace("_", " ") for name in names], [values[n] for n in names], 0.7)
+    axes.bar_label(bars, [f"{values[name]:.0%}" for name in names], padding=4)
+    axes.grid(visible=False, axis="y")
+    axes.margins(x=0.1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlabel("fraction of the variance of the validation accuracy")
+    return figure
+
+
+@style()
+def distance_histogram(distances: Mapping[str, np.ndarray], threshold: float) -> Figure:
+    """Histogram of relative distances to the nearest training image.
+
+    Args:
+      distances: float[n] of the "test" images and of "train" images.
+      threshold: below it two images are near-duplicates.
+    """
+    figure, axes = _figure(5.6, 3.2)
+    bins = np.linspace(0, 1, 51).tolist()
+    for split, name in (("test", "test"), ("train", "training")):
+        axes.hist(distances[split], bins, histtype="step", linewidth=1.5, label=f"{name} images")
+    axes.axvline(threshold, color=INK, linewidth=1, linestyle="--")
+    axes.set(xlabel="relative distance to the nearest training image", ylabel="images")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.legend()
+    return figure
+
+
+def _figure(width: float = 4.6, height: float = 3.4) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _plot_trials(
+    axes: Axes,
+    trials: Sequence[Mapping[str, Any]],
+    setting: str | None = None,
+    choices: Sequence[Any] = (),
+) -> None:
+    """Draws the last validation accuracy of each trial by a setting, or by number."""
+    for state, name, marker, color in (
+        ("COMPLETE", "completed", "o", PRIMARY),
+        ("PRUNED", "pruned", "x", INK),
+    ):
+        shown = [trial for trial in trials if trial["state"] == state and trial["val_accuracy"]]
+        values = [trial["params"][setting] if setting else trial["number"] for trial in shown]
+        positions = [choices.index(value) for value in values] if choices else values
+        accuracies = [trial["val_accuracy"][-1] for trial in shown]
+        if shown:
+            (line,) = axes.plot(positions, accuracies, marker, color=color, label=name)
+            line.set(markersize=5, clip_on=False)  # whole markers at the ends of a domain
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+
+def _format_epochs(axes: Axes, metric: str, prefix: str = "") -> None:
+    axes.set(xlabel="epoch", ylabel=prefix + {"loss": "loss (nats)"}.get(metric, metric))
+    num_epochs = axes.dataLim.x1
+    axes.set_xlim(0.5, num_epochs + 0.5)  # no tick before the first or after the last epoch
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if num_epochs <= 50:  # more markers hide the curve
+        for line in axes.lines:
+            line.set(marker="o", markersize=3)
+    if metric == "accuracy":
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.legend()
+
+
+def _titled_images(
+    images: np.ndarray,
+    titles: Sequence[str],
+    *,
+    columns: int,
+    side: float,
+    cmap: str = "gray_r",
+    fontsize: float = 8,
+) -> Figure:
+    rows = max(1, -(-len(images) // columns))
+    figure, grid = _image_grid(rows, columns, (side * columns, (side + 0.5) * rows))
+    for axes, image, title in zip(grid.flat, images, titles, strict=False):
+        _show(axes, image, cmap)
+        axes.set_title(title, fontsize=fontsize)
+    return figure
+
+
+def _prediction_title(label: int, probabilities: np.ndarray, class_names: Sequence[str]) -> str:
+    predicted = int(probabilities.argmax())
+    name = class_names[predicted]
+    return f"{class_names[label]}\npredicted {name} ({probabilities[predicted]:.0%})"
+
+
+def _shorten(line: str) -> str:
+    line = line.encode(errors="replace").decode()  # not all bytes of a file name are text
+    return line if len(line) <= _MAX_LINE else f"…{line[1 - _MAX_LINE :]}"
+
+
+def _image_grid(rows: int, columns: int, figsize: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=figsize, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    return figure, grid
+
+
+def _show(axes: Axes, image: np.ndarray, cmap: str = "gray_r") -> None:
+    axes.imshow(image, cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
