@@ -30,14 +30,14 @@ from types import FrameType
 from typing import Any
 
 import jax
-import matplotlib as mpl
 import numpy as np
 from competitors import COMPETITORS, OURS, Child, ChildError
 from rich.console import Console
-from summary import STYLE, draw_growth, draw_results, print_growth, print_result
+from summary import draw_growth, draw_results, print_growth, print_result
 from worker import AUGMENTED, NETWORKS, Case
 
 import fmnist_jax as fm
+from fmnist_jax.analysis.plots import encode
 from fmnist_jax.errors import DataError
 from fmnist_jax.runs import environment, files
 
@@ -306,7 +306,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         "rounds": arguments.rounds,
         "seconds": arguments.seconds,
     }
-    with tempfile.TemporaryDirectory() as data_folder, mpl.rc_context(STYLE):
+    with tempfile.TemporaryDirectory() as data_folder:
         data = Path(data_folder) / "data.npz"
         dataset = fm.load_fashion_mnist()
         np.savez(data, images=dataset.train_images, labels=dataset.train_labels)
@@ -314,7 +314,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         if arguments.growth:
             report["growth"] = bench.measure_growth()
             files.write_json(folder / "growth.json", report)
-            draw_growth(report["growth"]).savefig(folder / "growth.png", dpi=144)
+            files.write_bytes(folder / "growth.png", encode(draw_growth(report["growth"])))
             print_growth(report["growth"], console)
             return 0
         results = report["results"] = []
@@ -322,7 +322,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
             for batch_size in arguments.batch_size or [None]:
                 results.append(bench.measure(create_case(arch, batch_size)))
                 files.write_json(folder / "bench.json", report)
-                draw_results(results).savefig(folder / "bench.png", dpi=144)
+                files.write_bytes(folder / "bench.png", encode(draw_results(results)))
                 print_result(results[-1], console)
     console.print(f"The results are in {folder}.")
     problems = any(r["problem"] for result in results for r in result["competitors"].values())

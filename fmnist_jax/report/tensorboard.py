@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from fmnist_jax.analysis import plots
 from fmnist_jax.analysis.scores import score
 from fmnist_jax.errors import ConfigError
-from fmnist_jax.report import plots
 from fmnist_jax.train.hooks import EpochLog, Hook
 
 # Misclassified images per epoch.
