@@ -1,4 +1,4 @@
-"""Settings: `Recipe` says how a network is trained, `Run` says which training it is.
+"""Settings: `Recipe` describes how a network is trained; `Run` adds a seed and a folder.
 
 Both are frozen and validated on construction. `help` in a field's metadata is the text of its
 command-line flag. Standard library only.
@@ -36,7 +36,7 @@ class Recipe:
       epochs: passes over the training split, at least 1.
       batch_size: examples per step, at least 1.
       microbatch_size: examples that go through the network at once; with batch normalization, which
-        sees each microbatch alone, it changes the training. None leaves it to the device.
+        uses the statistics of each microbatch, it changes the training. None chooses by device.
       shards: equal parts of a batch that devices can share (`Run.devices`), a power of two that
         divides the batch size. Each has its own dropout key and batch normalization. The number of
         shards determines the bits of the training, the number of devices does not.
@@ -44,10 +44,10 @@ class Recipe:
       learning_rate: peak of the schedule, above 0.
       schedule: "constant", "cosine", "one_cycle" or "linear" (to zero), over the whole run.
       weight_decay: decoupled, on kernels only, at least 0; None is none.
-      dropout: one rate in [0, 1) for all dropout layers; None leaves each layer its own.
+      dropout: one rate in [0, 1) for all dropout layers; None keeps the rate of each layer.
       label_smoothing: fraction of the target spread over all classes, in [0, 1); None is none.
-      augmentation: "none", "keras" (as in `ImageDataGenerator`), "geometric", "shift" (by at most
-        one pixel, and mirrored in every second epoch), or "shift_erase" (a random rectangle as
+      augmentation: "none", "keras" (as Keras' `ImageDataGenerator`), "geometric", "shift" (by at
+        most one pixel, and mirrored in every second epoch), or "shift_erase" (a random rectangle as
         well).
       augmentation_strength: scales every range of the augmentation, at least 0; None is 1.
       dtype: "float32", or "bfloat16" for accelerators; the network computes in it during training.
@@ -165,7 +165,7 @@ class Run:
       workdir: folder of the run's files; created if missing.
       seed: root of every random stream, in [0, 2**32).
       exclude: training images left out of training and validation, by their positions in the
-        published file. Validation accuracies of runs with other exclusions are not comparable.
+        published file. Compare validation accuracies only between runs with the same exclusions.
       train_examples: number of examples of the training split to train on, stratified by class;
         None is all.
       checkpoint_every: "1ep" saves at the end of every epoch, "5ep" of every fifth; "500st" and

@@ -44,7 +44,7 @@ def sha256_array(array: np.ndarray) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """SHA-256 of a value's JSON text with sorted keys, so that their order does not matter.
+    """SHA-256 of a value's JSON text, independent of the order of its keys.
 
     Args:
       value: anything that `json.dumps` accepts.

@@ -37,7 +37,7 @@ def create_streams(seed: int | np.integer | jax.Array) -> Streams:
       seed: integer in [0, 2**32), or a traced integer array.
 
     Raises:
-      ConfigError: if the seed is outside its range, of which JAX would silently drop bits.
+      ConfigError: if the seed is outside its range; JAX would silently drop its higher bits.
 
     Example:
       >>> a, b = create_streams(0), create_streams(1)
@@ -46,6 +46,7 @@ def create_streams(seed: int | np.integer | jax.Array) -> Streams:
     """
     if isinstance(seed, int | np.integer) and not 0 <= seed < 2**32:
         raise ConfigError(f"seed is {seed}; expected an integer in [0, 2**32)")
-    # By name, because the default can be changed. Others draw an example's numbers by its batch.
+    # By name, because the default can be changed. With other implementations the numbers of an
+    # example depend on its batch.
     root = jax.random.key(seed, impl="threefry2x32")
     return Streams(*(jax.random.fold_in(root, number) for number in range(len(Streams._fields))))

@@ -50,7 +50,7 @@ def create_parser() -> argparse.ArgumentParser:
         "--seeds",
         type=int,
         metavar="N",
-        help=f"runs of each side ({_NUM_SEEDS}); not beside a folder",
+        help=f"runs of each side ({_NUM_SEEDS}); not with a folder",
     )
     parser.add_argument(
         "--workdir",

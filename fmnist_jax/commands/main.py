@@ -23,8 +23,8 @@ def main(command: str | None = None) -> NoReturn:
     Args:
       command: a key of `COMMANDS`; None takes it from the first argument.
     """
-    # Until training starts, Ctrl-C ends the process: as an exception in the middle of an import or
-    # of JAX's start it would print a traceback or worse. `fit` handles signals while it trains. A
+    # Until training starts, Ctrl-C ends the process: an exception during an import or the
+    # start of JAX would print a traceback. `fit` handles signals while it trains. A
     # shell starts background jobs with SIGINT ignored, which stays.
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

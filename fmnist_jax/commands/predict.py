@@ -96,12 +96,11 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         if not arguments.quiet:
             notes.print(note, highlight=False, soft_wrap=True)
     if (output.num_errors or num_skipped) and not arguments.json:
-        counts = [f"{output.num_pictures:,} pictures were classified"]
-        if output.num_errors:
-            counts.append(f"{output.num_errors:,} files could not be read")
-        if num_skipped:
-            counts.append(f"{num_skipped:,} files of other types were skipped")
-        console.print(", ".join(counts) + ".", soft_wrap=True)
+        console.print(
+            f"Pictures classified: {output.num_pictures:,}; unreadable files: "
+            f"{output.num_errors:,}; files of other types, skipped: {num_skipped:,}.",
+            soft_wrap=True,
+        )
     return 1 if output.num_errors else 0
 
 
@@ -182,10 +181,10 @@ def _write_sheet(shown: Sequence[tuple[Picture, str]], arguments: argparse.Names
 
     path = arguments.sheet or arguments.run / "sheet.png"
     images = np.array([picture.image for picture, _ in shown])
-    titles = [(Path(picture.name).name, label) for picture, label in shown]
+    titles = [f"{Path(picture.name).name}\n{label}" for picture, label in shown]
     try:
         files.make_folder(path.absolute().parent)
-        path.write_bytes(plots.encode(plots.contact_sheet(images, titles), sample=False))
+        files.write_bytes(path, plots.encode(plots.contact_sheet(images, titles)))
     except OSError as error:
         if arguments.sheet is not None:
             raise

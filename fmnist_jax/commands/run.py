@@ -231,9 +231,9 @@ def _replay(arguments: argparse.Namespace, dataset: fm.Dataset, console: Console
 
 
 def _print_recipes(console: Console) -> None:
-    table = Table("recipe", "network", "epochs", "batch", "optimizer", "claim of the project")
+    table = Table("recipe", "network", "epochs", "batch", "optimizer", "claim", box=None)
     for name, recipe in fm.RECIPES.items():
-        claim = CLAIMS[name].text if name in CLAIMS else "a recipe of our own"
+        claim = CLAIMS[name].text if name in CLAIMS else "our own recipe"
         cells = (recipe.arch, recipe.epochs, recipe.batch_size, recipe.optimizer, claim)
         table.add_row(name, *map(str, cells))
     console.print(table)

@@ -113,7 +113,7 @@ def _describe(error: Exception) -> str:
 
 def _choose_devices(devices: str | None, is_distributed: bool) -> None:
     """Makes JAX divide the CPU into as many devices as the flag asks for."""
-    # A larger number is refused for want of devices.
+    # A larger number is refused, because there are too few devices.
     if devices is not None and re.fullmatch("[0-9]{1,4}", devices) and not is_distributed:
         jax.config.update("jax_num_cpu_devices", int(devices))
 

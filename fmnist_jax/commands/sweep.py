@@ -4,8 +4,8 @@ r"""Searches for better settings, and checks the best on fresh seeds and the tes
         --over learning_rate=log:1e-4:1e-1 dropout=0:0.6 label_smoothing=0:0.2
 
 The study is in `study.db` in the folder of the sweep: the same command continues it, further
-processes share it, and Optuna's dashboard opens it. Trials see the validation images alone.
-`--find-learning-rate` draws the loss by learning rate instead.
+processes share it, and Optuna's dashboard opens it. Trials are evaluated on the validation images
+only. `--find-learning-rate` draws the loss by learning rate instead.
 
 Exit status: 0 done, 2 bad usage or bad input, 3 the best setting diverged from another seed, 130 or
 143 interrupted.

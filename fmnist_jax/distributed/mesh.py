@@ -36,7 +36,7 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
       mesh: None is the default device.
 
     Returns:
-      The tree; leaves that are in place already are not copied.
+      The tree; leaves that are already on these devices are not copied.
 
     Example:
       >>> import numpy as np

@@ -1,7 +1,7 @@
 """Several processes that run one program together, started by an engine such as mpirun or Slurm.
 
-Every process calls the same functions in the same order. In a single process they communicate with
-nobody.
+Every process calls the same functions in the same order. A single process communicates with no
+other.
 """
 
 import io
@@ -34,7 +34,7 @@ def start(heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
         the others.
 
     Raises:
-      ConfigError: if there is no such engine, or the variables are not numbers.
+      ConfigError: if no launcher is detected, or the variables are not numbers.
     """
     numbers: dict[str, int] = {}
     for name in ("num_processes", "process_id"):

@@ -7,8 +7,8 @@ A checkpoint is a folder named by its step::
                    SHA-256 of each file and of the manifest itself
 
 It is written under a temporary name, forced to the disk, and renamed; it is renamed again before it
-is removed. A folder named by a step was therefore complete once; if it no longer is, it was
-damaged. The empty file `.saved` records that there was a checkpoint: if none is left, that is
+is removed. A folder named by a step was therefore complete; if it is incomplete, it was damaged.
+The empty file `.saved` records that there was a checkpoint: if none is left, that is
 damage too.
 """
 
@@ -78,7 +78,8 @@ class Checkpoints:
 
     Args:
       directory: created by the first save.
-      settings: the settings of the run, ready for JSON; a checkpoint with others is refused.
+      settings: the settings of the run, ready for JSON; a checkpoint with other settings is
+        refused.
       keep_every: checkpoints at multiples of this number of steps are retained.
 
     Example:
@@ -119,7 +120,7 @@ class Checkpoints:
             if step in self.steps():
                 files.sync(self._directory)  # this may have failed the last time
                 return
-            # Remains of others would take up space on the disk.
+            # Unfinished checkpoints of killed processes take up space on the disk.
             self._clean()
             files.make_folder(self._directory)
             temporary.mkdir()
@@ -193,7 +194,7 @@ class Checkpoints:
         if any(path.name.startswith((_DAMAGED, _SAVED)) for path in self._paths()):
             raise CheckpointError(
                 f"every checkpoint in {self._directory} is damaged or missing; damaged ones are "
-                f"named {_DAMAGED}STEP. Move the folder away to start from the first step"
+                f"named {_DAMAGED}STEP. Move the folder to start from the first step"
             )
         return None
 

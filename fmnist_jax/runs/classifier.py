@@ -135,7 +135,7 @@ def load_classifier(
         if report["params_sha256"] != params_sha256(variables["params"]):
             raise CheckpointError(
                 f"the parameters of step {checkpoint.step} in {workdir} have another SHA-256 than "
-                f"{files.REPORT} says; one of them was exchanged"
+                f"{files.REPORT} says; one of the two files was replaced"
             )
         temperature = report["calibration"]["temperature"] or 1.0
     return Classifier(model, variables, class_names, temperature, recipe, checkpoint.step)

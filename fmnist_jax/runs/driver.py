@@ -15,7 +15,7 @@ from fmnist_jax.train.metrics import Metrics
 from fmnist_jax.train.step import TrainState
 
 # Target duration of one compiled call. Progress is shown and signals are handled between calls.
-# The length of a call changes no bit of the result.
+# The length of a call does not change the result.
 _CALL_SECONDS = 0.5
 
 
@@ -81,7 +81,7 @@ def train_calls(
                 images_per_second=num_steps * plan.config.batch_size / seconds,
                 loss=float(sums.loss / sums.num_examples),
             )
-        if num_steps == most:  # a call that was cut short says little
+        if num_steps == most:  # not after a call that was cut short
             most = int(processes.gather([_adapted(num_steps, seconds)])[0, 0])
         yield Call(state, metrics, seconds)
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The files of a run, written such that a reader never sees a part of one."""
+"""The files of a run, written atomically."""
 
 import contextlib
 import io
@@ -34,7 +34,7 @@ _UNREADABLE = (
 def write_bytes(path: Path, content: bytes) -> None:
     """Replaces a file atomically and forces it to the disk.
 
-    On return it would survive a loss of power. Only one process may write a file at a time.
+    On return it survives a loss of power. Only one process may write a file at a time.
     """
     # One name for all processes, so that the next one replaces what a killed one left.
     temporary = path.with_name(f".{path.name}.new")
@@ -72,7 +72,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads JSON; returns None if there is no such file.
+    """Reads JSON; returns None if the file does not exist.
 
     Raises:
       DamagedFileError: if it is not JSON.
@@ -112,7 +112,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Locks a folder for this process; the lock ends with the process, however that ends.
+    """Locks a folder for this process; it is unlocked when the process ends.
 
     Args:
       folder: an existing folder.

@@ -100,11 +100,11 @@ def fit(run: Run, dataset: Dataset, *, hooks: Sequence[Hook] | None = None) -> R
 
 
 def fit_plan(plan: Plan, *, hooks: Sequence[Hook] | None = None) -> Result:
-    """Does what `fit` does, for a plan that exists already."""
+    """Runs `fit` for an existing plan."""
     hooks = [ConsoleProgress()] if hooks is None else hooks
     if processes.is_first():
         return _fit(plan, hooks)
-    # The other processes do the same in a temporary folder.
+    # The other processes write to a temporary folder, which is discarded.
     with tempfile.TemporaryDirectory() as folder:
         run = dataclasses.replace(plan.run, workdir=Path(folder))
         hooks = [hook for hook in hooks if hook.in_every_process]
@@ -183,7 +183,7 @@ def _train_epochs(
     plan: Plan, inputs: TrainInputs, loop: LoopState, saver: Saver, hooks: Sequence[Hook]
 ) -> LoopState:
     """Trains to the last epoch; evaluates, saves and stops between compiled calls."""
-    # Until here a signal ends the process at once, because nothing would be lost.
+    # Before this a signal ends the process at once: there is nothing to save.
     with deferred_signals() as signals:
         for call in train_calls(
             plan, inputs, loop.state, loop.metrics, hooks=hooks,
@@ -232,7 +232,7 @@ def _end_epoch(plan: Plan, loop: LoopState, hooks: Sequence[Hook]) -> tuple[Loop
                 "lower learning rate often helps"
             )
         lines.append(val)
-    # Before the checkpoint, so that a killed run repeats a line and leaves none out.
+    # Before the checkpoint: a killed run may repeat a line, and omits none.
     log = _epoch_log(plan, loop, train, val)
     wants_stop = [hook.epoch(log) for hook in hooks]  # each is called
     zeros = metrics_lib.zeros(plan.config.log_norms)

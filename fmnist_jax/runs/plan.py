@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,6 @@ from fmnist_jax.train.loop import TrainInputs, train_steps
 from fmnist_jax.train.metrics import Metrics
 from fmnist_jax.train.optim import create_optimizer, create_schedule
 from fmnist_jax.train.step import Hyperparams, StepConfig, TrainState, create_train_state
-from fmnist_jax.xla.cost import Cost, measure_cost
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -204,28 +203,33 @@ def create_recipe_model(recipe: Recipe, num_classes: int) -> Any:
     return create_model(recipe.arch, num_classes, **options)
 
 
-def loop_cost(plan: Plan) -> Cost:
-    """Compiles the training loop for the default device and reads its cost.
+class LoopCost(NamedTuple):
+    """The compiler's figures of a training loop.
 
-    Returns:
-      Floating-point operations per step, and the device memory of the loop with its state and the
-      training images.
+    Attributes:
+      flops: floating-point operations of a step.
+      bytes: device memory for state, training images, results and temporaries.
     """
+
+    flops: float
+    bytes: int
+
+
+def loop_cost(plan: Plan) -> LoopCost:
+    """Compiles the training loop for the default device and reads its cost."""
     inputs = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, plan.inputs))
+    num_steps, metrics = jax.ShapeDtypeStruct((), jnp.int32), plan.abstract_metrics
 
-    def measure(config: StepConfig) -> Cost:
-        lowered = train_steps.lower(
-            plan.abstract_state,
-            inputs,
-            jax.ShapeDtypeStruct((), jnp.int32),
-            plan.abstract_metrics,
-            config=config,
-        )
-        return measure_cost(lowered.compile())
+    def compiled(config: StepConfig) -> Any:
+        lowered = train_steps.lower(plan.abstract_state, inputs, num_steps, metrics, config=config)
+        return lowered.compile()
 
-    # The compiler counts the body of a loop once, so flops are read without microbatches.
+    # The compiler counts the body of a loop once, so operations are read without microbatches.
     whole = dataclasses.replace(plan.config, microbatch_size=plan.config.batch_size)
-    return measure(plan.config)._replace(flops=measure(whole).flops)
+    flops = compiled(whole).cost_analysis().get("flops", 0.0)
+    memory = compiled(plan.config).memory_analysis()
+    sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return LoopCost(flops, sizes - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
 
 
 def _create_layout(run: Run) -> Layout:
@@ -274,7 +278,7 @@ def _create_augment(run: Run) -> Augmentation | None:
         return None
     augment = AUGMENTATIONS[recipe.augmentation]
     if not isinstance(augment, RandomAffine):
-        return augment  # the network resizes the images
+        return augment  # the network itself resizes the images
     augment = dataclasses.replace(augment, image_size=recipe.image_size)
     strength = recipe.augmentation_strength or 0
     if strength * augment.zoom >= 1:

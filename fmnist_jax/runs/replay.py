@@ -59,7 +59,7 @@ def replay(workdir: Path, dataset: Dataset, step: int) -> Replay:
       step: number of the step, counted from 1.
 
     Raises:
-      ConfigError: if the folder holds no run, or a run of other data, or has no such step.
+      ConfigError: if the folder holds no run or a run of other data, or the step does not exist.
       DamagedFileError: if config.json cannot be read.
     """
     plan = _read_plan(workdir, dataset)
@@ -122,7 +122,7 @@ def _restore_before(plan: Plan, step: int) -> TrainState:
     checkpoints = Checkpoints(plan.run.workdir / files.CHECKPOINTS, plan.settings)
     for saved in reversed(checkpoints.steps()):
         if saved < step:
-            # A damaged one only costs time: the one before it leads to the same bits.
+            # If it is damaged, the one before it gives the same bits.
             with contextlib.suppress(CheckpointError):
                 return checkpoints.restore_step(saved, plan.abstract_checkpoint)[0]["state"]
     return plan.create_state()

@@ -46,7 +46,36 @@ def write_results(
     """
     from fmnist_jax.analysis import calibration, scores  # SciPy and scikit-learn take a second
 
-    dataset, workdir, recipe = plan.dataset, plan.run.workdir, plan.run.recipe
+    dataset, workdir = plan.dataset, plan.run.workdir
+    predictions = _predictions(plan, state, hooks)
+    if not np.isfinite(predictions["logits"]).all():
+        raise DivergedError(
+            "the logits of the test images are not finite; a lower learning rate often helps"
+        )
+    test = scores.score(predictions["logits"], dataset.test_labels, dataset.class_names)
+    figures: dict[str, Any] = {
+        "test_accuracy": test.accuracy,
+        "test_loss": test.loss,
+        "tta_accuracy": None,
+        "calibration": calibration.describe(predictions),
+        "classes": test.classes,
+        "confusion_matrix": test.confusion_matrix,
+        "compile_seconds": round(compile_seconds, 3),
+        "params_sha256": params_sha256(state.params),
+    }
+    if plan.tta:
+        logits = predictions["tta_logits"]
+        tta = scores.score(logits, dataset.test_labels, dataset.class_names)
+        figures["tta_accuracy"] = tta.accuracy
+    files.write_arrays(workdir / files.PREDICTIONS, **predictions, sample=dataset.sample)
+    files.write_arrays(workdir / files.EXAMPLES, **_examples(plan, test.losses))
+    report = _describe_run(plan, history) | figures
+    files.write_json(workdir / files.REPORT, report)
+    return report
+
+
+def _predictions(plan: Plan, state: TrainState, hooks: Sequence[Hook]) -> dict[str, np.ndarray]:
+    """Returns logits, labels and positions of the test and the validation images."""
 
     def run(
         split: str, function: Callable[..., jax.Array], images: np.ndarray, views: int = 1
@@ -60,6 +89,8 @@ def write_results(
         )
         return np.asarray(logits)
 
+    dataset = plan.dataset
+    assert dataset.test_indices is not None  # set by Dataset itself
     predictions = {
         "logits": run("test", predict, dataset.test_images),
         "labels": dataset.test_labels,
@@ -68,21 +99,19 @@ def write_results(
         "val_labels": dataset.train_labels[plan.val_examples],
         "val_indices": plan.val_examples,
     }
-    if not np.isfinite(predictions["logits"]).all():
-        raise DivergedError(
-            "the logits of the test images are not finite; a lower learning rate often helps"
-        )
-    test = scores.score(predictions["logits"], dataset.test_labels, dataset.class_names)
-    tta_accuracy = None
     if plan.tta:
-        logits = run("test with augmentation", predict_tta, dataset.test_images, NUM_VIEWS)
-        tta_accuracy = scores.score(logits, dataset.test_labels, dataset.class_names).accuracy
-        predictions["tta_logits"] = logits
-    files.write_arrays(workdir / files.PREDICTIONS, **predictions, sample=dataset.sample)
-    files.write_arrays(workdir / files.EXAMPLES, **_examples(plan, test.losses))
+        predictions["tta_logits"] = run(
+            "test with augmentation", predict_tta, dataset.test_images, NUM_VIEWS
+        )
+    return predictions
+
+
+def _describe_run(plan: Plan, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns what report.json says of settings, data, log and environment."""
+    dataset, recipe = plan.dataset, plan.run.recipe
     last = {line["split"]: line for line in history}
     train_lines = [line for line in history if line["split"] == "train"]
-    report = {
+    return {
         "sample": dataset.sample,
         "arch": recipe.arch,
         "recipe": dataclasses.asdict(recipe),
@@ -92,13 +121,6 @@ def write_results(
         "params": plan.num_params,
         "train_accuracy": last["train"]["accuracy"],
         "val_accuracy": last["val"]["accuracy"] if "val" in last else None,
-        "test_accuracy": test.accuracy,
-        "test_loss": test.loss,
-        "tta_accuracy": tta_accuracy,
-        "calibration": calibration.describe(predictions),
-        "classes": test.classes,
-        "confusion_matrix": test.confusion_matrix,
-        "compile_seconds": round(compile_seconds, 3),
         "train_seconds": round(sum(line["seconds"] for line in train_lines), 3),
         "images_per_second": float(np.median([line["images_per_second"] for line in train_lines])),
         "data": {
@@ -110,12 +132,9 @@ def write_results(
             "test": len(dataset.test_labels),
             "classes": list(dataset.class_names),
         },
-        "params_sha256": params_sha256(state.params),
         "versions": environment.versions(),
         "device": jax.devices()[0].device_kind,
     }
-    files.write_json(workdir / files.REPORT, report)
-    return report
 
 
 def _examples(plan: Plan, test_losses: np.ndarray) -> dict[str, np.ndarray]:

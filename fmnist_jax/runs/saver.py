@@ -41,7 +41,7 @@ class LoopState(NamedTuple):
 
     @property
     def val_accuracy(self) -> float | None:
-        """Validation accuracy of this very state, if it was evaluated."""
+        """Validation accuracy of the current state, if it was evaluated."""
         last = self.history[-1] if self.history else {}
         is_current = last.get("split") == "val" and last["step"] == self.step
         return last["accuracy"] if is_current else None
@@ -99,7 +99,7 @@ class Saver:
             )
         except CheckpointError as error:
             warnings.warn(
-                f"{error}; training continues, and the next checkpoint is tried as usual",
+                f"{error}; training continues, and the next checkpoint is written as scheduled",
                 CheckpointWarning,
                 stacklevel=2,
             )
@@ -108,7 +108,7 @@ class Saver:
         self._saved_at = time.monotonic()
 
     def stop(self, loop: LoopState, signal_number: int | None) -> NoReturn:
-        """Saves what is not saved yet, and raises.
+        """Saves the state if necessary, and raises.
 
         Args:
           loop: the state after the last step.
@@ -168,7 +168,7 @@ def restore_finished(plan: Plan, checkpoints: Checkpoints) -> LoopState:
     def read(like: Any) -> tuple[Any, dict[str, Any]]:
         if not checkpoints.steps():
             raise CheckpointError(
-                f"the run in {plan.run.workdir} is finished, but its checkpoints are gone; its "
+                f"the run in {plan.run.workdir} is finished, but its checkpoints are missing; its "
                 "results are unchanged, and another folder starts a new run"
             )
         return checkpoints.restore_step(plan.total_steps, like)

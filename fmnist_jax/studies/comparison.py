@@ -40,7 +40,7 @@ def compare(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> dict[str, Any]:
     if not seeds:
         raise ConfigError(
             f"the first runs have the seeds {sorted(sides[0])} and the second {sorted(sides[1])}; "
-            "runs are compared by seed, so both need the same ones"
+            "runs are paired by seed; both sides need a common seed"
         )
     a, b = ([side[seed] for seed in seeds] for side in sides)
     for run in (*a, *b):

@@ -26,7 +26,7 @@ from fmnist_jax.train.step import (
 
 
 class CrossValidation(NamedTuple):
-    """Out-of-fold predictions, and how well the folds' networks learned their own images.
+    """Out-of-fold predictions, and what the networks learned of the images they were trained on.
 
     Attributes:
       logits: float32[n, num_classes], of each training image from the network without it.

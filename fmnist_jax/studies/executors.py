@@ -1,4 +1,4 @@
-"""Executors: functions that train independent runs, one after the other or on a Ray cluster.
+"""Executors: functions that train independent runs, sequentially or on a Ray cluster.
 
 `executor(runs, dataset, hooks)` returns when every run is finished. The results are in the runs'
 folders, with the same bits for every executor.

@@ -25,7 +25,7 @@ from fmnist_jax.train.predict import evaluate
 SWEEP = "sweep.json"
 STORAGE = "study.db"
 
-# Seconds between two signs of life of a trial, and until a silent one is repeated.
+# Seconds between two heartbeats of a trial, and without one until it is repeated.
 _HEARTBEAT_SECONDS, _GRACE_SECONDS = 10, 60
 
 # A trial is compared with the median of the others after its first epoch, once there are five.
@@ -39,7 +39,7 @@ class Domain(NamedTuple):
       low: the smallest number; None for choices.
       high: the largest.
       log: whether the logarithm is uniform.
-      choices: the values, where they are no range.
+      choices: the values of a categorical setting.
     """
 
     low: float | None = None
@@ -77,11 +77,13 @@ def parse_domain(text: str) -> tuple[str, Domain]:
     try:
         numbers: list[Any] = [kind(part) for part in parts]
     except ValueError as error:
-        raise ConfigError(f"{text!r} has a value that is no {kind.__name__}") from error
+        raise ConfigError(f"{text!r} has a value that is not of type {kind.__name__}") from error
     if ":" not in values:
         return name, Domain(choices=tuple(numbers))
     if kind is str or len(numbers) != 2:
-        raise ConfigError(f"{text!r} is no range; expected {name}=low:high or {name}=log:low:high")
+        raise ConfigError(
+            f"{text!r} is not a range; expected {name}=low:high or {name}=log:low:high"
+        )
     if not numbers[0] < numbers[1] or (log and numbers[0] <= 0):
         above = "above 0 and " if log else ""
         raise ConfigError(f"{text!r} is an empty range; low must be {above}below high")
@@ -117,8 +119,9 @@ def sweep(
     processes on one machine can share it. Trials that differ in traced scalars (learning rate,
     weight decay, dropout, label smoothing, strength of augmentation) share one compiled program.
 
-    The trials see the validation images alone. The best setting is then trained from fresh seeds,
-    in the subfolder `best-N` for trial N, and only these runs are evaluated on the test images.
+    Trials are evaluated on the validation images only. The best setting is then trained from fresh
+    seeds, in the subfolder `best-N` for trial N, and only these runs are evaluated on the test
+    images.
 
     Args:
       run: recipe, seed of all trials and folder.
@@ -220,7 +223,7 @@ def _search(
         def objective(trial: Any) -> float:
             return _run_trial(trial, run, dataset, space, hooks, signals, optuna)
 
-        # Each process, and each continuation, draws other proposals.
+        # Each process, and each continuation, draws different proposals.
         study.sampler = optuna.samplers.TPESampler(seed=run.seed + len(study.trials))
         while (done := len(study.get_trials(deepcopy=False, states=states))) < num_trials:
             say(hooks, f"{done} of {num_trials} trials are finished")

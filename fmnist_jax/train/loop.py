@@ -75,9 +75,9 @@ def train_steps(
 ) -> tuple[TrainState, Metrics]:
     """Takes `num_steps` steps in one compiled loop.
 
-    `num_steps` is traced: one program serves every value. However an epoch is cut into calls, the
-    bits of the state are the same, and those of the metrics too if they are passed on. The step
-    number tells where in the epoch and in the random streams the state is.
+    `num_steps` is traced: one program serves every value. The bits of the state do not depend on
+    how an epoch is cut into calls, nor do those of the metrics if they are passed on. The step
+    number is the position in the epoch and in the random streams.
 
     Args:
       state: the current state. Donated: its arrays are invalid afterwards.

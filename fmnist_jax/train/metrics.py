@@ -1,4 +1,4 @@
-"""The loss, and counts that stay sums until the last moment."""
+"""The loss, and metrics as sums, which are divided once at the end."""
 
 from typing import NamedTuple
 
@@ -103,7 +103,7 @@ def cross_entropy(
     Args:
       logits: float[batch, num_classes].
       labels: int[batch], values in [0, num_classes).
-      label_smoothing: share of the target that is spread evenly over all classes (Szegedy et al.
+      label_smoothing: fraction of the target that is spread evenly over all classes (Szegedy et al.
         2016), in [0, 1), which may be traced; None is 0.
 
     Returns:
@@ -115,7 +115,7 @@ def cross_entropy(
     """
     is_label = labels[:, None] == jnp.arange(logits.shape[-1])[None, :]
     picked = jnp.sum(jnp.where(is_label, logits, 0), axis=-1)
-    # A label that is no class must not pass for a small loss.
+    # A label outside [0, num_classes) gives NaN, not a small loss.
     picked = jnp.where(jnp.any(is_label, axis=-1), picked, jnp.nan)
     if label_smoothing is not None:
         picked += label_smoothing * (jnp.mean(logits, axis=-1) - picked)

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Bytes that a microbatch may leave for the backward pass, so that they are still in the cache
-# then. Measured in nine interleaved rounds on two cores with 32 MiB of last-level cache: 11 to
-# 18 MB are equally fast; 8 MB cost he_stack a seventh of its speed, 26 MB some. XLA:CPU of jax 0.12
+# Bytes of residuals of a microbatch, such that the backward pass reads them from the cache.
+# Measured in nine interleaved rounds on two cores with 32 MiB of last-level cache: 11 to 18 MB are
+# equally fast; he_stack is a seventh slower with 8 MB, and slower with 26 MB. XLA:CPU of jax 0.12
 # computes a matrix product of less than about 2.5 million multiplications on one core: he_stack is
 # 1.2 times as fast with the 19 images of 14.5 MB as with the 15 images of 12 MB.
 MICROBATCH_BYTES = 14_500_000
@@ -19,8 +19,8 @@ def choose_microbatch_size(
 ) -> int:
     """Chooses how many examples go through the model at once.
 
-    On a CPU as many as leave `MICROBATCH_BYTES` for the backward pass, or as many bytes as the
-    parameters have, which each microbatch reads. On other devices, and for a model with batch
+    On a CPU as many as have `MICROBATCH_BYTES` of residuals, or as many bytes as the parameters,
+    which each microbatch reads. On other devices, and for a model with batch
     statistics or other variables besides its parameters, the whole batch. The result depends on
     shapes alone.
 

@@ -3,7 +3,7 @@
 Each optimizer is an optax transformation whose `update` takes the learning rate and the weight
 decay as extra arguments. Both may be traced: one compiled program serves every value, and `vmap`
 or `lax.map` can train with many. optax has all three optimizers, but its Adam adds epsilon to the
-bias-corrected root, which no choice of epsilon turns into Keras' update.
+bias-corrected root, which differs from Keras' update for every epsilon.
 """
 
 import functools
@@ -48,9 +48,10 @@ def create_optimizer(name: OptimizerName) -> optax.GradientTransformationExtraAr
 
     Args:
       name: "adam" (beta 0.9 and 0.999, epsilon 1e-7), "rmsprop" (rho 0.9, epsilon 1e-7 inside the
-        root) or "sgd" (momentum 0.9), with Keras' defaults but for the momentum; or "muon" (Jordan
-        et al. 2024) for convolution kernels, beside SGD with Nesterov momentum for all else. It
-        needs the parameters in `update`: kernels are rescaled first, as in airbench94.
+        root) or "sgd" (momentum 0.9), with Keras' defaults except for the momentum; or "muon"
+        (Jordan et al. 2024) for convolution kernels, with SGD with Nesterov momentum for the other
+        parameters. It needs the parameters in `update`: kernels are rescaled first, as in
+        airbench94.
 
     Returns:
       An optax transformation. Its `update` takes `learning_rate`, float32[], and optionally

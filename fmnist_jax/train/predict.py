@@ -158,7 +158,7 @@ def predict_tta(
     The probabilities are averaged over six views: the image, two diagonal shifts by one pixel, and
     the mirror images of the three. The unshifted views have half of the weight. Pixels that a
     shift uncovers are 0, the background of Fashion-MNIST. A network that was trained without
-    mirrored images loses 3 to 7 points of accuracy by it.
+    mirrored images loses 3 to 7 points of accuracy.
 
     Args:
       variables: the model's variables, `state.variables`.

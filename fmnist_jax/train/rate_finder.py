@@ -46,9 +46,9 @@ def find_learning_rate(
     high: float = 10.0,
     num_steps: int = 100,
 ) -> RateCurve:
-    """Trains some steps at growing learning rates, in one compiled call.
+    """Takes steps while the learning rate grows, in one compiled call.
 
-    The state is copied and stays as it is.
+    The state is copied and not changed.
 
     Args:
       state: where to start from, usually the initial state.
@@ -104,7 +104,7 @@ def find_learning_rate(
         )
     rates, losses, smoothed = rates[:length], losses[:length], smoothed[:length]
     slope = np.gradient(smoothed, np.log(rates))
-    # After the minimum, a fall is noise.
+    # A decrease after the minimum is noise.
     steepest = int(np.argmin(slope[: int(np.argmin(smoothed)) + 1]))
     return RateCurve(rates, losses, smoothed, float(rates[steepest]))
 

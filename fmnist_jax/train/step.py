@@ -73,8 +73,8 @@ class StepConfig:
       dtype: the model computes in it, from parameters and images that are cast to it; bfloat16 is
         for accelerators. Parameters, updates, loss and metrics stay float32.
       microbatch_size: examples that go through the model at once; their gradients are summed. The
-        update is the same but for rounding, for dropout, where each microbatch has its own key,
-        and for batch normalization, which sees each microbatch alone. None chooses
+        update is the same except for rounding, for dropout, where each microbatch has its own
+        key, and for batch normalization, which uses the statistics of each microbatch. None chooses
         (`train_steps`) or takes the whole batch (`train_step`).
       layout: the devices, and how they divide a batch; `distributed.shards.Shards` has several.
       log_norms: whether the metrics have the norms of gradient, parameters and updates.
@@ -111,7 +111,7 @@ class Hyperparams(NamedTuple):
       learning_rate: peak of the schedule, above 0; None for an optimizer with its own.
       total_steps: length of the schedule in steps; None where the schedule is constant.
       weight_decay: decoupled, at least 0; None is none.
-      dropout: one rate in [0, 1) for all dropout layers; None leaves each layer its own.
+      dropout: one rate in [0, 1) for all dropout layers; None keeps the rate of each layer.
       label_smoothing: fraction of the target spread over all classes, in [0, 1); None is 0.
       augmentation_strength: scales every range of the augmentation, at least 0; None is 1.
     """
@@ -191,8 +191,8 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """Updates the parameters by the mean loss over a batch.
 
-    A plain function, to be called as it is or under `jit`, `vmap` and loops. With several devices,
-    it is called on each of them (`Layout.run`).
+    A pure function, to be called directly or under `jit`, `vmap` and loops. With several devices,
+    each of them calls it (`Layout.run`).
 
     Args:
       state: the current state.

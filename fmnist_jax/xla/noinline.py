@@ -124,8 +124,7 @@ def reproducible(function: Callable[..., T], *arrays: Any) -> T:
 def inlining(function: Callable[..., T]) -> Callable[..., T]:
     """Lets XLA:CPU inline the calls inside a function that `noinline` calls.
 
-    Without it they are not inlined either, which suits a short function, and makes a large one
-    slow.
+    Without it these calls are not inlined either, which makes a large function slow.
 
     Args:
       function: pure.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fmnist_jax.commands import compare as compare_command
-from fmnist_jax.commands import flags
+from fmnist_jax.commands import flags, shell
 from tests.commands.conftest import SMALL
 
 

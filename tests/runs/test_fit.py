@@ -370,7 +370,7 @@ def test_a_finished_run_without_checkpoints_keeps_its_results(straight, tmp_path
     moved = shutil.copytree(workdir, tmp_path / "run", ignore=lambda *_: ["checkpoints"])
     before = {path: path.read_bytes() for path in moved.iterdir() if path.is_file()}
     for tta in (False, True):
-        with pytest.raises(CheckpointError, match="is finished, but its checkpoints are gone"):
+        with pytest.raises(CheckpointError, match="is finished, but its checkpoints are missing"):
             fm.fit(make_run(moved, tta=tta), tiny, hooks=())
     assert {path: path.read_bytes() for path in moved.iterdir() if path.is_file()} == before
 
