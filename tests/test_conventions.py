@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 
@@ -106,3 +107,10 @@ assert not heavy, heavy
     )
     assert result.returncode == 0, result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_stable_names_are_the_public_ones():
+    table = (ROOT / "docs" / "stability.md").read_text().partition("## Not stable")[0]
+    rows = [line for line in table.splitlines() if line.lstrip().startswith("| ")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named == set(fm.__all__)

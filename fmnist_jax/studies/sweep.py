@@ -15,7 +15,7 @@ from fmnist_jax.differences import differences_message
 from fmnist_jax.errors import ConfigError, DivergedError, Interrupted
 from fmnist_jax.runs import files
 from fmnist_jax.runs.console import ConsoleProgress
-from fmnist_jax.runs.driver import train_calls
+from fmnist_jax.runs.fit import train_calls
 from fmnist_jax.runs.plan import Plan, create_plan
 from fmnist_jax.runs.signals import deferred_signals
 from fmnist_jax.studies.seeds import fit_seeds

@@ -290,7 +290,7 @@ def _compute_part_grads(
     size = config.microbatch_size
     if size is None or size >= len(batch.labels):
         grads, (model_state, losses, logits) = grad(
-            params, model_state, batch, key, hyperparams, num_examples
+            params, model_state, hyperparams, batch, key, num_examples
         )
     else:
         if model_state and len(batch.labels) % size:
@@ -305,7 +305,7 @@ def _compute_part_grads(
         def add(carry: Any, microbatch: tuple[Batch, jax.Array]) -> Any:
             sums, model_state = carry
             grads, (model_state, losses, logits) = grad(
-                params, model_state, *microbatch, hyperparams, num_examples
+                params, model_state, hyperparams, *microbatch, num_examples
             )
             return (jax.tree.map(jnp.add, sums, grads), model_state), (losses, logits)
 
@@ -319,9 +319,9 @@ def _compute_part_grads(
 def _mean_loss(
     params: Any,
     model_state: Any,
+    hyperparams: Hyperparams,
     batch: Batch,
     key: jax.Array,
-    hyperparams: Hyperparams,
     num_examples: jax.Array,
     *,
     config: StepConfig,

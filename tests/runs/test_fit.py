@@ -24,7 +24,8 @@ from fmnist_jax.errors import (
     Interrupted,
 )
 from fmnist_jax.nn import models
-from fmnist_jax.runs import driver, environment, files, saver
+from fmnist_jax.runs import environment, files, saver
+from fmnist_jax.runs import fit as fit_lib
 from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.runs.plan import create_plan
 from fmnist_jax.train.predict import predict_tta
@@ -83,7 +84,7 @@ class Stop(fm.Hook):
 @pytest.mark.parametrize("steps", [[1], [4], [3, 4, 8], [5, 6, 7, 9]])
 def test_resume_is_bitwise_identical(steps, straight, tmp_path, tiny, monkeypatch):
     # One step per call, so that the signal arrives at this very step.
-    monkeypatch.setattr(driver, "_CALL_SECONDS", 0.0)
+    monkeypatch.setattr(fit_lib, "_CALL_SECONDS", 0.0)
     for step in steps:
         with pytest.raises(
             Interrupted, match=f"after step {step} of 9; the state is saved"
@@ -102,7 +103,7 @@ def test_resume_is_bitwise_identical(steps, straight, tmp_path, tiny, monkeypatc
 
 
 def test_sigterm_stops_and_the_handlers_are_restored(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(driver, "_CALL_SECONDS", 0.0)
+    monkeypatch.setattr(fit_lib, "_CALL_SECONDS", 0.0)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted) as caught:
         fm.fit(make_run(tmp_path), tiny, hooks=[Stop(2, signal.SIGTERM)])
@@ -168,7 +169,7 @@ def test_bits_depend_neither_on_calls_nor_on_checkpoints(
 
 def fix_pace(monkeypatch, num_steps):
     """From the second call on, each takes this number of steps."""
-    monkeypatch.setattr(driver, "_adapted", lambda *_: num_steps)
+    monkeypatch.setattr(fit_lib, "_adapted", lambda *_: num_steps)
 
 
 class Steps(fm.Hook):
@@ -258,7 +259,7 @@ def test_the_score_is_saved_when_the_first_save_fails(tmp_path, tiny, monkeypatc
 
     refused: list[int] = []
     monkeypatch.setattr(Checkpoints, "save", refuse)
-    monkeypatch.setattr(driver, "_CALL_SECONDS", 0.0)
+    monkeypatch.setattr(fit_lib, "_CALL_SECONDS", 0.0)
     with pytest.warns(CheckpointWarning, match="full"), pytest.raises(Interrupted):
         fm.fit(make_run(tmp_path), tiny, hooks=[Stop(3)])
     checkpoint = fm.load_checkpoint(tmp_path)
@@ -275,7 +276,7 @@ def test_invalid_intervals_are_refused(text, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_skipped(straight, tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(driver, "_CALL_SECONDS", 0.0)
+    monkeypatch.setattr(fit_lib, "_CALL_SECONDS", 0.0)
     with pytest.raises(Interrupted):
         fm.fit(make_run(tmp_path), tiny, hooks=[Stop(8)])
     for path in (tmp_path / "checkpoints" / "8").rglob("*"):
@@ -291,7 +292,7 @@ def test_a_damaged_checkpoint_is_skipped(straight, tmp_path, tiny, monkeypatch):
 
 
 def test_the_log_is_restored_from_the_checkpoint(straight, tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(driver, "_CALL_SECONDS", 0.0)
+    monkeypatch.setattr(fit_lib, "_CALL_SECONDS", 0.0)
     for step, content in ((4, b'{"step": 3, "epo'), (7, None)):
         with pytest.raises(Interrupted):
             fm.fit(make_run(tmp_path), tiny, hooks=[Stop(step)])
@@ -304,7 +305,7 @@ def test_the_log_is_restored_from_the_checkpoint(straight, tmp_path, tiny, monke
 
 
 def test_a_changed_environment_is_reported(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(driver, "_CALL_SECONDS", 0.0)
+    monkeypatch.setattr(fit_lib, "_CALL_SECONDS", 0.0)
     for step in (2, 4):  # unchanged: a warning would be an error
         with pytest.raises(Interrupted):
             fm.fit(make_run(tmp_path), tiny, hooks=[Stop(step)])

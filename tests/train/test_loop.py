@@ -111,12 +111,14 @@ def test_train_epoch_resumes_inside_an_epoch(arrays):
     expected, sums = run(arrays, [4])
     streams = fm.create_streams(3)
     state, total = fm.create_train_state(streams.init, CONFIG), None
+    inputs = fm.TrainInputs(arrays[0], arrays[1], streams, HYPERPARAMS)
+    stop = 3
+
+    def next_num_steps(step, left):
+        return min(stop - step, left)
+
     for stop in (3, 4, 8):  # the first call takes three steps, the second the rest of the epoch
-        inputs = fm.TrainInputs(arrays[0], arrays[1], streams, HYPERPARAMS)
-        calls = train_epoch(
-            state, inputs, total, config=CONFIG,
-            next_num_steps=lambda step, left, stop=stop: min(stop - step, left),
-        )  # fmt: skip
+        calls = train_epoch(state, inputs, total, config=CONFIG, next_num_steps=next_num_steps)
         state, total = next(calls)
         assert int(state.step) == stop
         if stop == 4:
