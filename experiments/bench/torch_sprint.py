@@ -82,10 +82,9 @@ def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def curve(
-    arrays: dict[str, np.ndarray], recipe: dict[str, Any], seed: int
-) -> list[tuple[float, float]]:
+def curve(path: str, recipe: dict[str, Any], seed: int) -> list[tuple[float, float]]:
     """Trains the recipe; returns seconds and test accuracy after each epoch."""
+    arrays = np.load(path)
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     patterns = torch.from_numpy(arrays["patterns"]).float().permute(2, 0, 1)
