@@ -117,13 +117,14 @@ def matrix_rate() -> float:
     return 2 * len(matrix) ** 3 / min(seconds)
 
 
-class _Dropout(nn.Module):
-    """The library's dropout, so that the reference network drops the same activations."""
+class Dropout(nn.Module):
+    """The library's dropout. Its name and the key determine which activations it drops."""
 
     rate: float
 
     @nn.compact
     def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
+        """Applies dropout as `nn.Dropout` does."""
         return x if deterministic else ops.dropout(self.make_rng("dropout"), x, self.rate)
 
 
@@ -141,7 +142,7 @@ def compare_steps(path: str, case: Case) -> dict[str, float]:
     ours = Competitor(*load(path, case), case)
     # Each microbatch has its own dropout key, and the plain network has no microbatches.
     ours.config = dataclasses.replace(ours.config, microbatch_size=case.batch_size)
-    model = Network(NETWORKS[case.arch], dropout=_Dropout)
+    model = Network(NETWORKS[case.arch], dropout=Dropout)
     tx: Any = optax.with_extra_args_support(ours.config.tx)
 
     @platform_jit()
