@@ -9,10 +9,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -24,38 +23,23 @@ FOLDER = Path(__file__).parent
 OURS = "fmnist_jax"
 
 
-class Competitor(NamedTuple):
-    """One way to train.
-
-    Attributes:
-      module: name of its module in this folder.
-      requirements: name of its Python environment; None is that of this process.
-      options: keyword arguments of the module's `Competitor`.
-    """
-
-    module: str
-    requirements: str | None = None
-    options: Mapping[str, bool] = MappingProxyType({})
-
-
-COMPETITORS = {
-    OURS: Competitor("ours"),
-    f"{OURS}_bf16": Competitor("ours", options={"bf16": True}),
-    "keras_tensorflow": Competitor("keras_fit", "tensorflow"),
-    "torch": Competitor("torch_loop", "torch"),
-    "torch_channels_last": Competitor("torch_loop", "torch", {"channels_last": True}),
-    "torch_channels_last_bf16": Competitor(
-        "torch_loop", "torch", {"channels_last": True, "bf16": True}
-    ),
-    "torch_compile": Competitor(
+# Module in this folder, Python environment (None is that of this process), and options.
+COMPETITORS: dict[str, tuple[str, str | None, dict[str, bool]]] = {
+    OURS: ("ours", None, {}),
+    f"{OURS}_bf16": ("ours", None, {"bf16": True}),
+    "keras_tensorflow": ("keras_fit", "tensorflow", {}),
+    "torch": ("torch_loop", "torch", {}),
+    "torch_channels_last": ("torch_loop", "torch", {"channels_last": True}),
+    "torch_channels_last_bf16": ("torch_loop", "torch", {"channels_last": True, "bf16": True}),
+    "torch_compile": (
         "torch_loop", "torch", {"channels_last": True, "bf16": True, "compiled": True}
     ),
-    "linen": Competitor("linen_loop"),
-}
+    "linen": ("linen_loop", None, {}),
+}  # fmt: skip
 
 
-class ChildError(RuntimeError):
-    """A competitor's process failed. The message has the last lines that it printed."""
+class CompetitorError(RuntimeError):
+    """A competitor failed, or what it computes is wrong."""
 
 
 class Child:
@@ -67,7 +51,7 @@ class Child:
       data: .npz file with `images` and `labels`.
 
     Raises:
-      ChildError: if packages cannot be installed.
+      CompetitorError: if packages cannot be installed.
     """
 
     def __init__(self, name: str, device: str, data: Path) -> None:
@@ -112,7 +96,7 @@ class Child:
         """Sends a command and waits for the reply.
 
         Raises:
-          ChildError: if the process ends before it replies.
+          CompetitorError: if the process ends before it replies.
         """
         with contextlib.suppress(BrokenPipeError):
             os.killpg(self._process.pid, signal.SIGCONT)
@@ -123,7 +107,7 @@ class Child:
             status = self._process.wait()
             self._log.seek(0)
             lines = self._log.read().splitlines()[-8:]
-            raise ChildError("\n".join([f"{self._name} ended with status {status}", *lines]))
+            raise CompetitorError("\n".join([f"{self._name} ended with status {status}", *lines]))
         os.killpg(self._process.pid, signal.SIGSTOP)
         return json.loads(reply)
 
@@ -156,7 +140,7 @@ def _interpreter(requirements: str | None, device: str) -> Path:
                 command, capture_output=True, text=True, check=False
             )
             if done.returncode:
-                raise ChildError(f"{path.stem} cannot be installed\n{done.stderr[-2000:]}")
+                raise CompetitorError(f"{path.stem} cannot be installed\n{done.stderr[-2000:]}")
         complete.touch()
     return python
 
@@ -201,9 +185,9 @@ def run(
     try:
         arguments.workdir.mkdir(parents=True, exist_ok=True)
         return command(arguments, console)
-    except (ChildError, DataError, OSError) as error:
+    except (CompetitorError, DataError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False)
-        return 1 if isinstance(error, ChildError) else 2
+        return 1 if isinstance(error, CompetitorError) else 2
 
 
 def exit_on_signals() -> None:

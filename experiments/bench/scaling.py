@@ -23,7 +23,7 @@ from typing import NamedTuple
 import competitors
 import jax
 import jax.numpy as jnp
-from competitors import ChildError
+from competitors import CompetitorError
 from rich.console import Console
 from rich.table import Table
 from summary import spread
@@ -123,7 +123,7 @@ def _measure(case: Case, arguments: argparse.Namespace) -> float:
     outputs = [child.communicate()[0] for child in children]
     for child in children:
         if child.returncode:
-            raise ChildError(f"a process ended with status {child.returncode}")
+            raise CompetitorError(f"a process ended with status {child.returncode}")
     return float(outputs[0].split("\n")[-2])
 
 

@@ -17,22 +17,14 @@ _SECONDS = (10, 20, 50, 100, 200, 500)
 
 
 def speeds(result: dict[str, Any], name: str) -> list[float]:
-    """Returns a competitor's images/s in each round; [] if it has a problem or is absent."""
-    record = result["competitors"].get(name, {"problem": "absent"})
-    if record["problem"]:
-        return []
-    return [r["steps"] * result["case"]["batch_size"] / r["seconds"] for r in record["rounds"]]
-
-
-def best_peer(result: dict[str, Any]) -> str | None:
-    """Returns the competitor with the highest median speed besides fmnist_jax."""
-    peers = {name: speeds(result, name) for name in result["competitors"] if name != OURS}
-    return max((n for n in peers if peers[n]), key=lambda n: median(peers[n]), default=None)
+    """Returns a competitor's images/s in each round."""
+    rounds, batch_size = result["competitors"][name]["rounds"], result["case"]["batch_size"]
+    return [r["steps"] * batch_size / r["seconds"] for r in rounds]
 
 
 def ratios(result: dict[str, Any], name: str) -> list[float]:
     """Returns the speed of fmnist_jax relative to a competitor's, round by round."""
-    return [a / b for a, b in zip(speeds(result, OURS), speeds(result, name), strict=False)]
+    return [a / b for a, b in zip(speeds(result, OURS), speeds(result, name), strict=True)]
 
 
 def print_result(result: dict[str, Any], console: Console) -> None:
@@ -44,9 +36,6 @@ def print_result(result: dict[str, Any], console: Console) -> None:
     ):  # fmt: skip
         table.add_column(heading, justify="right" if table.columns else "left", no_wrap=True)
     for name, record in result["competitors"].items():
-        if record["problem"]:
-            console.print(f"{name} {record['problem']}", style="red", markup=False)
-            continue
         images_per_second = speeds(result, name)
         fractions = [
             speed / case.batch_size * result["flops_per_step"] / rate
@@ -59,16 +48,15 @@ def print_result(result: dict[str, Any], console: Console) -> None:
             spread(images_per_second, ",.0f"),
             "" if name == OURS else spread(ratios(result, name), ".2f"),
             f"{median(fractions):.0%}",
-            f"{record['memory'] or 0:,.0f}",
+            f"{record['memory']:,.0f}",
             f"{record['first_step_seconds']:.1f}",
             style="bold" if name == OURS else "",
         )
     console.print(table)
-    if difference := result["competitors"].get(OURS, {}).get("difference"):
-        console.print(
-            "Largest difference of ten steps from those of a plain network: "
-            f"{difference['loss']:.1e} of the loss, {difference['update']:.1e} of the update."
-        )
+    console.print(
+        "Largest difference of ten steps from those of a plain network: "
+        "{loss:.1e} of the loss, {update:.1e} of the update.".format(**result["difference"])
+    )
 
 
 @style()
@@ -78,10 +66,9 @@ def draw_results(results: Sequence[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(8, sum(heights)), layout="constrained")
     charts = figure.subplots(len(results), squeeze=False, height_ratios=heights)[:, 0]
     for chart, result in zip(charts, results, strict=True):
-        rounds = {name: speeds(result, name) for name in result["competitors"]}
-        medians = {name: median(rounds[name]) for name in rounds if rounds[name]}
+        medians = {name: median(speeds(result, name)) for name in result["competitors"]}
         names = sorted(medians, key=lambda name: medians[name])
-        unit = medians[best_peer(result) or OURS] if medians else 1
+        unit = max((medians[name] for name in names if name != OURS), default=medians[OURS])
         bars = chart.barh(
             names,
             [medians[name] / unit for name in names],
@@ -122,6 +109,4 @@ def draw_curves(curves: dict[str, list[Any]], targets: Sequence[float]) -> Figur
 
 def spread(values: Sequence[float], digits: str) -> str:
     """Formats the median with the smallest and the largest."""
-    if not values:
-        return "-"
     return f"{median(values):{digits}} ({min(values):{digits}} to {max(values):{digits}})"

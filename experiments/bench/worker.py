@@ -210,15 +210,9 @@ def train(competitor: Any, num_steps: int) -> dict[str, Any]:
     return {"steps": done, "seconds": seconds, "loss": loss if math.isfinite(loss) else None}
 
 
-def peak_memory() -> float | None:
-    """Reads the peak resident memory in MiB from Linux; None elsewhere.
-
-    `ru_maxrss` would start at the memory of the parent process.
-    """
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+def peak_memory() -> float:
+    """Reads the peak resident memory in MiB. `ru_maxrss` would start at that of the parent."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["VmHWM"].split()[0]) / 1024
 
 
