@@ -4,7 +4,8 @@
     python experiments/tables.py --check   # exits with status 1 if a table differs from the results
 
 A table stands between `<!-- name -->` and `<!-- end name -->`; its headings are written by hand.
-So are the tables that are mostly text: machines, resume, tiles and audit.
+So are the tables that are mostly text (machines, resume, tiles, audit), and those that only earlier
+versions can measure.
 """
 
 import argparse
@@ -67,6 +68,8 @@ class Record(dict[str, Any]):
     def __format__(self, spec: str) -> str:
         if "median" in self:
             return _spread(self.median, self.min, self.max, spec)
+        if "ci95_low" in self:
+            return _spread(self.value, self.ci95_low, self.ci95_high, spec)
         if "mean" in self:
             return f"{self.mean:{spec}} ± {self.ci95_half_width:{spec}}"
         return f"{self['values']:{spec}}"
@@ -87,11 +90,10 @@ def tables() -> dict[str, Iterable[str]]:
     gpu = load("gpu")
     networks = load("accuracy").networks | {"deep_augmented": gpu.recipes.deep_augmented}
     projects = [(name, Record(networks[name])) for name in PROJECTS]
-    recipes, settings = load("sprint").recipes.items(), load("sprint").settings
+    recipes = load("sprint").recipes.items()
     triples = gpu.triples.accuracy
     accuracies = [np.mean(triple.seeds) for triple in triples]
     layouts = {tuple(r.values())[:4]: r.rounds for r in load("scaling").images_per_second}
-    growth, startup = load("growth"), load("startup")
     return {
         "results": [
             f"`{n}` | {len(r.seeds)} | {r.test_accuracy:.2f} | | {r.claim}"
@@ -120,10 +122,9 @@ def tables() -> dict[str, Iterable[str]]:
             f"highest | {triples[-1].classes} | {accuracies[-1]:.2f}",
         ],
         "calibration": (
-            f"`{n}` | {r.ensemble_accuracy:.2f} | {_spread(*list(e.values()), '.2f') if e else ''}"
-            f" | {r.ece_values:.2f} | {r.ece_after_temperature_values:.2f} | {r.tta_accuracy:.2f}"
+            f"`{n}` | {r.ensemble_accuracy:.2f} | {r.ensemble_ece:.2f} | {r.ece_values:.2f}"
+            f" | {r.ece_after_temperature_values:.2f} | {r.tta_accuracy:.2f}"
             for n, r in projects
-            for e in [r.ensemble_ece]
         ),
         "time to accuracy": _time_to_accuracy("time_to_accuracy"),
         "time to accuracy zen3": _time_to_accuracy("time_to_accuracy_zen3"),
@@ -142,19 +143,9 @@ def tables() -> dict[str, Iterable[str]]:
             for r in load("ablation").values()
             for d in [r.difference]
         ),
-        "sprint settings": _once(
-            f"{r.filters} | {r.epochs} | {r.change} | {r.val_accuracy:.2f} | {r.val_loss:.3f}"
-            for r in settings
-        ),
         "gpu": (
             f"`{n}` | {len(r.seeds)} | {_accuracies(r, f' | {r.ensemble_accuracy:.2f}')}"
             for n, r in ((name, gpu.recipes[name]) for name in PROJECTS)
-        ),
-        "variance": (
-            f"{n} | {r.std:.3f} | {r.ci95:to.3f} | "
-            + ("{}% | {}% to {}%".format(share, *r.variance_share_ci95) if share else " | ")
-            for n, r in load("variance").streams.items()
-            for share in [r.variance_share_percent]
         ),
         "hashes": (
             f"`{n}` | `{digest}` | the same | the same"
@@ -180,11 +171,7 @@ def tables() -> dict[str, Iterable[str]]:
         ),
         "startup": (
             f"`{n}` | {r.starts} | {r.nothing_cached:.1f} | {r.jax_cache:.1f}"
-            for n, r in startup["run.py"].items()
-        ),
-        "startup frameworks": (
-            f"{n} start, s | {' | '.join(map(str, startup['bench.py'][f'{n}_start'].values()))}"
-            for n in ("first", "second")
+            for n, r in load("startup")["run.py"].items()
         ),
         "batch size": _once(
             f"`{r.network}` | {r.batch_size:,} | {ours:,} | {keras:,}"
@@ -195,14 +182,6 @@ def tables() -> dict[str, Iterable[str]]:
         "versions": (
             f"`{n}` | {r['jax 0.10.2']:,} | {r['jax 0.12.0.1']:,} | {r.ratio:spread.2f}"
             for n, r in load("versions").networks.items()
-        ),
-        "growth": (
-            f"{n.replace('_', ' ')}{', pixels' if n == 'image_size' else ''} | "
-            + " | ".join(
-                ", ".join(f"{r.value:,}: {r.us_per_image:,}" for r in machine[n])
-                for machine in (growth.zen5, growth.zen3)
-            )
-            for n in growth.zen5
         ),
     }
 
