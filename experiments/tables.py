@@ -4,17 +4,17 @@
     python experiments/tables.py --check   # exits with status 1 if a table differs from the results
 
 A table stands between `<!-- name -->` and `<!-- end name -->`; its headings are written by hand.
-So are the tables that are mostly text: machines, resume, tiles and audit.
+So are the tables that are mostly text (machines, resume, tiles, audit), and those that only earlier
+versions can measure.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from fmnist_jax.analysis.stats import mean_interval
 ROOT = Path(__file__).resolve().parents[1]
 PROJECTS = ("small_dropout", "valid_2x2", "same_3x3", "he_stack", "deep_augmented")
 TARGETS = (0.9133, 0.93, 0.94)
+LAYOUTS = ((1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1))
+PERCENTILES = {5: "5th percentile", 25: "25th percentile", 50: "median", 75: "75th percentile"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,8 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = parser.parse_args(argv).check
     status = 0
     for path in (ROOT / "README.md", ROOT / "experiments/README.md"):
-        text = path.read_text()
-        filled = fill(text)
+        text = filled = path.read_text()
+        for name, rows in tables().items():
+            table = rf"(<!-- {name} -->\n\|.*\n\|[-|]+\|\n).*?(<!-- end {name} -->)"
+            if found := re.search(table, filled, re.DOTALL):
+                lines = "".join(f"| {row} |\n" for row in rows)
+                filled = filled[: found.end(1)] + lines + filled[found.start(2) :]
         if filled != text and check:
             print(f"{path} differs from experiments/results; run python experiments/tables.py")
             status = 1
@@ -43,329 +49,206 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def fill(text: str) -> str:
-    """Replaces the rows of every table by those made from the results."""
-    for name, make in TABLES.items():
-        table = rf"(<!-- {name} -->\n\|.*\n\|[-|]+\|\n).*?(<!-- end {name} -->)"
-        if found := re.search(table, text, re.DOTALL):
-            rows = "".join(f"| {row} |\n" for row in make())
-            text = text[: found.end(1)] + rows + text[found.start(2) :]
-    return text
+class Values(list[Any]):
+    """A list of the results, formatted with commas, as `to.2f`, or as `spread.2f`."""
+
+    def __format__(self, spec: str) -> str:
+        if spec.startswith("spread"):
+            return _spread(median(self), min(self), max(self), spec[6:]) if self else ""
+        separator = " to " if spec.startswith("to") else ", "
+        return separator.join(f"{value:{spec.removeprefix('to')}}" for value in self)
 
 
-def results() -> Iterator[str]:
-    """Yields the results of the README."""
-    for name, run in projects():
-        claim = f"{run.claim}; three classes" if name == "deep_augmented" else run.claim
-        yield f"`{name}` | {len(run.seeds)} | {mean(run, 'test')} | | {claim}"
-    for name, run in items(load("sprint").recipes):
-        seconds = getattr(run, "train_seconds_text", None) or f"{median(run.train_seconds):.0f}"
-        number = len(run.test_accuracy.values)
-        yield f"`{name}` | {number} | {mean(run, 'test')} | {seconds} | our own"
+class Record(dict[str, Any]):
+    """An object of the results; a field that is missing is empty."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.get(name, Values())
+
+    def __format__(self, spec: str) -> str:
+        if "median" in self:
+            return _spread(self.median, self.min, self.max, spec)
+        if "ci95_low" in self:
+            return _spread(self.value, self.ci95_low, self.ci95_high, spec)
+        if "mean" in self:
+            return f"{self.mean:{spec}} ± {self.ci95_half_width:{spec}}"
+        return f"{self['values']:{spec}}"
 
 
-def processors() -> Iterator[str]:
-    """Yields the speeds of the README: ratios to Keras on TensorFlow by processor."""
+def load(name: str) -> Record:
+    """Reads a file of results."""
+
+    def convert(record: dict[str, Any]) -> Record:
+        return Record({k: Values(v) if isinstance(v, list) else v for k, v in record.items()})
+
+    text = (ROOT / "experiments/results" / f"{name}.json").read_text()
+    return json.loads(text, object_hook=convert)
+
+
+def tables() -> dict[str, Iterable[str]]:
+    """Returns the rows of every table by its name."""
+    gpu = load("gpu")
+    networks = load("accuracy").networks | {"deep_augmented": gpu.recipes.deep_augmented}
+    projects = [(name, Record(networks[name])) for name in PROJECTS]
+    recipes = load("sprint").recipes.items()
+    triples = gpu.triples.accuracy
+    accuracies = [np.mean(triple.seeds) for triple in triples]
+    layouts = {tuple(r.values())[:4]: r.rounds for r in load("scaling").images_per_second}
+    return {
+        "results": [
+            f"`{n}` | {len(r.seeds)} | {r.test_accuracy:.2f} | | {r.claim}"
+            + ("; three classes" if n == "deep_augmented" else "")
+            for n, r in projects
+        ]
+        + [
+            f"`{n}` | {len(r.test_accuracy['values'])} | {r.test_accuracy:.2f}"
+            f" | {r.train_seconds_text or format(median(r.train_seconds), '.0f')} | our own"
+            for n, r in recipes
+        ],
+        "processors": _processors(),
+        "accuracy": (
+            f"`{n}` | {len(r.seeds)} | {r.train_examples:,}, {r.epochs} | {_accuracies(r)}"
+            for n, r in projects
+        ),
+        "claims": (
+            f"`{n}` | {r.claim} | {t.n} | {t.mean:.2f} ({t.low:.2f} to {t.high:.2f})"
+            f" | {r.one_run_interval:to.2f} | {r.verdict}"
+            for n, r in projects
+            for t in [mean_interval(r.test_accuracy["values"])]
+        ),
+        "triples": [
+            f"lowest | {triples[0].classes} | {accuracies[0]:.2f}",
+            *(f"{n} | | {np.percentile(accuracies, p):.2f}" for p, n in PERCENTILES.items()),
+            f"highest | {triples[-1].classes} | {accuracies[-1]:.2f}",
+        ],
+        "calibration": (
+            f"`{n}` | {r.ensemble_accuracy:.2f} | {r.ensemble_ece:.2f} | {r.ece_values:.2f}"
+            f" | {r.ece_after_temperature_values:.2f} | {r.tta_accuracy:.2f}"
+            for n, r in projects
+        ),
+        "time to accuracy": _time_to_accuracy("time_to_accuracy"),
+        "time to accuracy zen3": _time_to_accuracy("time_to_accuracy_zen3"),
+        "sprint": (
+            f"`{n}` | {r.aim} | {r.parameters:,} | {r.epochs} | {len(r.test_accuracy['values'])}"
+            f" | {r.test_accuracy:.2f} | {r.val_accuracy:.2f} | {r.tta_accuracy:.2f}"
+            f" | {r.train_seconds_text or format(r.train_seconds, 'spread.0f')}"
+            f" | {r.test_accuracy['values']:.2f}"
+            for n, r in recipes
+        ),
+        "ablation": (
+            f"{r.change} | {100 * r.b.test_accuracy.mean:.2f}"
+            f" | {100 * d.mean:+.2f} ({100 * d.low:+.2f} to {100 * d.high:+.2f})"
+            f" | {Values(100 * v for v in d['values']):+.2f} | {r.sign_flip_p}"
+            f" | {r.mcnemar.p:{'.2g' if r.mcnemar.p > 1e-3 else '.0e'}}".replace("e-0", "e-")
+            for r in load("ablation").values()
+            for d in [r.difference]
+        ),
+        "gpu": (
+            f"`{n}` | {len(r.seeds)} | {_accuracies(r, f' | {r.ensemble_accuracy:.2f}')}"
+            for n, r in ((name, gpu.recipes[name]) for name in PROJECTS)
+        ),
+        "hashes": (
+            f"`{n}` | `{digest}` | the same | the same"
+            for n, digest in load("layouts").params_sha256.items()
+        ),
+        "shards": (
+            f"1 | 1 | 1,024 | {n} | {_speed(layouts, (1, 1, 1024, n), (1, 1, 1024, 1))}"
+            for n in (1, 2, 4, 8)
+        ),
+        "devices": (
+            f"{p} | {d} | 1,024 | {_speed(layouts, (p, d, 1024, 8), (1, 1, 1024, 8))}"
+            f" | {256 * p * d:,} | {_speed(layouts, (p, d, 256 * p * d, 8), (1, 1, 256, 8))}"
+            for p, d in LAYOUTS
+        ),
+        "exports": (
+            f"{n} | {r['1']:.3g} | {r['1000']:.3g}" for n, r in load("exports").programs.items()
+        ),
+        "speed": _speeds("speed"),
+        "speed zen5": _speeds("speed_zen5"),
+        "limits": (
+            "`{}` | {:,} | {:,} | {}% | {:,} | {:,} | {}%".format(n, *r.values())
+            for n, r in load("speed").limits.items()
+        ),
+        "startup": (
+            f"`{n}` | {r.starts} | {r.nothing_cached:.1f} | {r.jax_cache:.1f}"
+            for n, r in load("startup")["run.py"].items()
+        ),
+        "batch size": _once(
+            f"`{r.network}` | {r.batch_size:,} | {ours:,} | {keras:,}"
+            f" | {r.fmnist_jax_over_keras:.2f} | {Values(r.peak_mib.values()):,}"
+            for r in load("batch_size").results
+            for ours, keras in [r.images_per_second.values()]
+        ),
+        "versions": (
+            f"`{n}` | {r['jax 0.10.2']:,} | {r['jax 0.12.0.1']:,} | {r.ratio:spread.2f}"
+            for n, r in load("versions").networks.items()
+        ),
+    }
+
+
+def _spread(middle: float, low: float, high: float, spec: str) -> str:
+    return f"{middle:{spec}} ({low:{spec}} to {high:{spec}})"
+
+
+def _accuracies(run: Record, more: str = "") -> str:
+    means = f"{run.test_accuracy:.2f} | {run.val_accuracy:.2f} | {run.train_accuracy:.2f}"
+    return f"{means}{more} | {run.test_accuracy['values']:.2f}"
+
+
+def _ratios(rounds: Sequence[float], others: Sequence[float]) -> Values:
+    return Values(a / b for a, b in zip(rounds, others, strict=True))
+
+
+def _speed(rounds: dict[Any, Values], case: tuple[int, ...], first: tuple[int, ...]) -> str:
+    ratio = "1" if case == first else f"{_ratios(rounds[case], rounds[first]):spread.2f}"
+    return f"{median(rounds[case]):,.0f} | {ratio}"
+
+
+def _once(rows: Iterable[str]) -> Iterator[str]:
+    """Empties the first cell of a row where the row before has the same."""
+    last = None
+    for row in rows:
+        first, _, rest = row.partition(" | ")
+        yield f" | {rest}" if first == last else row
+        last = first
+
+
+def _speeds(name: str) -> Iterator[str]:
+    return _once(
+        f"`{result.network}`, {result.batch_size} | {n} | {r.images_per_second:,}"
+        f" | {r.fmnist_jax_over_it:.2f} | {r.share_of_matmul_rate_percent}%"
+        f" | {r.peak_mib:,} | {r.first_step_seconds}"
+        for result in load(name).results
+        for n, r in result.competitors.items()
+    )
+
+
+def _processors() -> Iterator[str]:
     zen3, zen5 = (
-        {run.network: vars(run.competitors) for run in load(name).results}
+        {result.network: result.competitors for result in load(name).results}
         for name in ("speed", "speed_zen5")
     )
-    zen4 = vars(load("speed_by_processor")).pop("Zen 4").keras_tensorflow
-    xeon = vars(load("versions")).pop("over keras_tensorflow")
+    zen4 = load("speed_by_processor")["Zen 4"].keras_tensorflow
+    xeon = load("versions")["over keras_tensorflow"]
     for name in PROJECTS:
-        ours, keras = zen3[name]["fmnist_jax"], zen3[name]["keras_tensorflow"]
-        speeds = f"{ours.images_per_second.median:,} | {keras.images_per_second.median:,}"
-        new = join(getattr(zen4, name, ()), to=" to ")
-        first, earlier = (
-            spread(runs[name]["keras_tensorflow"].fmnist_jax_over_it) for runs in (zen3, zen5)
+        ours, keras = zen3[name].fmnist_jax, zen3[name].keras_tensorflow
+        rounds = xeon.get(name, Record())
+        yield (
+            f"`{name}` | {ours.images_per_second.median:,} | {keras.images_per_second.median:,}"
+            f" | {keras.fmnist_jax_over_it:.2f} | {zen4.get(name, Values()):to.2f}"
+            f" | {zen5[name].keras_tensorflow.fmnist_jax_over_it:.2f}"
+            f" | {_ratios(rounds.fmnist_jax, rounds.keras_tensorflow):spread.2f}"
         )
-        rounds = getattr(xeon, name, None)
-        last = spread(np.divide(rounds.fmnist_jax, rounds.keras_tensorflow)) if rounds else ""
-        yield f"`{name}` | {speeds} | {first} | {new} | {earlier} | {last}"
 
 
-def accuracy() -> Iterator[str]:
-    """Yields the accuracies of the projects' recipes."""
-    for name, run in projects():
-        images = f"{run.train_examples:,}, {run.epochs}"
-        yield f"`{name}` | {len(run.seeds)} | {images} | {means(run)} | {by_seed(run)}"
-
-
-def claims() -> Iterator[str]:
-    """Yields the comparison with the projects' claims."""
-    for name, run in projects():
-        n, test = len(run.seeds), mean_interval(run.test_accuracy.values)
-        interval = f"{test.mean:.2f} ({test.low:.2f} to {test.high:.2f})"
-        one_run = join(run.one_run_interval, to=" to ")
-        yield f"`{name}` | {run.claim} | {n} | {interval} | {one_run} | {run.verdict}"
-
-
-def triples() -> Iterator[str]:
-    """Yields the distribution of the accuracy over triples of classes."""
-    runs = load("gpu").triples.accuracy
-    values = [np.mean(run.seeds) for run in runs]
-    yield f"lowest | {', '.join(runs[0].classes)} | {values[0]:.2f}"
-    names = {5: "5th percentile", 25: "25th percentile", 50: "median", 75: "75th percentile"}
-    for percent, name in names.items():
-        yield f"{name} | | {np.percentile(values, percent):.2f}"
-    yield f"highest | {', '.join(runs[-1].classes)} | {values[-1]:.2f}"
-
-
-def calibration() -> Iterator[str]:
-    """Yields the calibration errors."""
-    for name, run in projects():
-        ece = getattr(run, "ensemble_ece", None)
-        interval = f"{ece.value:.2f} ({ece.ci95_low:.2f} to {ece.ci95_high:.2f})" if ece else ""
-        errors = f"{join(run.ece_values)} | {join(run.ece_after_temperature_values)}"
-        yield f"`{name}` | {run.ensemble_accuracy:.2f} | {interval} | {errors} | {mean(run, 'tta')}"
-
-
-def time_to_accuracy(name: str) -> Iterator[str]:
-    """Yields the seconds until the mean accuracy reaches each target."""
-    for label, curves in items(load(name).curves):
+def _time_to_accuracy(name: str) -> Iterator[str]:
+    for label, curves in load(name).curves.items():
         seconds, accuracies = np.mean(curves, axis=0).T
         reached = [seconds[accuracies >= target] for target in TARGETS]
         cells = " | ".join(f"{times[0]:,.0f}" if len(times) else "" for times in reached)
-        last = f"{100 * accuracies[-1]:.2f} ({join(100 * curve[-1][1] for curve in curves)})"
+        last = f"{100 * accuracies[-1]:.2f} ({Values(100 * c[-1][1] for c in curves):.2f})"
         yield f"{label} | {len(curves)} | {last} | {seconds[-1]:,.0f} | {cells}"
 
-
-def sprint() -> Iterator[str]:
-    """Yields the results of our own recipes."""
-    for name, run in items(load("sprint").recipes):
-        size = f"{getattr(run, 'aim', '')} | {run.parameters:,} | {run.epochs}"
-        seconds = getattr(run, "train_seconds_text", None) or spread(run.train_seconds, ".0f")
-        number, values = len(run.test_accuracy.values), means(run, "test", "val", "tta")
-        yield f"`{name}` | {size} | {number} | {values} | {seconds} | {by_seed(run)}"
-
-
-def ablation() -> Iterator[str]:
-    """Yields the differences by one change of `sprint_91`."""
-    for _, run in items(load("ablation")):
-        test, d = 100 * run.b.test_accuracy.mean, run.difference
-        interval = f"{100 * d.mean:+.2f} ({100 * d.low:+.2f} to {100 * d.high:+.2f})"
-        seeds = join((100 * value for value in d.values), "+.2f")
-        p = run.mcnemar.p
-        p_text = f"{p:.2g}" if p > 1e-3 else f"{p:.0e}".replace("e-0", "e-")
-        yield f"{run.change} | {test:.2f} | {interval} | {seeds} | {run.sign_flip_p} | {p_text}"
-
-
-def sprint_settings() -> Iterator[str]:
-    """Yields the validation accuracies by settings."""
-    last = None
-    for run in load("sprint").settings:
-        filters = "" if run.filters == last else join(run.filters, "d")
-        last = run.filters
-        values = f"{run.val_accuracy:.2f} | {run.val_loss:.3f}"
-        yield f"{filters} | {run.epochs} | {run.change} | {values}"
-
-
-def gpu() -> Iterator[str]:
-    """Yields the accuracies on a GPU."""
-    recipes = vars(load("gpu").recipes)
-    for name, run in ((name, recipes[name]) for name in PROJECTS):
-        values = f"{means(run)} | {run.ensemble_accuracy:.2f} | {by_seed(run)}"
-        yield f"`{name}` | {len(run.seeds)} | {values}"
-
-
-def variance() -> Iterator[str]:
-    """Yields the variance by random stream."""
-    for name, run in items(load("variance").streams):
-        share = " | "
-        if name != "all":
-            low, high = run.variance_share_ci95
-            share = f"{run.variance_share_percent}% | {low}% to {high}%"
-        yield f"{name} | {run.std:.3f} | {join(run.ci95, '.3f', ' to ')} | {share}"
-
-
-def hashes() -> Iterator[str]:
-    """Yields the hashes by layout of devices and processes."""
-    for name, digest in items(load("layouts").params_sha256):
-        yield f"`{name}` | `{digest}` | the same | the same"
-
-
-def shards() -> Iterator[str]:
-    """Yields the speeds by number of shards."""
-    runs = [run for run in load("scaling").images_per_second if run.num_devices == 1]
-    runs = [run for run in runs if run.num_processes == 1 and run.batch_size == 1024]
-    for run in runs:
-        speed = f"{run.batch_size:,} | {run.shards} | {median(run.rounds):,.0f}"
-        yield f"1 | 1 | {speed} | {over(run, runs[0])}"
-
-
-def devices() -> Iterator[str]:
-    """Yields the speeds by number of devices: a fixed batch, and a fixed batch of each device."""
-    runs = {
-        (run.num_processes, run.num_devices, run.batch_size): run
-        for run in load("scaling").images_per_second
-        if run.shards == 8
-    }
-    for processes, count in ((1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1)):
-        cells = [str(processes), str(count)]
-        for size, first in ((1024, 1024), (256 * processes * count, 256)):
-            run = runs[processes, count, size]
-            ratio = over(run, runs[1, 1, first])
-            cells += [f"{size:,}", f"{median(run.rounds):,.0f}", ratio]
-        yield " | ".join(cells)
-
-
-def exports() -> Iterator[str]:
-    """Yields the times of exported programs."""
-    for name, run in items(load("exports").programs):
-        yield f"{name} | {' | '.join(spread(size, '.3g') for _, size in items(run))}"
-
-
-def speed(name: str) -> Iterator[str]:
-    """Yields the speeds of all frameworks."""
-    for result in load(name).results:
-        label = f"`{result.network}`, {result.batch_size}"
-        for framework, run in items(result.competitors):
-            ratio = spread(run.fmnist_jax_over_it) if framework != "fmnist_jax" else ""
-            cost = f"{run.share_of_matmul_rate_percent}% | {run.peak_mib:,}"
-            cells = f"{framework} | {spread(run.images_per_second, ',')} | {ratio} | {cost}"
-            yield f"{label} | {cells} | {run.first_step_seconds}"
-            label = ""
-
-
-def limits() -> Iterator[str]:
-    """Yields the distances to the limit."""
-    for name, run in items(load("speed").limits):
-        defined, d_limit, d_reached, compiled, c_limit, c_reached = vars(run).values()
-        yield (
-            f"`{name}` | {defined:,} | {d_limit:,} | {d_reached}%"
-            f" | {compiled:,} | {c_limit:,} | {c_reached}%"
-        )
-
-
-def startup() -> Iterator[str]:
-    """Yields the seconds to the first step."""
-    for name, run in items(vars(load("startup"))["run.py"]):
-        first, cached = (spread(times, ".1f") for times in (run.nothing_cached, run.jax_cache))
-        yield f"`{name}` | {run.starts} | {first} | {cached}"
-
-
-def startup_frameworks() -> Iterator[str]:
-    """Yields the seconds to the first step of other frameworks."""
-    starts = vars(load("startup"))["bench.py"]
-    for name, run in (("first", starts.first_start), ("second", starts.second_start)):
-        yield f"{name} start, s | {join(vars(run).values(), '', ' | ')}"
-
-
-def batch_size() -> Iterator[str]:
-    """Yields the speeds by batch size."""
-    last = ""
-    for run in load("batch_size").results:
-        label = "" if run.network == last else f"`{run.network}`"
-        last = run.network
-        speeds = join(vars(run.images_per_second).values(), ",", " | ")
-        memory = join(vars(run.peak_mib).values(), ",")
-        ratio = spread(run.fmnist_jax_over_keras)
-        yield f"{label} | {run.batch_size:,} | {speeds} | {ratio} | {memory}"
-
-
-def versions() -> Iterator[str]:
-    """Yields the speeds by version of JAX."""
-    for name, run in items(load("versions").networks):
-        _, old, new, ratio = vars(run).values()
-        yield f"`{name}` | {old:,} | {new:,} | {spread(ratio)}"
-
-
-def growth() -> Iterator[str]:
-    """Yields the times of one image as one quantity grows."""
-    data = load("growth")
-    for name, points in items(data.zen5):
-        cells = [
-            ", ".join(f"{point.value:,}: {point.us_per_image:,}" for point in machine)
-            for machine in (points, getattr(data.zen3, name))
-        ]
-        pixels = ", pixels" if name == "image_size" else ""
-        yield f"{name.replace('_', ' ')}{pixels} | {' | '.join(cells)}"
-
-
-def load(name: str) -> Any:
-    """Reads a file of results; its objects have attributes."""
-    text = (ROOT / "experiments/results" / f"{name}.json").read_text()
-    return json.loads(text, object_hook=lambda values: SimpleNamespace(**values))
-
-
-def items(record: Any) -> Iterable[tuple[str, Any]]:
-    """Returns the entries of an object."""
-    return vars(record).items()
-
-
-def projects() -> Iterator[tuple[str, Any]]:
-    """Returns the results of the projects' recipes: `deep_augmented` ran on a GPU."""
-    runs = vars(load("accuracy").networks) | {"deep_augmented": load("gpu").recipes.deep_augmented}
-    return ((name, runs[name]) for name in PROJECTS)
-
-
-def join(values: Iterable[float], digits: str = ".2f", to: str = ", ") -> str:
-    """Formats numbers."""
-    return to.join(f"{value:{digits}}" for value in values)
-
-
-def spread(record: Any, digits: str = ".2f") -> str:
-    """Formats the median with the smallest and the largest; two values as they are."""
-    if hasattr(record, "median"):
-        return f"{record.median:{digits}} ({record.min:{digits}} to {record.max:{digits}})"
-    if isinstance(record, SimpleNamespace):
-        return join(record.values, digits)
-    low, high = min(record), max(record)
-    return f"{median(record):{digits}} ({low:{digits}} to {high:{digits}})"
-
-
-def over(run: Any, first: Any) -> str:
-    """Formats the ratio of two speeds, round by round."""
-    return "1" if run is first else spread(np.divide(run.rounds, first.rounds))
-
-
-def mean(run: Any, name: str) -> str:
-    """Formats an accuracy: mean and half width of its interval, or the value of a single run."""
-    accuracy = getattr(run, f"{name}_accuracy", None)
-    if accuracy is None:
-        return ""
-    if not hasattr(accuracy, "mean"):
-        return join(accuracy.values)
-    return f"{accuracy.mean:.2f} ± {accuracy.ci95_half_width:.2f}"
-
-
-def means(run: Any, *names: str) -> str:
-    """Formats several accuracies as cells."""
-    return " | ".join(mean(run, name) for name in names or ("test", "val", "train"))
-
-
-def by_seed(run: Any) -> str:
-    """Formats the test accuracy of each seed."""
-    return join(run.test_accuracy.values)
-
-
-TABLES: dict[str, Callable[[], Iterable[str]]] = {
-    "results": results,
-    "processors": processors,
-    "accuracy": accuracy,
-    "claims": claims,
-    "triples": triples,
-    "calibration": calibration,
-    "time to accuracy": lambda: time_to_accuracy("time_to_accuracy"),
-    "time to accuracy zen3": lambda: time_to_accuracy("time_to_accuracy_zen3"),
-    "sprint": sprint,
-    "ablation": ablation,
-    "sprint settings": sprint_settings,
-    "gpu": gpu,
-    "variance": variance,
-    "hashes": hashes,
-    "shards": shards,
-    "devices": devices,
-    "exports": exports,
-    "speed": lambda: speed("speed"),
-    "speed zen5": lambda: speed("speed_zen5"),
-    "limits": limits,
-    "startup": startup,
-    "startup frameworks": startup_frameworks,
-    "batch size": batch_size,
-    "versions": versions,
-    "growth": growth,
-}
 
 if __name__ == "__main__":
     sys.exit(main())

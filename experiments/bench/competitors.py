@@ -1,5 +1,6 @@
-"""The competitors of the benchmark: their Python environments and processes."""
+"""The competitors: their Python environments and processes, and what the commands share."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -8,62 +9,37 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import IO, Any, NamedTuple
+from typing import Any
 
-from worker import Case
+import jax
+from rich.console import Console
 
 from fmnist_jax.digest import sha256_bytes
+from fmnist_jax.errors import DataError
 
 FOLDER = Path(__file__).parent
 OURS = "fmnist_jax"
 
 
-class Competitor(NamedTuple):
-    """One way to train.
-
-    Attributes:
-      module: name of its module in this folder.
-      requirements: name of its Python environment; None is that of this process.
-      options: keyword arguments of the module's `Competitor`.
-      variables: environment variables of its process.
-      devices: platforms on which it takes part.
-    """
-
-    module: str
-    requirements: str | None = None
-    options: Mapping[str, bool] = MappingProxyType({})
-    variables: Mapping[str, str] = MappingProxyType({})
-    devices: tuple[str, ...] = ("cpu", "gpu")
-
-
-COMPETITORS = {
-    OURS: Competitor("ours"),
-    f"{OURS}_bf16": Competitor("ours", options={"bf16": True}, devices=("gpu",)),
-    "keras_tensorflow": Competitor(
-        "keras_fit", "tensorflow", variables={"KERAS_BACKEND": "tensorflow"}
+# Module in this folder, Python environment (None is that of this process), and options.
+COMPETITORS: dict[str, tuple[str, str | None, dict[str, bool]]] = {
+    OURS: ("ours", None, {}),
+    f"{OURS}_bf16": ("ours", None, {"bf16": True}),
+    "keras_tensorflow": ("keras_fit", "tensorflow", {}),
+    "torch": ("torch_loop", "torch", {}),
+    "torch_channels_last": ("torch_loop", "torch", {"channels_last": True}),
+    "torch_channels_last_bf16": ("torch_loop", "torch", {"channels_last": True, "bf16": True}),
+    "torch_compile": (
+        "torch_loop", "torch", {"channels_last": True, "bf16": True, "compiled": True}
     ),
-    "keras_jax": Competitor("keras_fit", "keras-jax", variables={"KERAS_BACKEND": "jax"}),
-    "torch": Competitor("torch_loop", "torch"),
-    "torch_channels_last": Competitor("torch_loop", "torch", {"channels_last": True}),
-    "torch_channels_last_bf16": Competitor(
-        "torch_loop", "torch", {"channels_last": True, "bf16": True}
-    ),
-    "torch_compile": Competitor(
-        "torch_loop",
-        "torch",
-        {"channels_last": True, "bf16": True, "compiled": True},
-        devices=("gpu",),
-    ),
-    "linen": Competitor("linen_loop"),
-    "linen_scan": Competitor("linen_loop", options={"scan": True}),
-}
+    "linen": ("linen_loop", None, {}),
+}  # fmt: skip
 
 
-class ChildError(RuntimeError):
-    """A competitor's process failed. The message has the last lines that it printed."""
+class CompetitorError(RuntimeError):
+    """A competitor failed, or what it computes is wrong."""
 
 
 class Child:
@@ -73,41 +49,31 @@ class Child:
       name: a key of `COMPETITORS`.
       device: "cpu" or "gpu".
       data: .npz file with `images` and `labels`.
-      say: receives a message when packages are installed.
-      cache: folder of JAX's persistent compilation cache; None disables it.
 
     Raises:
-      ChildError: if packages cannot be installed.
+      CompetitorError: if packages cannot be installed.
     """
 
-    def __init__(
-        self,
-        name: str,
-        device: str,
-        data: Path,
-        say: Callable[[str], None],
-        cache: str | None = None,
-    ) -> None:
-        python = _interpreter(name, device, say)
-        competitor = COMPETITORS[name]
-        self._data = data
+    def __init__(self, name: str, device: str, data: Path) -> None:
+        self._name = name
+        module, requirements, self._options = COMPETITORS[name]
+        python = _interpreter(requirements, device)
+        self._data = str(data)
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`)
         variables = {
-            "BENCH_STARTED": repr(time.time()),
             "TF_CPP_MIN_LOG_LEVEL": "3",
             # Several processes share the GPU's memory.
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "TF_FORCE_GPU_ALLOW_GROWTH": "true",
             "JAX_PLATFORMS": "cuda" if device == "gpu" else "cpu",
-            "JAX_ENABLE_COMPILATION_CACHE": str(cache is not None),
-            "JAX_COMPILATION_CACHE_DIR": cache or "",
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            **competitor.variables,
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
+            "KERAS_BACKEND": "tensorflow",
         }
         if device == "cpu":
             variables["CUDA_VISIBLE_DEVICES"] = "-1"
+        self._start = time.perf_counter()
         self._process = subprocess.Popen(  # noqa: S603 (our own command)
-            [python, FOLDER / "worker.py", competitor.module],
+            [python, FOLDER / "worker.py", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -117,36 +83,31 @@ class Child:
             process_group=0,
         )
 
-    @property
-    def _pipes(self) -> tuple[IO[str], IO[str]]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        return self._process.stdin, self._process.stdout
+    def prepare(self, case: tuple[str, int]) -> tuple[float, float]:
+        """Takes the first step; returns the seconds since the process started, and the loss."""
+        loss = self.ask("prepare", path=self._data, case=case, **self._options)["loss"]
+        return time.perf_counter() - self._start, loss
 
-    def prepare(self, case: Case, options: Mapping[str, bool]) -> Any:
-        """Creates the competitor and takes its first step."""
-        return self.ask("prepare", case=case, path=str(self._data), **options)
-
-    def call(self, function: str, case: Case) -> Any:
-        """Calls a function of the competitor's module."""
-        return self.ask("call", function=function, case=case, path=str(self._data))
+    def call(self, function: str, **arguments: Any) -> Any:
+        """Calls a function, "module.function", with the path of the data."""
+        return self.ask(function, path=self._data, **arguments)
 
     def ask(self, do: str, **arguments: Any) -> Any:
         """Sends a command and waits for the reply.
 
         Raises:
-          ChildError: if the process ends before it replies.
+          CompetitorError: if the process ends before it replies.
         """
-        stdin, stdout = self._pipes
         with contextlib.suppress(BrokenPipeError):
             os.killpg(self._process.pid, signal.SIGCONT)
-            print(json.dumps({"do": do} | arguments), file=stdin, flush=True)
-        reply = stdout.readline()
+            print(json.dumps({"do": do} | arguments), file=self._process.stdin, flush=True)
+        assert self._process.stdout is not None
+        reply = self._process.stdout.readline()
         if not reply:
             status = self._process.wait()
             self._log.seek(0)
             lines = self._log.read().splitlines()[-8:]
-            raise ChildError("\n".join([f"ended with status {status}", *lines]))
+            raise CompetitorError("\n".join([f"{self._name} ended with status {status}", *lines]))
         os.killpg(self._process.pid, signal.SIGSTOP)
         return json.loads(reply)
 
@@ -154,33 +115,85 @@ class Child:
         """Ends the process and its children."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        for stream in (*self._pipes, self._log):
-            with contextlib.suppress(BrokenPipeError):  # an unread command
-                stream.close()
+        with contextlib.suppress(BrokenPipeError):  # an unread command
+            self._process.communicate()
+        self._log.close()
 
 
-def _interpreter(name: str, device: str, say: Callable[[str], None]) -> Path:
-    """Returns the competitor's interpreter; installs its packages at first use."""
-    if COMPETITORS[name].requirements is None:
+def _interpreter(requirements: str | None, device: str) -> Path:
+    """Returns the interpreter of an environment; installs its packages at first use."""
+    if requirements is None:
         return Path(sys.executable)
-    environment = f"{COMPETITORS[name].requirements}-{device}"
-    requirements = FOLDER / "requirements" / f"{environment}.txt"
-    content = requirements.read_bytes() + sys.version.encode()
+    path = FOLDER / "requirements" / f"{requirements}-{device}.txt"
+    digest = sha256_bytes(path.read_bytes() + sys.version.encode())[:8]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "fmnist_jax" / "bench" / f"{environment}-{sha256_bytes(content)[:8]}"
+    folder = cache / "fmnist_jax" / "bench" / f"{path.stem}-{digest}"
     complete, python = folder / "complete", folder / "bin" / "python"
     if not complete.exists():
-        say(f"installing {environment} into {folder}")
+        print(f"installing {path.stem} into {folder}")
         commands: list[list[str | Path]] = [
             [sys.executable, "-m", "venv", "--clear", folder],
-            [python, "-m", "pip", "install", "--quiet", "--requirement", requirements],
+            [python, "-m", "pip", "install", "--quiet", "--requirement", path],
         ]
         for command in commands:
             done = subprocess.run(  # noqa: S603 (our own command)
                 command, capture_output=True, text=True, check=False
             )
             if done.returncode:
-                raise ChildError(f"{environment} cannot be installed\n{done.stderr[-2000:]}")
+                raise CompetitorError(f"{path.stem} cannot be installed\n{done.stderr[-2000:]}")
         complete.touch()
     return python
+
+
+def create_parser(
+    description: str, workdir: str, **numbers: tuple[int | float, str]
+) -> argparse.ArgumentParser:
+    """Creates a parser with the common flags, and flags of numbers: their defaults and helps."""
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=description)
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="(%(default)s)")
+    parser.add_argument(
+        "--workdir", type=Path, metavar="DIR", default=Path(workdir),
+        help="folder of the results (%(default)s)",
+    )  # fmt: skip
+    for name, (default, text) in numbers.items():
+        parser.add_argument(
+            f"--{name}", type=type(default), metavar=type(default).__name__, default=default,
+            help=f"{text} (%(default)s)",
+        )  # fmt: skip
+    return parser
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, *positive: str
+) -> argparse.Namespace:
+    """Parses the command line; the flags that are named here must be above 0."""
+    arguments = parser.parse_args(argv)
+    for name in positive:
+        if not 0 < getattr(arguments, name) < float("inf"):
+            parser.error(f"--{name} is {getattr(arguments, name)}; expected a number above 0")
+    return arguments
+
+
+def run(
+    command: Callable[[argparse.Namespace, Console], int], arguments: argparse.Namespace
+) -> int:
+    """Runs a command on the chosen device, prints errors, and returns the exit status."""
+    # The children share the GPU's memory with this process.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    jax.config.update("jax_platforms", "cuda" if arguments.device == "gpu" else "cpu")
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
+    try:
+        arguments.workdir.mkdir(parents=True, exist_ok=True)
+        return command(arguments, console)
+    except (CompetitorError, DataError, OSError) as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        return 1 if isinstance(error, CompetitorError) else 2
+
+
+def exit_on_signals() -> None:
+    """Makes SIGTERM and SIGINT raise `SystemExit`, so that the children end with this process.
+
+    A child is suspended most of the time and would never end by itself.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))

@@ -1,8 +1,9 @@
-"""Plain flax.linen and optax: a jitted step with donated state in a Python loop, or a scan.
+"""Plain flax.linen and optax: a jitted step with donated state in a Python loop.
 
 Only the augmentation is that of fmnist_jax.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,11 @@ INITIALIZERS = {
     "he_uniform": nn.initializers.he_uniform(),
     "normal_0.05": nn.initializers.normal(0.05),
 }
+MAKERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "adam": functools.partial(optax.adam, eps=1e-7),
+    "rmsprop": functools.partial(optax.rmsprop, decay=0.9, eps=1e-7),
+    "sgd": optax.sgd,
+}
 
 
 class Network(nn.Module):
@@ -34,23 +40,19 @@ class Network(nn.Module):
         """Maps float32[batch, height, width, channels] to float32[batch, classes]."""
         for layer in self.layers:
             match layer:
-                case Conv():
-                    x = nn.relu(
-                        nn.Conv(
-                            layer.features,
-                            (layer.kernel_size, layer.kernel_size),
-                            padding=layer.padding.upper(),
-                            kernel_init=INITIALIZERS[layer.init],
-                        )(x)
-                    )
-                    if layer.pool:
-                        x = nn.max_pool(x, (2, 2), (2, 2))
-                case Dropout():
-                    x = self.dropout(layer.rate)(x, deterministic=not train)
-                case Dense():
+                case Conv(features, size, padding, pool, init):
+                    x = nn.Conv(
+                        features, (size, size), padding=padding.upper(),
+                        kernel_init=INITIALIZERS[init],
+                    )(x)  # fmt: skip
+                    x = nn.relu(x)
+                    x = nn.max_pool(x, (2, 2), (2, 2)) if pool else x
+                case Dropout(rate):
+                    x = self.dropout(rate)(x, deterministic=not train)
+                case Dense(features, relu, init):
                     x = x.reshape(len(x), -1)
-                    x = nn.Dense(layer.features, kernel_init=INITIALIZERS[layer.init])(x)
-                    x = nn.relu(x) if layer.relu else x
+                    x = nn.Dense(features, kernel_init=INITIALIZERS[init])(x)
+                    x = nn.relu(x) if relu else x
         return x
 
 
@@ -63,27 +65,24 @@ def mean_loss(
 
 
 class Competitor:
-    """A training loop; with `scan`, each call of `train` is one program."""
+    """A training loop."""
 
-    def __init__(
-        self, images: np.ndarray, labels: np.ndarray, case: Case, *, scan: bool = False
-    ) -> None:
-        arch, batch_size, image_size, _ = case
+    def __init__(self, images: np.ndarray, labels: np.ndarray, case: Case) -> None:
         self.data = jnp.asarray(images), jnp.asarray(labels)
-        self.batch_size, self.scan = batch_size, scan
-        self.batches = self._batches()
-
-        model, tx = Network(NETWORKS[arch]), _optimizer(arch)
-        augmentation = RandomAffine(keras_shear=True, image_size=image_size)
-        shape = (1, image_size, image_size, 3 if arch == AUGMENTED else 1)
-        params = model.init(jax.random.key(0), jnp.zeros(shape), train=False)["params"]
+        self.batches = _batches(len(labels), case.batch_size)
+        name, rate = OPTIMIZERS[case.arch]
+        model, tx = Network(NETWORKS[case.arch]), MAKERS[name](rate)
+        augmentation = RandomAffine(keras_shear=True, image_size=case.input_shape[0])
+        pixels = jnp.zeros((1, *case.input_shape))
+        params = model.init(jax.random.key(0), pixels, train=False)["params"]
         self.state = params, tx.init(params), jax.random.key(1)
 
+        @functools.partial(jax.jit, donate_argnums=0)
         def step(state, examples, data):
             params, opt_state, key = state
             key, augment_key, dropout_key = jax.random.split(key, 3)
             images, labels = data[0][examples], data[1][examples]
-            if arch == AUGMENTED:
+            if case.arch == AUGMENTED:
                 pixels = augmentation(augment_key, jnp.int32(0), examples, images)
                 pixels = jnp.repeat(pixels, 3, axis=-1)
             else:
@@ -94,51 +93,18 @@ class Competitor:
             updates, opt_state = tx.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state, key), loss
 
-        def scanned(state, examples, data):
-            return jax.lax.scan(lambda state, some: step(state, some, data), state, examples)
-
-        self._step = jax.jit(step, donate_argnums=0)
-        self._scanned = jax.jit(scanned, donate_argnums=0)
+        self._step = step
 
     def train(self, num_steps: int) -> Trained:
         """Trains (see `worker`)."""
-        batches = itertools.islice(self.batches, num_steps)
-        if self.scan:
-            self.state, losses = self._scanned(self.state, np.stack([*batches]), self.data)
-        else:
-            several = []
-            for examples in batches:
-                self.state, loss = self._step(self.state, examples, self.data)
-                several.append(loss)
-            losses = np.array(jax.device_get(several))
-        return Trained(num_steps, float(losses.mean()))
-
-    def _batches(self) -> Iterator[np.ndarray]:
-        generator = np.random.default_rng(0)
-        count = len(self.data[1])
-        while True:
-            order = generator.permutation(count).astype(np.int32)
-            yield from order[: count // self.batch_size * self.batch_size].reshape(
-                -1, self.batch_size
-            )
-
-    def device_peak(self) -> float | None:
-        """Returns the peak device memory in MiB, if the device reports it."""
-        return device_peak()
+        losses = []
+        for examples in itertools.islice(self.batches, num_steps):
+            self.state, loss = self._step(self.state, examples, self.data)
+            losses.append(loss)
+        return Trained(num_steps, float(np.mean(jax.device_get(losses))))
 
 
-def device_peak() -> float | None:
-    """Returns the peak memory of JAX's device in MiB, if the device reports it."""
-    statistics = jax.devices()[0].memory_stats()
-    return statistics["peak_bytes_in_use"] / 2**20 if statistics else None
-
-
-def _optimizer(arch: str) -> optax.GradientTransformation:
-    name, rate = OPTIMIZERS[arch]
-    match name:
-        case "adam":
-            return optax.adam(rate, eps=1e-7)
-        case "rmsprop":
-            return optax.rmsprop(rate, decay=0.9, eps=1e-7)
-        case _:
-            return optax.sgd(rate)
+def _batches(num_images: int, batch_size: int) -> Iterator[np.ndarray]:
+    generator = np.random.default_rng(0)
+    while True:
+        yield from generator.permutation(num_images).astype(np.int32).reshape(-1, batch_size)

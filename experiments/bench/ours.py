@@ -11,15 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from linen_loop import Network, device_peak, mean_loss
-from worker import AUGMENTED, NETWORKS, OPTIMIZERS, Case, Trained
+from linen_loop import Network, mean_loss
+from worker import AUGMENTED, NETWORKS, OPTIMIZERS, Case, Trained, load
 
 import fmnist_jax as fm
 from fmnist_jax.data.augment import RandomAffine
-from fmnist_jax.data.batches import scale
 from fmnist_jax.nn import ops
 from fmnist_jax.runs.plan import create_plan
-from fmnist_jax.train import metrics
+from fmnist_jax.train.loop import read_step
 from fmnist_jax.xla.jit import platform_jit
 
 
@@ -29,115 +28,85 @@ class Competitor:
     def __init__(
         self, images: np.ndarray, labels: np.ndarray, case: Case, *, bf16: bool = False
     ) -> None:
-        self.images, self.labels = jnp.asarray(images), jnp.asarray(labels)
-        self.streams = fm.create_streams(0)
-        self.config = dataclasses.replace(_config(case), dtype="bfloat16" if bf16 else "float32")
-        self.hyperparams = fm.Hyperparams(OPTIMIZERS[case.arch].learning_rate)
-        self.state = fm.create_train_state(self.streams.init, self.config)
-        # The last, smaller batch of an epoch is left out by all competitors.
+        augmented, size = case.arch == AUGMENTED, case.input_shape[0]
+        name, rate = OPTIMIZERS[case.arch]
+        self.config = fm.StepConfig(
+            model=fm.create_model(case.arch, **({"image_size": size} if augmented else {})),
+            # The library's SGD has momentum, which no competitor has here.
+            tx=optax.sgd(rate) if name == "sgd" else fm.create_optimizer(name),
+            batch_size=case.batch_size,
+            augment=RandomAffine(keras_shear=True, image_size=size) if augmented else None,
+            dtype="bfloat16" if bf16 else "float32",
+        )
+        self.inputs = self.config.layout.place(
+            fm.TrainInputs(images, labels, fm.create_streams(0), fm.Hyperparams(rate)).checked()
+        )
+        self.state = fm.create_train_state(self.inputs.streams.init, self.config)
         self.steps_per_epoch = len(labels) // case.batch_size
         self.num_steps = 0
-        self._order: tuple[int, jax.Array] | None = None
 
     def train(self, num_steps: int) -> Trained:
         """Trains (see `worker`)."""
-        losses = []
-        last = self.num_steps + num_steps
+        losses, last = [], self.num_steps + num_steps
         while self.num_steps < last:
-            epoch, index = divmod(self.num_steps, self.steps_per_epoch)
-            call_steps = min(last - self.num_steps, self.steps_per_epoch - index)
+            epoch, done = divmod(self.num_steps, self.steps_per_epoch)
+            if done == 0:
+                self.epoch_inputs = self.inputs_of(epoch)
+            count = min(last - self.num_steps, self.steps_per_epoch - done)
             self.state, metrics = fm.train_steps(
-                self.state,
-                self.images,
-                self.labels,
-                self.order(epoch),
-                self.streams,
-                jnp.int32(call_steps),
-                self.hyperparams,
-                config=self.config,
+                self.state, self.epoch_inputs, jnp.int32(count), config=self.config
             )
             losses.append(metrics.loss)
-            self.num_steps += call_steps
+            self.num_steps += count
         return Trained(num_steps, float(sum(losses)) / (num_steps * self.config.batch_size))
 
-    def order(self, epoch: int) -> jax.Array:
-        """Returns the order of the examples in the whole batches of an epoch."""
-        if self._order is None or self._order[0] != epoch:
-            order = fm.epoch_order(self.streams.shuffle, epoch, jnp.arange(len(self.labels)))
-            self._order = epoch, order[: self.steps_per_epoch * self.config.batch_size]
-        return self._order[1]
-
-    def device_peak(self) -> float | None:
-        """Returns the peak device memory in MiB, if the device reports it."""
-        return device_peak()
+    def inputs_of(self, epoch: int) -> fm.TrainInputs:
+        """Returns the inputs with the order of an epoch."""
+        streams, examples = self.inputs.streams, self.inputs.examples
+        return self.inputs._replace(examples=fm.epoch_order(streams.shuffle, epoch, examples))
 
 
-def _config(case: Case) -> fm.StepConfig:
-    name, rate = OPTIMIZERS[case.arch]
-    # The library's SGD has momentum, which no competitor has here.
-    tx = optax.sgd(rate) if name == "sgd" else fm.create_optimizer(name)
-    if case.arch != AUGMENTED:
-        return fm.StepConfig(model=fm.create_model(case.arch), tx=tx, batch_size=case.batch_size)
-    return fm.StepConfig(
-        model=fm.create_model(case.arch, image_size=case.image_size),
-        tx=tx,
-        batch_size=case.batch_size,
-        augment=RandomAffine(keras_shear=True, image_size=case.image_size),
-    )
-
-
-def curve(
-    arrays: dict[str, np.ndarray], recipe: dict[str, Any], seed: int
-) -> list[tuple[float, float]]:
+def curve(path: str, recipe: dict[str, Any], seed: int) -> list[tuple[float, float]]:
     """Trains what `run.py` trains; returns seconds and test accuracy after each epoch."""
-    dataset = fm.Dataset(
-        arrays["images"], arrays["labels"], arrays["test_images"], arrays["test_labels"]
-    )
+    arrays = np.load(path)
+    names = ("images", "labels", "test_images", "test_labels")
+    dataset = fm.Dataset(*(arrays[name] for name in names))
     plan = create_plan(fm.Run(recipe=fm.Recipe(**recipe), workdir=Path(), seed=seed), dataset)
-    images, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
-    examples = jnp.asarray(plan.train_examples)
-    # Compiles the loop and takes no step.
-    state, _ = fm.train_steps(
-        plan.create_state(), images, labels, examples, plan.streams, jnp.int32(0),
-        plan.hyperparams, metrics.zeros(), config=plan.config,
-    )  # fmt: skip
+    config, inputs = plan.config, plan.config.layout.place(plan.inputs)
+    next(fm.train_epochs(  # compiles
+        plan.create_state(), inputs, 1, config=config, next_num_steps=lambda step, left: 1
+    ))  # fmt: skip
+    epochs = fm.train_epochs(plan.create_state(), inputs, plan.run.recipe.epochs, config=config)
     seconds, points = 0.0, []
-    for _ in range(plan.run.recipe.epochs):
-        start = time.perf_counter()
-        ((state, _),) = fm.train_epoch(
-            state, images, labels, examples, plan.streams, plan.hyperparams, config=plan.config
-        )
+    start = time.perf_counter()
+    for state, _ in epochs:
         jax.block_until_ready(state)
         seconds += time.perf_counter() - start
         test = fm.evaluate(
             state.variables, dataset.test_images, dataset.test_labels, model=plan.model
         )
         points.append((seconds, test.means()["accuracy"]))
+        start = time.perf_counter()
     return points
 
 
-def flops(images: np.ndarray, labels: np.ndarray, case: Case) -> float:
+def flops(case: Case) -> float:
     """Counts the floating-point operations of a step by the definitions of the layers.
 
     The count is the compiler's for the plain network; fmnist_jax needs fewer.
     """
-    del images, labels
     model = Network(NETWORKS[case.arch])
-    channels = 3 if case.arch == AUGMENTED else 1
-    shape = (case.batch_size, case.image_size, case.image_size, channels)
-    pixels = jax.ShapeDtypeStruct(shape, jnp.float32)
+    pixels = jax.ShapeDtypeStruct((case.batch_size, *case.input_shape), jnp.float32)
+    labels = jax.ShapeDtypeStruct((case.batch_size,), jnp.int32)
     key = jax.eval_shape(jax.random.key, 0)
     params = jax.eval_shape(lambda k, x: model.init(k, x, train=False)["params"], key, pixels)
     grad = platform_jit()(jax.grad(functools.partial(mean_loss, model)))
-    labels_shape = jax.ShapeDtypeStruct((case.batch_size,), jnp.int32)
-    return grad.lower(params, pixels, labels_shape, key).compile().cost_analysis()["flops"]
+    return grad.lower(params, pixels, labels, key).compile().cost_analysis()["flops"]
 
 
-def matrix_rate(images: np.ndarray, labels: np.ndarray, case: Case) -> float:
+def matrix_rate() -> float:
     """Measures the floating-point operations per second of float32 matrix products, best of 5."""
-    del images, labels, case
-    size = 2048
-    matrix = jnp.ones((size, size))
+    matrix = jnp.ones((2048, 2048))
     product = jax.jit(jnp.matmul)
     product(matrix, matrix).block_until_ready()
     seconds = []
@@ -145,11 +114,11 @@ def matrix_rate(images: np.ndarray, labels: np.ndarray, case: Case) -> float:
         start = time.perf_counter()
         jax.block_until_ready([product(matrix, matrix) for _ in range(2)])
         seconds.append((time.perf_counter() - start) / 2)
-    return 2 * size**3 / min(seconds)
+    return 2 * len(matrix) ** 3 / min(seconds)
 
 
 class Dropout(nn.Module):
-    """The library's dropout, so that the reference network drops the same activations."""
+    """The library's dropout. Its name and the key determine which activations it drops."""
 
     rate: float
 
@@ -159,7 +128,7 @@ class Dropout(nn.Module):
         return x if deterministic else ops.dropout(self.make_rng("dropout"), x, self.rate)
 
 
-def compare_steps(images: np.ndarray, labels: np.ndarray, case: Case) -> dict[str, float]:
+def compare_steps(path: str, case: Case) -> dict[str, float]:
     """Compares each of ten steps with that of a plain network from the same state, batch and keys.
 
     Each step starts from this library's state. Side by side, two runs that round differently
@@ -170,33 +139,28 @@ def compare_steps(images: np.ndarray, labels: np.ndarray, case: Case) -> dict[st
       update: the largest Euclidean norm of the difference between the updated parameters, relative
         to that of their change.
     """
-    ours = Competitor(images, labels, case)
+    ours = Competitor(*load(path, case), case)
     # Each microbatch has its own dropout key, and the plain network has no microbatches.
     ours.config = dataclasses.replace(ours.config, microbatch_size=case.batch_size)
-    streams, augment = ours.streams, ours.config.augment
     model = Network(NETWORKS[case.arch], dropout=Dropout)
     tx: Any = optax.with_extra_args_support(ours.config.tx)
 
     @platform_jit()
-    def step(state: fm.TrainState, examples: jax.Array) -> Any:
-        if augment is None:
-            pixels = scale(ours.images[examples])
-        else:
-            pixels = augment(streams.augment, jnp.int32(0), examples, ours.images[examples])
-            pixels = jnp.repeat(pixels, 3, axis=-1)
-        key = jax.random.fold_in(streams.dropout, state.step)
+    def step(state: fm.TrainState, inputs: fm.TrainInputs) -> Any:
+        _, batch, key = read_step(inputs, state.step, config=ours.config)
+        pixels = jnp.repeat(batch.images, case.input_shape[-1], axis=-1)
         loss, grads = jax.value_and_grad(mean_loss, argnums=1)(
-            model, state.params, pixels, ours.labels[examples], key
+            model, state.params, pixels, batch.labels, key
         )
-        rate = ours.hyperparams.learning_rate
+        rate = inputs.hyperparams.learning_rate
         updates, _ = tx.update(grads, state.opt_state, state.params, learning_rate=rate)
         return optax.apply_updates(state.params, updates), loss
 
     differences = []
     with jax.default_matmul_precision("highest"):  # TF32 on a GPU has three digits only
-        for examples in ours.order(0).reshape(-1, case.batch_size)[:10]:
+        for _ in range(10):
             before = jax.tree.map(jnp.copy, ours.state)  # `train_steps` donates the state
-            params, loss = step(before, examples)
+            params, loss = step(before, ours.inputs_of(0))
             difference = abs(ours.train(1).loss - float(loss)) / float(loss)
             apart, change = (
                 optax.tree.norm(jax.tree.map(jnp.subtract, ours.state.params, other))

@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import nn
 
 
-class Whitened(nn.Module):
+class _Whitened(nn.Module):
     """5 x 5 convolution with filters that are mixed from fixed patterns."""
 
     def __init__(self, patterns: torch.Tensor, features: int) -> None:
@@ -21,12 +21,11 @@ class Whitened(nn.Module):
         nn.init.kaiming_uniform_(self.mixing, a=5**0.5)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Maps [batch, 1, height, width] to [batch, features, height - 4, width - 4]."""
         filters = (self.mixing[:, :, 0, 0] @ self.patterns.flatten(1)).view(-1, 1, 5, 5)
         return F.conv2d(images, filters)
 
 
-class Norm(nn.BatchNorm2d):
+class _Norm(nn.BatchNorm2d):
     """Batch normalization without scale."""
 
     def __init__(self, features: int) -> None:
@@ -34,14 +33,14 @@ class Norm(nn.BatchNorm2d):
         self.weight.requires_grad_(False)
 
 
-def network(patterns: torch.Tensor, widths: tuple[int, ...] = (32, 64, 128)) -> nn.Sequential:
+def _network(patterns: torch.Tensor, widths: tuple[int, ...] = (32, 64, 128)) -> nn.Sequential:
     """Returns the network of `fmnist_jax.nn.sprint`."""
     width = widths[0]
-    modules = [Whitened(patterns, width), nn.MaxPool2d(2), Norm(width), nn.ReLU()]
-    modules += [_conv(width, width), Norm(width), nn.ReLU()]
+    modules = [_Whitened(patterns, width), nn.MaxPool2d(2), _Norm(width), nn.ReLU()]
+    modules += [_conv(width, width), _Norm(width), nn.ReLU()]
     for before, width in itertools.pairwise(widths):
-        modules += [_conv(before, width), nn.MaxPool2d(2), Norm(width), nn.ReLU()]
-        modules += [_conv(width, width), Norm(width), nn.ReLU()]
+        modules += [_conv(before, width), nn.MaxPool2d(2), _Norm(width), nn.ReLU()]
+        modules += [_conv(width, width), _Norm(width), nn.ReLU()]
     head = nn.Linear(width, 10)
     nn.init.normal_(head.weight, std=1 / width)
     nn.init.zeros_(head.bias)
@@ -54,7 +53,7 @@ def _conv(channels: int, features: int) -> nn.Conv2d:
     return conv
 
 
-class Muon(torch.optim.Optimizer):
+class _Muon(torch.optim.Optimizer):
     """The update of airbench94 for filters."""
 
     def __init__(self, filters: list[nn.Parameter], lr: float) -> None:
@@ -62,7 +61,6 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Updates the filters."""
         for group in self.param_groups:
             for param in group["params"]:
                 buffer = self.state[param].setdefault("momentum", torch.zeros_like(param))
@@ -82,14 +80,13 @@ def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def curve(
-    arrays: dict[str, np.ndarray], recipe: dict[str, Any], seed: int
-) -> list[tuple[float, float]]:
+def curve(path: str, recipe: dict[str, Any], seed: int) -> list[tuple[float, float]]:
     """Trains the recipe; returns seconds and test accuracy after each epoch."""
+    arrays = np.load(path)
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     patterns = torch.from_numpy(arrays["patterns"]).float().permute(2, 0, 1)
-    model = network(patterns).to(device, memory_format=torch.channels_last)
+    model = _network(patterns).to(device, memory_format=torch.channels_last)
     train = arrays["train_examples"]
     images = torch.from_numpy(arrays["images"][train]).to(device)[:, None]
     labels = torch.from_numpy(arrays["labels"][train]).long().to(device)
@@ -102,7 +99,7 @@ def curve(
     rate, batch_size = recipe["learning_rate"], recipe["batch_size"]
     groups = [{"params": biases, "lr": rate}, {"params": dense, "lr": 0.1 * rate}]
     optimizers = [
-        Muon(filters, rate),
+        _Muon(filters, rate),
         torch.optim.SGD(groups, momentum=0.85, nesterov=True, fused=True),
     ]
     loss = nn.CrossEntropyLoss(label_smoothing=recipe["label_smoothing"])

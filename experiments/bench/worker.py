@@ -1,15 +1,14 @@
-"""Shared by all competitors of `bench.py`: the networks, the augmentation and the process.
+"""Shared by all competitors: the networks, the augmentation, and the loop of their processes.
 
     python worker.py MODULE
 
-Imports the module and then executes commands from standard input, one JSON object per line. The
-module has a class `Competitor`, created with `(images, labels, case, **options)`, whose
+Executes commands from standard input, one JSON object per line, and prints their replies. MODULE
+has a class `Competitor`, created with `(images, labels, case, **options)`, whose
 `train(num_steps)` takes at least that many steps, waits for them and returns `Trained`.
 
 Needs only the standard library and NumPy, because each framework has an environment of its own.
 """
 
-import functools
 import importlib
 import json
 import math
@@ -17,29 +16,26 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 Initializer = Literal["glorot_uniform", "he_uniform", "normal_0.05"]
+# Its images are augmented, resized to 150 x 150 and have three equal channels.
+AUGMENTED = "deep_augmented"
 
 
 class Case(NamedTuple):
-    """What all competitors train.
-
-    Attributes:
-      arch: name of the network.
-      batch_size: examples per step.
-      image_size: side of the network's input, in pixels.
-      num_images: number of training images.
-    """
+    """What all competitors train: a network and the number of examples per step."""
 
     arch: str
     batch_size: int
-    image_size: int
-    num_images: int
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the network's input."""
+        return (150, 150, 3) if self.arch == AUGMENTED else (28, 28, 1)
 
     def __str__(self) -> str:
         return f"{self.arch}, batch size {self.batch_size:,}"
@@ -77,13 +73,7 @@ class Optimizer(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """Result of a call of `Competitor.train`.
-
-    Attributes:
-      num_steps: steps taken.
-      loss: their mean loss.
-      overhead: seconds of the call that were not spent on steps.
-    """
+    """Steps taken, their mean loss, and seconds of the call that were not spent on steps."""
 
     num_steps: int
     loss: float
@@ -91,6 +81,19 @@ class Trained(NamedTuple):
 
 
 Layers = tuple[Conv | Dropout | Dense, ...]
+
+
+def _two_convs(kernel_size: int, padding: Literal["valid", "same"]) -> Layers:
+    return (
+        Conv(64, kernel_size, padding, pool=True),
+        Dropout(0.3),
+        Conv(32, kernel_size, padding, pool=True),
+        Dropout(0.3),
+        Dense(256),
+        Dropout(0.5),
+        Dense(10, relu=False),
+    )
+
 
 # The networks of `fmnist_jax.nn.models`, for competitors that cannot import it.
 NETWORKS: dict[str, Layers] = {
@@ -104,24 +107,8 @@ NETWORKS: dict[str, Layers] = {
         Dense(128),
         Dense(10, relu=False),
     ),
-    "valid_2x2": (
-        Conv(64, kernel_size=2, pool=True),
-        Dropout(0.3),
-        Conv(32, kernel_size=2, pool=True),
-        Dropout(0.3),
-        Dense(256),
-        Dropout(0.5),
-        Dense(10, relu=False),
-    ),
-    "same_3x3": (
-        Conv(64, padding="same", pool=True),
-        Dropout(0.3),
-        Conv(32, padding="same", pool=True),
-        Dropout(0.3),
-        Dense(256),
-        Dropout(0.5),
-        Dense(10, relu=False),
-    ),
+    "valid_2x2": _two_convs(kernel_size=2, padding="valid"),
+    "same_3x3": _two_convs(kernel_size=3, padding="same"),
     "he_stack": (
         Conv(64, init="he_uniform"),
         Conv(64, init="he_uniform"),
@@ -146,8 +133,6 @@ OPTIMIZERS = {
     "he_stack": Optimizer("sgd", 0.01),
     "deep_augmented": Optimizer("rmsprop", 1e-3),
 }
-# Its images are augmented, resized to `image_size` and have three equal channels.
-AUGMENTED = "deep_augmented"
 
 
 def affine(
@@ -182,6 +167,13 @@ def affine(
     )
 
 
+def load(path: str, case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Reads images, uint8[n, 28, 28], and labels, int32[n], where n is a multiple of the batch."""
+    with np.load(path) as arrays:
+        whole = len(arrays["labels"]) // case.batch_size * case.batch_size
+        return arrays["images"][:whole], arrays["labels"][:whole]
+
+
 def main() -> None:
     """Executes commands from standard input until it ends."""
     # Standard output is for replies only; what libraries print goes to standard error.
@@ -191,66 +183,36 @@ def main() -> None:
     competitor: Any = None
     for line in sys.stdin:
         command = json.loads(line)
+        if "case" in command:
+            command["case"] = Case(*command["case"])
+        reply: Any
         match command.pop("do"):
             case "prepare":
-                case = Case(*command.pop("case"))
-                arrays = load(command.pop("path"), case.num_images)
-                competitor = module.Competitor(*arrays, case, **command)
+                path, case = command.pop("path"), command.pop("case")
+                competitor = module.Competitor(*load(path, case), case, **command)
                 reply = train(competitor, 1)
-                # From the start of the process, including that of Python.
-                reply["seconds"] = time.time() - float(os.environ["BENCH_STARTED"])
             case "train":
                 reply = train(competitor, **command)
             case "memory":
-                device_peak = getattr(competitor, "device_peak", lambda: None)()
-                reply = {"host_mib": host_peak(), "device_mib": device_peak}
-            case "versions":
-                names = ("jax", "jaxlib", "flax", "optax", "keras", "torch", "numpy")
-                reply = {"python": sys.version.split()[0]} | {
-                    package.name: package.version
-                    for package in metadata.distributions()
-                    if package.name in names or package.name.startswith("tensorflow")
-                }
-            case "curve":  # seconds and accuracy after each epoch of a whole training
-                trainer = importlib.import_module(command.pop("module"))
-                with np.load(command.pop("path")) as arrays:
-                    reply = trainer.curve(dict(arrays), **command)
-            case "call":  # a function of the module
-                case = Case(*command["case"])
-                arrays = load(command["path"], case.num_images)
-                reply = getattr(module, command["function"])(*arrays, case)
+                reply = peak_memory()
+            case function:  # of any module in this folder
+                name, function = function.split(".")
+                reply = getattr(importlib.import_module(name), function)(**command)
         print(json.dumps(reply), file=replies)
 
 
-def train(competitor: Any, num_steps: int, num_calls: int = 1) -> dict[str, Any]:
+def train(competitor: Any, num_steps: int) -> dict[str, Any]:
     """Calls `Competitor.train` and measures the time."""
     start = time.perf_counter()
-    results = [competitor.train(num_steps) for _ in range(num_calls)]
-    seconds = time.perf_counter() - start - sum(result.overhead for result in results)
-    loss = float(np.mean([result.loss for result in results]))
-    return {
-        "steps": sum(result.num_steps for result in results),
-        "seconds": seconds,
-        "loss": loss if math.isfinite(loss) else None,  # JSON has no NaN
-    }
+    done, loss, overhead = competitor.train(num_steps)
+    seconds = time.perf_counter() - start - overhead
+    # JSON has no NaN.
+    return {"steps": done, "seconds": seconds, "loss": loss if math.isfinite(loss) else None}
 
 
-@functools.cache
-def load(path: str, num_images: int) -> tuple[np.ndarray, np.ndarray]:
-    """Reads the first images, uint8[n, 28, 28], and labels, int32[n]."""
-    with np.load(path) as arrays:
-        return arrays["images"][:num_images], arrays["labels"][:num_images]
-
-
-def host_peak() -> float | None:
-    """Reads the peak resident memory in MiB from Linux; None elsewhere.
-
-    `ru_maxrss` would start at the memory of the parent process.
-    """
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+def peak_memory() -> float:
+    """Reads the peak resident memory in MiB. `ru_maxrss` would start at that of the parent."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["VmHWM"].split()[0]) / 1024
 
 

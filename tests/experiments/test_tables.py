@@ -20,7 +20,7 @@ def test_tables_are_those_of_the_results(tables_py):
 
 def test_every_table_has_its_markers_once(tables_py):
     texts = "".join((ROOT / name).read_text() for name in TEXTS)
-    for name in tables_py.TABLES:
+    for name in tables_py.tables():
         assert texts.count(f"<!-- {name} -->") == texts.count(f"<!-- end {name} -->") == 1, name
 
 
