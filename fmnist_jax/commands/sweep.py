@@ -84,10 +84,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         raise ConfigError(f"{fixed[0]} is searched and has a flag of its own; give one of the two")
     settings["space"] = sorted(arguments.over)
     workdir = arguments.workdir or _name_workdir(arguments.arch, "sweep", settings)
-    console.print(
-        f"The sweep is in {workdir}. The same command resumes it.",
-        highlight=False,
-    )
+    console.print(f"The sweep is in {workdir}. The same command resumes it.", highlight=False)
     report = sweep(
         dataclasses.replace(run, workdir=workdir),
         dataset,

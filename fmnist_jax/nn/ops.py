@@ -330,9 +330,7 @@ def dropout(key: jax.Array, activations: jax.Array, rate: float | jax.Array) -> 
 def _by_platform(fast: Callable, plain: Callable, *arrays: jax.Array, **options: Any) -> Any:
     """Calls `fast` on CPUs and `plain` on other platforms."""
     return lax.platform_dependent(
-        *arrays,
-        cpu=functools.partial(fast, **options),
-        default=functools.partial(plain, **options),
+        *arrays, cpu=functools.partial(fast, **options), default=functools.partial(plain, **options)
     )
 
 

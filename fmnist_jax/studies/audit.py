@@ -1,18 +1,21 @@
 """`audit_images`, `audit_labels`: statistics, duplicates and label issues of a data set."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fmnist_jax.analysis import duplicates
 from fmnist_jax.analysis.label_issues import LabelIssues, find_label_issues
+from fmnist_jax.config import Run
 from fmnist_jax.data.dataset import Dataset
-from fmnist_jax.nn.models import create_model
-from fmnist_jax.studies.cross_validation import CrossValidation, cross_validate, train_network
+from fmnist_jax.recipes import RECIPES
+from fmnist_jax.runs.plan import create_recipe_model
+from fmnist_jax.studies.cross_validation import CrossValidation, cross_validate, train_without
 from fmnist_jax.train.hooks import Hook, say
 from fmnist_jax.train.predict import evaluate
-from fmnist_jax.train.step import Model
 
 ARCH = "small_dropout"  # the fastest of the networks that reach 91%
 NUM_SEEDS = 3  # trainings with and without the label issues
@@ -164,12 +167,9 @@ def audit_labels(
       The entry `labels` of audit.json.
     """
     labels, names = dataset.train_labels, dataset.class_names
-    model = create_model(ARCH, num_classes=len(names))
+    run = Run(recipe=dataclasses.replace(RECIPES[ARCH], epochs=epochs), workdir=Path(), seed=seed)
     say(hooks, f"Cross-validating {ARCH} with {folds} folds ...")
-    crossed = cross_validate(
-        seed, dataset.train_images, labels, dataset.test_images,
-        model=model, folds=folds, epochs=epochs, hooks=hooks,
-    )  # fmt: skip
+    crossed = cross_validate(run, dataset, folds, hooks=hooks)
     found = find_label_issues(crossed.logits, labels)
     is_issue = np.zeros(len(labels), bool)
     is_issue[found.indices] = True
@@ -190,32 +190,26 @@ def audit_labels(
             "never_learned": int((~crossed.learned).sum()),
             "never_learned_issues": int((~crossed.learned & is_issue).sum()),
         },
-        "test_accuracy": _accuracies(dataset, is_issue, model, epochs, seed, hooks),
+        "test_accuracy": _accuracies(run, dataset, found.indices, hooks),
     } | _doubtful_test_labels(dataset, crossed)
 
 
 def _accuracies(
-    dataset: Dataset,
-    is_issue: np.ndarray,
-    model: Model,
-    epochs: int,
-    seed: int,
-    hooks: Sequence[Hook],
+    run: Run, dataset: Dataset, issues: np.ndarray, hooks: Sequence[Hook]
 ) -> dict[str, list[float]]:
     """Returns the test accuracies of trainings with and without the label issues."""
-    everything = np.arange(len(is_issue), dtype=np.int32)
+    model = create_recipe_model(run.recipe, len(dataset.class_names))
     accuracies: dict[str, list[float]] = {"with": [], "without": []}
     for number in range(NUM_SEEDS):
-        for name, examples in (("with", everything), ("without", everything[~is_issue])):
+        of_seed = dataclasses.replace(run, seed=(run.seed + number) % 2**32)
+        for name, excluded in (("with", issues[:0]), ("without", issues)):
+            num_images = len(dataset.train_labels) - len(excluded)
             say(
                 hooks,
                 f"Training {number + 1} of {NUM_SEEDS} {name} the label issues, "
-                f"{len(examples):,} images ...",
+                f"{num_images:,} images ...",
             )
-            *_, state = train_network(
-                (seed + number) % 2**32, dataset.train_images, dataset.train_labels, examples,
-                model=model, epochs=epochs,
-            )  # fmt: skip
+            *_, state = train_without(of_seed, dataset, excluded)
             metrics = evaluate(
                 state.variables, dataset.test_images, dataset.test_labels, model=model
             )

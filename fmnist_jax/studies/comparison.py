@@ -70,11 +70,7 @@ def compare(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> dict[str, Any]:
         "difference": difference,
         "sign_flip_p": stats.sign_flip_test(gains) if several else None,
         "sign_flip_smallest": stats.smallest_sign_flip_p(len(seeds)) if several else None,
-        "mcnemar": {
-            "only_a_right": mcnemar.only_a,
-            "only_b_right": mcnemar.only_b,
-            "p": mcnemar.p,
-        },
+        "mcnemar": {"only_a_right": mcnemar.only_a, "only_b_right": mcnemar.only_b, "p": mcnemar.p},
         "minimum_detectable_effect": (
             stats.minimum_detectable_effect(std, len(seeds)) if std else None
         ),

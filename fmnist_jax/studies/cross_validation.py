@@ -1,28 +1,21 @@
 """`cross_validate`: predictions for every training image by a network not trained on it."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from sklearn.model_selection import StratifiedKFold
 
 from fmnist_jax.analysis.label_issues import forgetting_events
-from fmnist_jax.data.batches import steps_per_epoch
+from fmnist_jax.config import Run
+from fmnist_jax.data.dataset import Dataset
 from fmnist_jax.errors import ConfigError
-from fmnist_jax.rng import create_streams
+from fmnist_jax.runs.plan import create_plan, create_recipe_model
 from fmnist_jax.train.hooks import Hook, say
-from fmnist_jax.train.loop import TrainInputs, train_epochs
-from fmnist_jax.train.optim import create_optimizer, create_schedule
+from fmnist_jax.train.loop import train_epochs
 from fmnist_jax.train.predict import predict
-from fmnist_jax.train.step import (
-    Hyperparams,
-    Model,
-    StepConfig,
-    TrainState,
-    create_train_state,
-)
+from fmnist_jax.train.step import TrainState
 
 
 class CrossValidation(NamedTuple):
@@ -42,55 +35,38 @@ class CrossValidation(NamedTuple):
 
 
 def cross_validate(
-    seed: int,
-    images: np.ndarray,
-    labels: np.ndarray,
-    test_images: np.ndarray,
-    *,
-    model: Model,
-    folds: int = 4,
-    epochs: int = 5,
-    batch_size: int = 128,
-    hooks: Sequence[Hook] = (),
+    run: Run, dataset: Dataset, folds: int = 4, *, hooks: Sequence[Hook] = ()
 ) -> CrossValidation:
     """Trains one network per fold, on the images outside the fold.
 
-    The folds are random and stratified by class.
+    The folds are random and stratified by class. No file is written.
 
     Args:
-      seed: root of all randomness, in [0, 2**32). Fold i trains from seed + i, modulo 2**32.
-      images: uint8[n, height, width].
-      labels: int32[n], values in [0, num_classes).
-      test_images: uint8[m, height, width].
-      model: as in `StepConfig`.
+      run: recipe, without validation images, and seed. Fold i trains from the seed plus i, modulo
+        2**32.
+      dataset: the data.
       folds: number of networks, at least 2.
-      epochs: epochs per network, at least 1.
-      batch_size: examples per step, at least 1.
       hooks: receive a message after each epoch.
 
     Raises:
-      ConfigError: if a class has fewer images than there are folds, or epochs is below 1.
+      ConfigError: if a class has fewer images than there are folds, or the settings do not fit.
     """
+    labels, epochs = dataset.train_labels, run.recipe.epochs
     fewest = np.unique(labels, return_counts=True)[1].min()
     if not 2 <= folds <= fewest:
         raise ConfigError(
             f"folds is {folds}; it must be from 2 to {fewest:,}, the number of training images of "
             "the smallest class"
         )
-    if epochs < 1:
-        raise ConfigError(f"epochs is {epochs}; it must be at least 1")
-    device_images, device_labels = jnp.asarray(images), jnp.asarray(labels)
+    model = create_recipe_model(run.recipe, len(dataset.class_names))
     logits, positions, test_logits = [], [], []
     forgotten, learned = np.zeros(len(labels), int), np.zeros(len(labels), bool)
-    splits = StratifiedKFold(folds, shuffle=True, random_state=seed).split(images, labels)
+    splits = StratifiedKFold(folds, shuffle=True, random_state=run.seed).split(labels, labels)
     for fold, (inside, held_out) in enumerate(splits):
         history = []
-        states = train_network(
-            (seed + fold) % 2**32, device_images, device_labels, inside.astype(np.int32),
-            model=model, epochs=epochs, batch_size=batch_size,
-        )  # fmt: skip
-        for state in states:
-            predicted = np.asarray(predict(state.variables, images, model=model))
+        of_fold = dataclasses.replace(run, seed=(run.seed + fold) % 2**32)
+        for state in train_without(of_fold, dataset, held_out):
+            predicted = np.asarray(predict(state.variables, dataset.train_images, model=model))
             correct = predicted.argmax(axis=1) == labels
             history.append(correct[inside])
             say(
@@ -100,52 +76,27 @@ def cross_validate(
             )
         logits.append(predicted[held_out])
         positions.append(held_out)
-        test_logits.append(np.asarray(predict(state.variables, test_images, model=model)))
+        test_logits.append(np.asarray(predict(state.variables, dataset.test_images, model=model)))
         forgotten[inside] += forgetting_events(np.array(history))
         learned[inside] |= np.any(history, axis=0)
     in_order = np.concatenate(logits)[np.argsort(np.concatenate(positions))]
     return CrossValidation(in_order, np.array(test_logits), forgotten, learned)
 
 
-def train_network(
-    seed: int,
-    images: jax.Array | np.ndarray,
-    labels: jax.Array | np.ndarray,
-    examples: np.ndarray,
-    *,
-    model: Model,
-    epochs: int,
-    batch_size: int = 128,
-) -> Iterator[TrainState]:
-    """Trains a network like the recipe `small_dropout`: Adam, 1e-3 with a cosine schedule.
+def train_without(run: Run, dataset: Dataset, exclude: np.ndarray) -> Iterator[TrainState]:
+    """Trains on all training images but some, without validation images and files.
 
     Args:
-      seed: root of all randomness, in [0, 2**32).
-      images: uint8[n, height, width].
-      labels: int32[n], values in [0, num_classes).
-      examples: int32[m], positions of the images to train on.
-      model: as in `StepConfig`.
-      epochs: number of epochs.
-      batch_size: examples per step, at least 1.
+      run: recipe and seed.
+      dataset: the data.
+      exclude: int[k], positions of the training images to leave out.
 
     Yields:
       The state after each epoch. It is donated when the next one is requested.
     """
-    config = StepConfig(
-        model=model,
-        tx=create_optimizer("adam"),
-        batch_size=batch_size,
-        schedule=create_schedule("cosine"),
-    )
-    total_steps = epochs * steps_per_epoch(len(examples), batch_size)
-    inputs = TrainInputs(
-        images,
-        labels,
-        create_streams(seed),
-        Hyperparams(jnp.float32(1e-3), jnp.int32(total_steps)),
-        jnp.asarray(examples),
-    )
-    height, width = images.shape[1:]
-    initial = create_train_state(inputs.streams.init, config, image_shape=(height, width))
-    for state, _ in train_epochs(initial, inputs, epochs, config=config):
+    recipe = dataclasses.replace(run.recipe, val_fraction=0.0)
+    plan = create_plan(dataclasses.replace(run, recipe=recipe, exclude=exclude.tolist()), dataset)
+    for state, _ in train_epochs(
+        plan.create_state(), plan.inputs, recipe.epochs, config=plan.config
+    ):
         yield state

@@ -58,10 +58,7 @@ def supported_options(backend: str) -> dict[str, str | bool | int]:
 
 
 def platform_jit(
-    *,
-    static_argnames: Sequence[str] = (),
-    donate_argnames: Sequence[str] = (),
-    quick: bool = False,
+    *, static_argnames: Sequence[str] = (), donate_argnames: Sequence[str] = (), quick: bool = False
 ) -> Callable[[Callable[P, R]], "PlatformJit[P, R]"]:
     """Returns a decorator like `jax.jit` that sets the default backend's compiler options.
 

@@ -1,7 +1,9 @@
 """The command audit.py."""
 
+import dataclasses
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,18 +11,26 @@ import pytest
 import fmnist_jax as fm
 from fmnist_jax.commands import audit as audit_command
 from fmnist_jax.data.dataset import CLASS_NAMES
+from fmnist_jax.nn import models
 from fmnist_jax.studies import audit
-from fmnist_jax.studies.cross_validation import train_network
+from fmnist_jax.studies.cross_validation import train_without
 from tests.small import Linear
 
 
+@pytest.fixture
+def _small_training(monkeypatch):
+    monkeypatch.setattr(models, "ARCHS", {audit.ARCH: Linear})
+    recipe = dataclasses.replace(fm.RECIPES[audit.ARCH], batch_size=16)
+    monkeypatch.setattr(audit, "RECIPES", {audit.ARCH: recipe})
+
+
+@pytest.mark.usefixtures("_small_training")
 def test_audit_end_to_end(tiny, tmp_path, monkeypatch, capsys):
     train = tiny.train_images.copy()
     train[7], train[20] = tiny.test_images[3], tiny.test_images[11][:, ::-1]
     labels = np.arange(60) % 10
     data = fm.Dataset(train, labels, tiny.test_images, tiny.test_labels)
     monkeypatch.setattr(fm, "load_fashion_mnist", lambda *_, **__: data)
-    monkeypatch.setattr(audit, "create_model", lambda name, num_classes: Linear(num_classes))
     command = ["--folds", "2", "--epochs", "1", "--workdir", str(tmp_path / "a")]
     assert audit_command.main(command) == 0
     output = capsys.readouterr().out
@@ -70,17 +80,16 @@ def test_audit_end_to_end(tiny, tmp_path, monkeypatch, capsys):
     assert 'class="warning"' not in page
 
 
+@pytest.mark.usefixtures("_small_training")
 def test_accuracies_match_separate_training(tiny, monkeypatch):
     assert audit.ARCH in fm.ARCHS
-    monkeypatch.setattr(audit, "create_model", lambda name, num_classes: Linear(num_classes))
     found = audit.audit_labels(tiny, 2, 1, 3)
     left = [issue["index"] for issue in found["issues"]]
     model = Linear()
-    for name, examples in (("with", np.arange(60)), ("without", np.delete(np.arange(60), left))):
-        (state,) = train_network(
-            4, tiny.train_images, tiny.train_labels, examples.astype(np.int32), model=model,
-            epochs=1,
-        )  # fmt: skip
+    recipe = dataclasses.replace(audit.RECIPES[audit.ARCH], epochs=1)
+    run = fm.Run(recipe=recipe, workdir=Path(), seed=4)
+    for name, excluded in (("with", []), ("without", left)):
+        (state,) = train_without(run, tiny, np.array(excluded, int))
         logits = np.asarray(fm.predict(state.variables, tiny.test_images, model=model))
         accuracy = (logits.argmax(axis=1) == tiny.test_labels).mean()
         np.testing.assert_allclose(found["test_accuracy"][name][1], accuracy)

@@ -1,16 +1,28 @@
 """Cross-validation: no network sees the images that it judges."""
 
 import dataclasses
+from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import fmnist_jax as fm
 from fmnist_jax.errors import ConfigError
+from fmnist_jax.nn import models
 from fmnist_jax.studies import cross_validation
-from fmnist_jax.studies.cross_validation import cross_validate, train_network
+from fmnist_jax.studies.cross_validation import cross_validate, train_without
 from tests.small import Linear
+
+
+@pytest.fixture(autouse=True)
+def _networks(monkeypatch):
+    networks = {"memory": lambda num_classes: Memory(), "linear": Linear}
+    monkeypatch.setattr(models, "ARCHS", networks)
+
+
+def make_run(arch, seed=0, epochs=1, batch_size=16):
+    recipe = fm.Recipe(arch=arch, epochs=epochs, batch_size=batch_size, schedule="cosine")
+    return fm.Run(recipe=recipe, workdir=Path(), seed=seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +41,8 @@ def test_no_network_is_trained_on_its_own_fold(tiny):
     images = tiny.train_images.copy()
     images[:, 0, 0] = np.arange(60)
     labels = np.random.default_rng(3).permutation(np.repeat([0, 1], 30)).astype(np.int32)
-    crossed = cross_validate(
-        5, images, labels, images[:7], model=Memory(), folds=3, epochs=2, batch_size=8
-    )
+    data = fm.Dataset(images, labels, images[:7], labels[:7], ("a", "b"))
+    crossed = cross_validate(make_run("memory", 5, epochs=2, batch_size=8), data, 3)
     # Untouched rows of the table, for every image.
     np.testing.assert_array_equal(crossed.logits, 0)
     assert crossed.logits.shape == (60, 2)
@@ -49,24 +60,23 @@ def test_results_are_those_of_networks_trained_fold_by_fold(tiny, monkeypatch):
     """The order of out-of-fold logits, and counts of forgetting, by a direct computation."""
     folds = []
 
-    def record(seed, images, labels, examples, **options):
+    def record(run, dataset, excluded):
         states: list[np.ndarray] = []
-        folds.append((seed, examples, states))
-        for state in train_network(seed, images, labels, examples, **options):
-            states.append(np.asarray(fm.predict(state.variables, images, model=Linear())))
+        folds.append((run.seed, np.setdiff1d(np.arange(60), excluded), states))
+        for state in train_without(run, dataset, excluded):
+            logits = fm.predict(state.variables, dataset.train_images, model=Linear())
+            states.append(np.asarray(logits))
             yield state
 
-    monkeypatch.setattr(cross_validation, "train_network", record)
+    monkeypatch.setattr(cross_validation, "train_without", record)
     texts = []
 
     class Recorder(fm.Hook):
         def message(self, text):
             texts.append(text)
 
-    crossed = cross_validate(
-        2**32 - 1, tiny.train_images, tiny.train_labels, tiny.test_images, model=Linear(),
-        folds=2, epochs=3, batch_size=16, hooks=[Recorder()],
-    )  # fmt: skip
+    run = make_run("linear", 2**32 - 1, epochs=3)
+    crossed = cross_validate(run, tiny, 2, hooks=[Recorder()])
     assert [seed for seed, _, _ in folds] == [2**32 - 1, 0]
     assert sorted(np.concatenate([examples for _, examples, _ in folds])) == list(range(60))
     forgotten, learned = np.zeros(60, int), np.zeros(60, bool)
@@ -89,34 +99,19 @@ def test_results_are_those_of_networks_trained_fold_by_fold(tiny, monkeypatch):
 
 
 def test_results_are_reproduced_from_their_seed(tiny):
-    def run(seed):
-        return cross_validate(
-            seed, tiny.train_images, tiny.train_labels % 2, tiny.test_images,
-            model=Linear(num_classes=2), folds=2, epochs=1, batch_size=16,
-        ).logits  # fmt: skip
-
-    first = run(0)
-    np.testing.assert_array_equal(first, run(0))
-    assert not np.array_equal(first, run(1))
+    first = cross_validate(make_run("linear", 0), tiny, 2).logits
+    np.testing.assert_array_equal(first, cross_validate(make_run("linear", 0), tiny, 2).logits)
+    assert not np.array_equal(first, cross_validate(make_run("linear", 1), tiny, 2).logits)
 
 
-def test_each_epoch_takes_all_its_steps(tiny):
-    images, labels = jnp.asarray(tiny.train_images), jnp.asarray(tiny.train_labels)
-    examples = np.arange(40, dtype=np.int32)
-    states = train_network(0, images, labels, examples, model=Linear(), epochs=2, batch_size=16)
+def test_each_epoch_takes_all_its_steps_on_the_images_left(tiny):
+    run = make_run("linear", epochs=2)
+    states = train_without(run, tiny, np.arange(40, 60))
     assert [int(state.step) for state in states] == [3, 6]
 
 
-@pytest.mark.parametrize(("folds", "epochs"), [(1, 1), (31, 1), (2, 0)])
-def test_invalid_settings_are_named(folds, epochs, tiny):
-    labels = np.repeat([0, 1], 30).astype(np.int32)
-    with pytest.raises(ConfigError, match=rf"folds is {folds}; .* 2 to 30|epochs is 0"):
-        cross_validate(
-            0,
-            tiny.train_images,
-            labels,
-            tiny.test_images,
-            model=Linear(),
-            folds=folds,
-            epochs=epochs,
-        )
+@pytest.mark.parametrize("folds", [1, 31])
+def test_invalid_numbers_of_folds_are_named(folds, tiny):
+    data = dataclasses.replace(tiny, train_labels=np.repeat([0, 1], 30))
+    with pytest.raises(ConfigError, match=rf"folds is {folds}; .* 2 to 30"):
+        cross_validate(make_run("linear"), data, folds)
