@@ -10,7 +10,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_f
 
 
 class Scores(NamedTuple):
-    """How predictions compare with labels.
+    """Scores of predictions.
 
     Attributes:
       accuracy: fraction.
