@@ -1,11 +1,16 @@
-"""Figures, drawn by matplotlib from arrays and mappings alone."""
+"""Figures, drawn by matplotlib from arrays and mappings alone.
+
+Unless stated otherwise, `images` are uint8[n, height, width], `labels` int[n] with values in
+[0, num_classes), `logits` float[n, num_classes], and `class_names` has one name per class. A
+`history` has the lines of metrics.jsonl; `trials` and `space` are those of sweep.json.
+"""
 
 import base64
 import contextlib
 import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.style
@@ -24,10 +29,7 @@ INK, GRID = "#1f2937", "#e5e7eb"
 PRIMARY, SECONDARY = "#2563eb", "#ea7317"
 PALE = "#93b4f5"
 
-# A larger contact sheet is slow to draw and hard to read.
-MAX_PICTURES = 60
-
-# Characters that fit over a picture of a contact sheet.
+# Characters that fit over an image of a contact sheet.
 _MAX_LINE = 18
 
 _STYLE = {
@@ -45,19 +47,6 @@ _STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-
-
-class _RateCurve(Protocol):
-    """The loss by learning rate, as `fmnist_jax.find_learning_rate` returns it."""
-
-    @property
-    def rates(self) -> np.ndarray: ...
-    @property
-    def losses(self) -> np.ndarray: ...
-    @property
-    def smoothed(self) -> np.ndarray: ...
-    @property
-    def suggestion(self) -> float: ...
 
 
 @contextlib.contextmanager
@@ -102,12 +91,7 @@ def data_url(png: bytes) -> str:
 
 @style()
 def learning_curve(history: Sequence[Mapping[str, Any]], metric: str) -> Figure:
-    """Training and validation metric by epoch.
-
-    Args:
-      history: the lines of metrics.jsonl.
-      metric: "loss" or "accuracy".
-    """
+    """Training and validation metric, "loss" or "accuracy", by epoch."""
     figure, axes = _figure()
     for split, name in (("train", "training"), ("val", "validation")):
         lines = [line for line in history if line["split"] == split]
@@ -122,25 +106,17 @@ def learning_curve(history: Sequence[Mapping[str, Any]], metric: str) -> Figure:
 def reliability_diagram(
     logits: np.ndarray, labels: np.ndarray, temperature: float | None
 ) -> Figure:
-    """Accuracy by confidence, with and without temperature scaling.
-
-    Args:
-      logits: float[n, num_classes].
-      labels: int[n].
-      temperature: divides the logits; None leaves the second curve out.
-    """
+    """Accuracy by confidence, and after division of the logits by the temperature, if any."""
     figure, axes = _figure()
     axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=":")
-    curves = [("uncalibrated", 1.0)]
+    curves = {"uncalibrated": 1.0}
     if temperature is not None:
-        curves.append((f"temperature {temperature:.2f}", temperature))
-    for name, scale in curves:
+        curves[f"temperature {temperature:.2f}"] = temperature
+    for name, scale in curves.items():
         bins = calibration.reliability(logits / scale, labels)
-        # The accuracy of fewer examples is mostly noise.
-        shown = bins.num_examples >= 10
-        axes.plot(
-            bins.confidence[shown], bins.accuracy[shown], marker="o", markersize=4, label=name
-        )
+        shown = bins.num_examples >= 10  # the accuracy of fewer examples is mostly noise
+        points = bins.confidence[shown], bins.accuracy[shown]
+        axes.plot(*points, marker="o", markersize=4, label=name)
     axes.set(xlabel="confidence", ylabel="accuracy")
     axes.legend()
     return figure
@@ -148,12 +124,7 @@ def reliability_diagram(
 
 @style()
 def risk_coverage_curve(logits: np.ndarray, labels: np.ndarray) -> Figure:
-    """Error rate among the most confident predictions, by their fraction.
-
-    Args:
-      logits: float[n, num_classes].
-      labels: int[n].
-    """
+    """Error rate among the most confident predictions, by their fraction."""
     curve = calibration.risk_coverage(logits, labels)
     figure, axes = _figure()
     axes.plot(curve.coverage, curve.risk)
@@ -172,7 +143,7 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]
     side = 2.2 + 0.48 * len(class_names)
     figure, axes = _figure(side, side)
     axes.grid(visible=False)
-    # The square root keeps the few errors visible beside the many hits.
+    # The square root keeps the few errors visible.
     axes.imshow(np.sqrt(fractions), cmap="Blues", vmin=0, vmax=1)
     for i, j in np.argwhere(counts):
         color = "white" if np.sqrt(fractions[i, j]) > 0.6 else INK
@@ -187,7 +158,7 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]
 
 @style()
 def class_samples(images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """A row of images for each class; images are uint8[n, height, width]."""
+    """A row of images for each class."""
     rows = [images[labels == label] for label in range(len(class_names))]
     columns = max(map(len, rows))
     figure, grid = _image_grid(len(rows), columns, (1.3 + 0.7 * columns, 0.7 * len(rows)))
@@ -201,7 +172,7 @@ def class_samples(images: np.ndarray, labels: np.ndarray, class_names: Sequence[
 
 @style()
 def augmented_samples(originals: np.ndarray, augmented: np.ndarray) -> Figure:
-    """Each original, uint8[n, height, width], before its float[n, epochs, side, side] in [0, 1]."""
+    """Each original, uint8[n, height, width], and its float[n, epochs, side, side] in [0, 1]."""
     columns = 1 + augmented.shape[1]
     size = 1.3 * columns, 1.3 * len(originals) + 0.3
     figure, grid = _image_grid(len(originals), columns, size)
@@ -220,20 +191,13 @@ def worst_predictions(
     examples: Mapping[str, np.ndarray],
     class_names: Sequence[str],
 ) -> Figure:
-    """The test images with the highest losses, their labels and predictions.
-
-    Args:
-      predictions: the arrays of predictions.npz.
-      examples: the arrays of examples.npz.
-      class_names: one per class.
-    """
-    probabilities = softmax(predictions["logits"].astype(np.float64), axis=1)
+    """The test images with the highest losses, from predictions.npz and examples.npz."""
     row_of = {int(index): row for row, index in enumerate(predictions["indices"])}
-    titles = []
-    for index in map(int, examples["worst_indices"]):
-        label, row = predictions["labels"][row_of[index]], probabilities[row_of[index]]
-        titles.append(f"test image {index}\n{_prediction_title(label, row, class_names)}")
-    return _titled_images(examples["worst_images"] / 255, titles, columns=5, side=1.8)
+    indices = [int(index) for index in examples["worst_indices"]]
+    rows = [row_of[index] for index in indices]
+    logits, labels = predictions["logits"][rows], predictions["labels"][rows]
+    prefixes = [f"test image {index}\n" for index in indices]
+    return _predictions(examples["worst_images"], labels, logits, class_names, prefixes)
 
 
 @style()
@@ -244,21 +208,12 @@ def misclassified(
     class_names: Sequence[str],
     num_shown: int,
 ) -> Figure:
-    """The misclassified images with the smallest probabilities of their labels.
-
-    Args:
-      images: uint8[n, height, width].
-      labels: int[n].
-      logits: float[n, num_classes].
-      class_names: one per class.
-      num_shown: how many at most.
-    """
+    """At most `num_shown` misclassified images, those with the least probable labels first."""
     probabilities = softmax(logits.astype(np.float64), axis=1)
-    predicted = probabilities.argmax(axis=1)
     order = np.argsort(probabilities[np.arange(len(labels)), labels], kind="stable")
-    shown = order[predicted[order] != labels[order]][:num_shown]
-    titles = [_prediction_title(labels[i], probabilities[i], class_names) for i in shown]
-    return _titled_images(images[shown] / 255, titles, columns=5, side=1.8)
+    shown = order[probabilities.argmax(axis=1)[order] != labels[order]][:num_shown]
+    prefixes = [""] * len(shown)
+    return _predictions(images[shown], labels[shown], logits[shown], class_names, prefixes)
 
 
 @style()
@@ -269,7 +224,7 @@ def replayed_batch(
     losses: np.ndarray,
     class_names: Sequence[str],
 ) -> Figure:
-    """The images of a batch as the network saw them.
+    """The images of a training batch.
 
     Args:
       images: float[batch, height, width], values in [0, 1].
@@ -286,27 +241,18 @@ def replayed_batch(
 
 
 @style()
-def contact_sheet(images: np.ndarray, titles: Sequence[str]) -> Figure:
-    """The first `MAX_PICTURES` images, light on black, as the network sees them.
-
-    Args:
-      images: uint8[n, height, width].
-      titles: one per image, of two lines: file name and class. Long lines lose their beginning.
-    """
-    images, titles = images[:MAX_PICTURES] / 255, titles[:MAX_PICTURES]
-    shortened = ["\n".join(map(_shorten, title.split("\n"))) for title in titles]
+def contact_sheet(images: np.ndarray, titles: Sequence[tuple[str, str]]) -> Figure:
+    """Images and their titles of two lines, each shortened at its beginning."""
+    shortened = ["\n".join(map(_shorten, title)) for title in titles]
     columns = min(max(len(images), 1), 10)
-    return _titled_images(images, shortened, columns=columns, side=1.3, cmap="gray", fontsize=7)
+    return _titled_images(
+        images / 255, shortened, columns=columns, side=1.3, cmap="gray", fontsize=7
+    )
 
 
 @style()
 def seeds_curves(histories: Sequence[Sequence[Mapping[str, Any]]], split: str) -> Figure:
-    """Loss and accuracy of each seed by epoch, and their mean.
-
-    Args:
-      histories: the lines of each run's metrics.jsonl.
-      split: "train" or "val".
-    """
+    """Loss and accuracy of each seed by epoch, and their mean; split is "train" or "val"."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         curves = np.array(
@@ -322,8 +268,8 @@ def seeds_curves(histories: Sequence[Sequence[Mapping[str, Any]]], split: str) -
 
 
 @style()
-def rate_curve(curve: _RateCurve) -> Figure:
-    """Loss by learning rate, and the suggestion."""
+def rate_curve(curve: Any) -> Figure:
+    """Loss by learning rate, and the suggestion; curve is that of `find_learning_rate`."""
     figure, axes = _figure()
     axes.plot(curve.rates, curve.losses, color=PALE, linewidth=0.8, label="each step")
     axes.plot(curve.rates, curve.smoothed, color=PRIMARY, label="smoothed")
@@ -338,7 +284,7 @@ def rate_curve(curve: _RateCurve) -> Figure:
 
 @style()
 def trial_history(trials: Sequence[Mapping[str, Any]]) -> Figure:
-    """Validation accuracy by trial, and the best so far; trials are those of sweep.json."""
+    """Validation accuracy by trial, and the best so far."""
     figure, axes = _figure(9, 3.6)
     _plot_trials(axes, trials)
     completed = [trial for trial in trials if trial["state"] == "COMPLETE"]
@@ -355,12 +301,7 @@ def trial_history(trials: Sequence[Mapping[str, Any]]) -> Figure:
 def trial_settings(
     trials: Sequence[Mapping[str, Any]], space: Mapping[str, Mapping[str, Any]]
 ) -> Figure:
-    """Validation accuracy of each trial against each searched setting.
-
-    Args:
-      trials: those of sweep.json.
-      space: that of sweep.json, a mapping with `log` and `choices` for each setting.
-    """
+    """Validation accuracy of each trial against each searched setting."""
     columns = min(len(space), 3)
     rows = -(-len(space) // columns)
     layout = ConstrainedLayoutEngine(wspace=0.06)  # room for the outer tick labels
@@ -414,7 +355,7 @@ def distance_histogram(distances: Mapping[str, np.ndarray], threshold: float) ->
 
     Args:
       distances: float[n] of the "test" images and of "train" images.
-      threshold: below it two images are near-duplicates.
+      threshold: of near-duplicates.
     """
     figure, axes = _figure(5.6, 3.2)
     bins = np.linspace(0, 1, 51).tolist()
@@ -485,10 +426,19 @@ def _titled_images(
     return figure
 
 
-def _prediction_title(label: int, probabilities: np.ndarray, class_names: Sequence[str]) -> str:
-    predicted = int(probabilities.argmax())
-    name = class_names[predicted]
-    return f"{class_names[label]}\npredicted {name} ({probabilities[predicted]:.0%})"
+def _predictions(
+    images: np.ndarray,
+    labels: np.ndarray,
+    logits: np.ndarray,
+    class_names: Sequence[str],
+    prefixes: Sequence[str],
+) -> Figure:
+    probabilities = softmax(logits.astype(np.float64), axis=1)
+    titles = [
+        f"{prefix}{class_names[label]}\npredicted {class_names[row.argmax()]} ({row.max():.0%})"
+        for prefix, label, row in zip(prefixes, labels, probabilities, strict=True)
+    ]
+    return _titled_images(images / 255, titles, columns=5, side=1.8)
 
 
 def _shorten(line: str) -> str:
