@@ -1,4 +1,4 @@
-"""Renders the HTML pages: one file each, with all style and pictures inside."""
+"""Renders HTML pages, each a single file that includes its style and pictures."""
 
 import contextlib
 import io
@@ -16,19 +16,16 @@ from fmnist_jax.runs import files
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
-    """Renders a page and writes it to `path`.
+    """Renders a page and returns its path.
 
     Args:
       path: of the page.
       template: its name in `templates`, without ".html.j2".
-      **values: the template's variables, `sample` among them: whether the data are the embedded
-        sample. Text is escaped.
-
-    Returns:
-      `path`.
+      **values: the template's variables; text is escaped. `sample` says whether the data are the
+        embedded sample.
 
     Raises:
-      jinja2.UndefinedError: if the template needs a value that is not given.
+      jinja2.UndefinedError: if a variable of the template is missing.
     """
     page = _ENVIRONMENT.get_template(f"{template}.html.j2").render(values)
     files.write_bytes(path, page.encode())
@@ -37,7 +34,7 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
 
 @contextlib.contextmanager
 def missing_values_as_damage(workdir: Path) -> Iterator[None]:
-    """Raises DamagedFileError where the block misses a value of a file in `workdir`."""
+    """Raises DamagedFileError if the block does not find a value in the files of `workdir`."""
     try:
         yield
     except (LookupError, jinja2.UndefinedError) as error:
@@ -46,7 +43,7 @@ def missing_values_as_damage(workdir: Path) -> Iterator[None]:
         ) from error
 
 
-# The filters convert with float() because an undefined value then raises UndefinedError.
+# Filters call float(), which raises UndefinedError for an undefined value.
 def percent(fraction: float | None) -> str:
     """Formats a fraction.
 
