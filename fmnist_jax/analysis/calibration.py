@@ -1,4 +1,8 @@
-"""Calibration: how well predicted probabilities match observed frequencies."""
+"""Calibration: how well predicted probabilities match observed frequencies.
+
+`logits` are float[n, num_classes] and `labels` int[n] with values in [0, num_classes). ValueError
+is raised if shapes do not match, logits are not finite or a value is out of range.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -53,9 +57,6 @@ def summarize(predictions: Mapping[str, np.ndarray]) -> dict[str, Any]:
       images. The last three are None if validation images are missing or do not determine a
       temperature, as when all are classified correctly.
 
-    Raises:
-      ValueError: if shapes do not match, logits are not finite or labels are out of range.
-
     Example:
       >>> summarize({"logits": np.log([[0.5, 0.5]] * 2), "labels": np.array([0, 1])})["ece"]
       0.0
@@ -81,21 +82,11 @@ def summarize(predictions: Mapping[str, np.ndarray]) -> dict[str, Any]:
 def expected_calibration_error(logits: ArrayLike, labels: ArrayLike, bins: int = 15) -> float:
     """Expected calibration error of the top label (ECE, Guo et al. 2017).
 
-    Examples are binned by their top probability into bins of equal width. The error is the mean
-    over examples of the distance between mean top probability and accuracy of their bin. It has
-    two biases: over- and underconfidence within a bin cancel, and noise increases the distance of
-    every bin. Perfect probabilities of 10,000 examples have an error of about 0.01.
-
-    Args:
-      logits: float[n, num_classes].
-      labels: int[n], values in [0, num_classes).
-      bins: number of bins; 15 as in Guo et al.
-
-    Returns:
-      The error, in [0, 1].
-
-    Raises:
-      ValueError: if shapes do not match, logits are not finite or a value is out of range.
+    Examples are binned by their top probability into bins of equal width, 15 as in Guo et al. The
+    error, in [0, 1], is the mean over examples of the distance between mean top probability and
+    accuracy of their bin. It has two biases: over- and underconfidence within a bin cancel, and
+    noise increases the distance of every bin. Perfect probabilities of 10,000 examples have an
+    error of about 0.01.
 
     Example:
       >>> logits = np.log([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.2, 0.8]])
@@ -141,9 +132,6 @@ def calibration_interval(
     Returns:
       Lower and upper end, in [0, 1].
 
-    Raises:
-      ValueError: if shapes do not match, logits are not finite or a value is out of range.
-
     Example:
       >>> logits = np.tile([3.0, 0.0], (1000, 1))  # a probability of 95%
       >>> labels = np.repeat([0, 1], [900, 100])  # an accuracy of 90%
@@ -186,13 +174,7 @@ def calibration_interval(
 def reliability(logits: ArrayLike, labels: ArrayLike, bins: int = 15) -> Reliability:
     """Confidence and accuracy by bin, for a reliability diagram (Guo et al. 2017).
 
-    Args:
-      logits: float[n, num_classes].
-      labels: int[n], values in [0, num_classes).
-      bins: number of bins of equal width. Each includes its right edge, and the first also 0.
-
-    Raises:
-      ValueError: if shapes do not match, logits are not finite or a value is out of range.
+    Bins have equal width. Each includes its right edge, and the first also 0.
 
     Example:
       >>> logits = np.log([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.2, 0.8]])
@@ -216,16 +198,9 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     Fit it on a validation split and apply it to the test images; predictions do not change. T
     above 1 means that the network is overconfident.
 
-    Args:
-      logits: float[n, num_classes].
-      labels: int[n], values in [0, num_classes).
-
     Returns:
       T, clipped to [0.01, 100]. It is 0.01 if all predictions are correct, and 100 if the logits
       are worse than uniform ones.
-
-    Raises:
-      ValueError: if shapes do not match, logits are not finite or labels are out of range.
 
     Example:
       >>> logits = np.log([[0.75, 0.25]] * 4)
@@ -255,13 +230,6 @@ def risk_coverage(logits: ArrayLike, labels: ArrayLike) -> RiskCoverage:
 
     Examples with equal top probability count as their mean error, the mean over all orders.
 
-    Args:
-      logits: float[n, num_classes].
-      labels: int[n], values in [0, num_classes).
-
-    Raises:
-      ValueError: if shapes do not match, logits are not finite or labels are out of range.
-
     Example:
       >>> logits = np.array([[4.0, 0.0], [0.0, 2.0], [1.0, 0.0], [1.0, 0.0]])
       >>> risk_coverage(logits, [0, 1, 0, 1]).risk.round(3).tolist()
@@ -276,13 +244,6 @@ def risk_coverage(logits: ArrayLike, labels: ArrayLike) -> RiskCoverage:
 
 def area_under_risk_coverage(logits: ArrayLike, labels: ArrayLike) -> float:
     """Mean risk over all coverages (AURC, Geifman & El-Yaniv 2017); lower is better.
-
-    Args:
-      logits: float[n, num_classes].
-      labels: int[n], values in [0, num_classes).
-
-    Raises:
-      ValueError: if shapes do not match, logits are not finite or labels are out of range.
 
     Example:
       >>> area_under_risk_coverage(np.array([[4.0, 0.0], [0.0, 2.0]]), [0, 0])

@@ -159,14 +159,10 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]
 @style()
 def class_samples(images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Figure:
     """A row of images for each class."""
-    rows = [images[labels == label] for label in range(len(class_names))]
-    columns = max(map(len, rows))
-    figure, grid = _image_grid(len(rows), columns, (1.3 + 0.7 * columns, 0.7 * len(rows)))
-    for axes_row, row, name in zip(grid, rows, class_names, strict=True):
-        for axes, image in zip(axes_row, row, strict=False):
-            _show(axes, image / 255)
-        first = axes_row[0]
-        first.text(-0.15, 0.5, name, transform=first.transAxes, ha="right", va="center")
+    rows = [images[labels == label] / 255 for label in range(len(class_names))]
+    figure, grid = _image_rows(rows, (1.3 + 0.7 * max(map(len, rows)), 0.7 * len(rows)))
+    for axes, name in zip(grid[:, 0], class_names, strict=True):
+        axes.text(-0.15, 0.5, name, transform=axes.transAxes, ha="right", va="center")
     return figure
 
 
@@ -174,14 +170,10 @@ def class_samples(images: np.ndarray, labels: np.ndarray, class_names: Sequence[
 def augmented_samples(originals: np.ndarray, augmented: np.ndarray) -> Figure:
     """Each original, uint8[n, height, width], and its float[n, epochs, side, side] in [0, 1]."""
     columns = 1 + augmented.shape[1]
-    size = 1.3 * columns, 1.3 * len(originals) + 0.3
-    figure, grid = _image_grid(len(originals), columns, size)
-    for axes_row, original, row in zip(grid, originals, augmented, strict=True):
-        for axes, image in zip(axes_row, [original / 255, *row], strict=True):
-            _show(axes, image)
-    titles = ["original", *(f"epoch {epoch}" for epoch in range(1, columns))]
-    for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title, fontsize=10)
+    rows = [[original / 255, *row] for original, row in zip(originals, augmented, strict=True)]
+    figure, grid = _image_rows(rows, (1.3 * columns, 1.3 * len(rows) + 0.3))
+    for epoch, axes in enumerate(grid[0]):
+        axes.set_title(f"epoch {epoch}" if epoch else "original", fontsize=10)
     return figure
 
 
@@ -254,14 +246,12 @@ def contact_sheet(images: np.ndarray, titles: Sequence[tuple[str, str]]) -> Figu
 def seeds_curves(histories: Sequence[Sequence[Mapping[str, Any]]], split: str) -> Figure:
     """Loss and accuracy of each seed by epoch, and their mean; split is "train" or "val"."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
+    runs = [[line for line in history if line["split"] == split] for history in histories]
     for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        curves = np.array(
-            [[line[metric] for line in history if line["split"] == split] for history in histories]
-        )
+        curves = np.array([[line[metric] for line in lines] for lines in runs])
         epochs = range(1, curves.shape[1] + 1)
-        for number, curve in enumerate(curves):
-            label = "" if number else "each seed"
-            axes.plot(epochs, curve, color=PALE, linewidth=1, label=label)
+        labels = ["each seed"] + [""] * (len(curves) - 1)
+        axes.plot(epochs, curves.T, color=PALE, linewidth=1, label=labels)
         axes.plot(epochs, curves.mean(axis=0), color=PRIMARY, linewidth=2, label="mean")
         _format_epochs(axes, metric, {"train": "training ", "val": "validation "}[split])
     return figure
@@ -418,10 +408,11 @@ def _titled_images(
     cmap: str = "gray_r",
     fontsize: float = 8,
 ) -> Figure:
-    rows = max(1, -(-len(images) // columns))
-    figure, grid = _image_grid(rows, columns, (side * columns, (side + 0.5) * rows))
-    for axes, image, title in zip(grid.flat, images, titles, strict=False):
-        _show(axes, image, cmap)
+    starts = range(0, max(len(images), 1), columns)
+    rows = [images[start : start + columns] for start in starts]
+    size = side * columns, (side + 0.5) * len(rows)
+    figure, grid = _image_rows(rows, size, columns, cmap)
+    for axes, title in zip(grid.flat, titles, strict=False):
         axes.set_title(title, fontsize=fontsize)
     return figure
 
@@ -446,13 +437,17 @@ def _shorten(line: str) -> str:
     return line if len(line) <= _MAX_LINE else f"…{line[1 - _MAX_LINE :]}"
 
 
-def _image_grid(rows: int, columns: int, figsize: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+def _image_rows(
+    rows: Sequence[Sequence[np.ndarray] | np.ndarray],
+    figsize: tuple[float, float],
+    columns: int | None = None,
+    cmap: str = "gray_r",
+) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=figsize, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
+    grid = figure.subplots(len(rows), columns or max(map(len, rows)), squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
+    for axes_row, row in zip(grid, rows, strict=True):
+        for axes, image in zip(axes_row, row, strict=False):
+            axes.imshow(image, cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
     return figure, grid
-
-
-def _show(axes: Axes, image: np.ndarray, cmap: str = "gray_r") -> None:
-    axes.imshow(image, cmap=cmap, vmin=0, vmax=1, interpolation="nearest")

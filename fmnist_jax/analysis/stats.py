@@ -149,22 +149,19 @@ def sign_flip_test(differences: ArrayLike, seed: int = 0) -> float:
     def is_extreme(flipped: np.ndarray, axis: int) -> np.ndarray:
         return (np.abs(flipped.sum(axis=axis)) >= observed).astype(float)
 
-    return float(
-        stats.permutation_test(
-            (differences,),
-            is_extreme,
-            permutation_type="samples",
-            alternative="greater",
-            n_resamples=2**n if n <= _MAX_EXACT_DIFFERENCES else _NUM_RANDOM_PATTERNS,
-            rng=np.random.default_rng(seed),
-        ).pvalue
+    result = stats.permutation_test(
+        (differences,),
+        is_extreme,
+        permutation_type="samples",
+        alternative="greater",
+        n_resamples=2**n if n <= _MAX_EXACT_DIFFERENCES else _NUM_RANDOM_PATTERNS,
+        rng=np.random.default_rng(seed),
     )
+    return float(result.pvalue)
 
 
 def smallest_sign_flip_p(n: int) -> float:
-    """Returns the smallest p-value of `sign_flip_test` for n seeds.
-
-    Fewer than six seeds never reach 0.05.
+    """Smallest p-value of `sign_flip_test` for n seeds; it is above 0.05 for fewer than six.
 
     Example:
       >>> [smallest_sign_flip_p(n) for n in (1, 3, 5, 6, 20)]
@@ -197,11 +194,10 @@ def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemar:
       McNemar(only_a=5, only_b=0, p=0.0625)
     """
     correct_a, correct_b = np.asarray(correct_a), np.asarray(correct_b)
-    for name, correct in (("correct_a", correct_a), ("correct_b", correct_b)):
-        if correct.dtype != bool:
-            raise ValueError(
-                f"{name} is {correct.dtype}; it must be bool, True where the prediction is right"
-            )
+    if not correct_a.dtype == correct_b.dtype == bool:
+        raise ValueError(
+            f"correct_a is {correct_a.dtype} and correct_b {correct_b.dtype}; both must be bool"
+        )
     if correct_a.shape != correct_b.shape or correct_a.ndim not in (1, 2) or correct_a.size == 0:
         raise ValueError(
             f"correct_a has shape {correct_a.shape} and correct_b {correct_b.shape}; both must be "

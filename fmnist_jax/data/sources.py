@@ -147,8 +147,8 @@ def _load_prepared(prepared: Path) -> Dataset:
         splits = tfds_source.read_prepared(prepared)
         return [*splits["train"], *splits["test"]]
 
-    # Decoding 70,000 PNG files takes seconds, reading the cache a tenth of a second. Its name depends
-    # on the state of the files, and its content is verified.
+    # Decoding 70,000 PNG files takes seconds, reading the cache a tenth of a second. The name of a
+    # cache depends on the state of the files, and its content is verified.
     state = [
         (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
         for path in tfds_source.record_files(prepared)
