@@ -93,7 +93,8 @@ def expected_calibration_error(logits: ArrayLike, labels: ArrayLike, bins: int =
       >>> round(expected_calibration_error(logits, [0, 0, 1, 0]), 3)  # (0.9 to 1 + 0.8 to 0.5) / 2
       0.2
     """
-    bin_of, gaps = _gaps(logits, labels, bins)
+    bin_of, confidence, correct = _binned(logits, labels, bins)
+    gaps = confidence - correct
     return float(np.abs(np.bincount(bin_of, gaps)).sum() / len(gaps))
 
 
@@ -140,7 +141,8 @@ def calibration_interval(
       >>> print(f"{error:.3f}, from {low:.3f} to {high:.3f}")
       0.053, from 0.033 to 0.071
     """
-    bin_of, gaps = _gaps(logits, labels, bins)
+    bin_of, confidence, correct = _binned(logits, labels, bins)
+    gaps = confidence - correct
     if not 0 < level < 1:
         raise ValueError(f"level is {level}; it must be between 0 and 1, as in 0.95")
     if draws * (1 - level) < 2:
@@ -181,8 +183,7 @@ def reliability(logits: ArrayLike, labels: ArrayLike, bins: int = 15) -> Reliabi
       >>> reliability(logits, [0, 0, 1, 0], bins=5).num_examples.tolist()
       [0, 0, 0, 2, 2]
     """
-    confidence, correct = _top(logits, labels)
-    bin_of = _bin(confidence, bins)
+    bin_of, confidence, correct = _binned(logits, labels, bins)
     num_examples = np.bincount(bin_of, minlength=bins)
 
     def mean(values: np.ndarray) -> np.ndarray:
@@ -252,16 +253,15 @@ def area_under_risk_coverage(logits: ArrayLike, labels: ArrayLike) -> float:
     return float(risk_coverage(logits, labels).risk.mean())
 
 
-def _gaps(logits: ArrayLike, labels: ArrayLike, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """int[n], the bin of each example; float64[n], its confidence, minus 1 if it is correct."""
+def _binned(
+    logits: ArrayLike, labels: ArrayLike, bins: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """int[n], the bin of each example, and the results of `_top`."""
     confidence, correct = _top(logits, labels)
-    return _bin(confidence, bins), confidence - correct
-
-
-def _bin(confidence: np.ndarray, bins: int) -> np.ndarray:
     if bins < 1:
         raise ValueError(f"bins is {bins}; it must be at least 1")
-    return np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence)
+    bin_of = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence)
+    return bin_of, confidence, correct
 
 
 def _top(logits: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

@@ -76,21 +76,18 @@ def nearest(
             raise ValueError(
                 f"{name} are {array.dtype}{list(array.shape)}; they must be uint8[n, height, width]"
             )
-    if images.shape[1:] != others.shape[1:] or math.prod(images.shape[1:]) > _MAX_PIXELS:
+    shape = images.shape[1:]
+    if shape != others.shape[1:] or math.prod(shape) > _MAX_PIXELS or len(others) == 0:
         raise ValueError(
-            f"images have shape {images.shape[1:]} and others {others.shape[1:]}; both must have "
-            f"the same shape, with at most {_MAX_PIXELS:,} pixels"
+            f"images have shape {images.shape} and others {others.shape}; both must have the same "
+            f"height and width, with at most {_MAX_PIXELS:,} pixels, and others at least one image"
         )
-    if not len(others):
-        raise ValueError("others are empty; at least one image is needed")
-    rows = _centered(images)
-    row_squares = _squared_norms(rows)
+    rows, row_squares = _centered(images)
     rows *= -2  # exact, like every product with a power of two
     positions = np.zeros(len(images), np.int64)
     smallest = np.full(len(images), np.iinfo(np.int32).max)  # of |b|^2 - 2ab
     for first in track(range(0, len(others), _BLOCK)):
-        columns = _centered(others[first : first + _BLOCK])
-        column_squares = _squared_norms(columns)
+        columns, column_squares = _centered(others[first : first + _BLOCK])
         for start in range(0, len(images), _BLOCK):
             part = slice(start, start + _BLOCK)
             block = (rows[part] @ columns.T).astype(np.int32) + column_squares
@@ -150,10 +147,7 @@ def match(
     return Matches(np.where(mirrored, mirror, plain), relative, mirrored)
 
 
-def _centered(images: np.ndarray) -> np.ndarray:
-    """float32[n, pixels], values from -128 to 127."""
-    return images.reshape(len(images), -1).astype(np.float32) - 128
-
-
-def _squared_norms(rows: np.ndarray) -> np.ndarray:
-    return np.einsum("np,np->n", rows, rows).astype(np.int32)
+def _centered(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32[n, pixels], values from -128 to 127; int32[n], their squared norms."""
+    rows = images.reshape(len(images), -1).astype(np.float32) - 128
+    return rows, np.einsum("np,np->n", rows, rows).astype(np.int32)

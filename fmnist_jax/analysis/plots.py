@@ -61,12 +61,7 @@ def style() -> Iterator[None]:
 
 @style()
 def encode(figure: Figure, *, sample: bool = False) -> bytes:
-    """Encodes a figure as PNG.
-
-    Args:
-      figure: drawn inside `style()`.
-      sample: whether to add the watermark of the embedded sample.
-    """
+    """Encodes a figure as PNG, with a watermark if the data are the embedded sample."""
     if sample:
         figure.text(
             0.5, 0.5, "EMBEDDED SAMPLE", rotation=25, ha="center", va="center",
@@ -94,10 +89,9 @@ def learning_curve(history: Sequence[Mapping[str, Any]], metric: str) -> Figure:
     """Training and validation metric, "loss" or "accuracy", by epoch."""
     figure, axes = _figure()
     for split, name in (("train", "training"), ("val", "validation")):
-        lines = [line for line in history if line["split"] == split]
-        if lines:
-            epochs, values = [line["epoch"] for line in lines], [line[metric] for line in lines]
-            axes.plot(epochs, values, label=name)
+        points = [(line["epoch"], line[metric]) for line in history if line["split"] == split]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name)
     _format_epochs(axes, metric)
     return figure
 
@@ -216,14 +210,9 @@ def replayed_batch(
     losses: np.ndarray,
     class_names: Sequence[str],
 ) -> Figure:
-    """The images of a training batch.
+    """Images of a training batch, float[batch, height, width] in [0, 1], and their losses in nats.
 
-    Args:
-      images: float[batch, height, width], values in [0, 1].
-      examples: int[batch], positions among the training images.
-      labels: int[batch].
-      losses: float[batch], in nats.
-      class_names: one per class.
+    `examples` are int[batch], the positions among the training images.
     """
     titles = [
         f"{example}\n{class_names[label]}\nloss {loss:.2f}"
@@ -328,10 +317,10 @@ def trial_settings(
 @style()
 def importances(values: Mapping[str, float]) -> Figure:
     """Importance of each setting, a fraction of the variance of the validation accuracy."""
-    names = sorted(values, key=lambda name: values[name])
     figure, axes = _figure(9, 1 + 0.35 * len(values))
-    bars = axes.barh([name.replace("_", " ") for name in names], [values[n] for n in names], 0.7)
-    axes.bar_label(bars, [f"{values[name]:.0%}" for name in names], padding=4)
+    items = sorted(values.items(), key=lambda item: item[1])
+    bars = axes.barh([name.replace("_", " ") for name, _ in items], [v for _, v in items], 0.7)
+    axes.bar_label(bars, fmt="{:.0%}", padding=4)
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.1)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
@@ -341,16 +330,11 @@ def importances(values: Mapping[str, float]) -> Figure:
 
 @style()
 def distance_histogram(distances: Mapping[str, np.ndarray], threshold: float) -> Figure:
-    """Histogram of relative distances to the nearest training image.
-
-    Args:
-      distances: float[n] of the "test" images and of "train" images.
-      threshold: of near-duplicates.
-    """
+    """Histogram of the relative distances of the "test" and "train" images, and the threshold."""
     figure, axes = _figure(5.6, 3.2)
     bins = np.linspace(0, 1, 51).tolist()
-    for split, name in (("test", "test"), ("train", "training")):
-        axes.hist(distances[split], bins, histtype="step", linewidth=1.5, label=f"{name} images")
+    for split, label in (("test", "test images"), ("train", "training images")):
+        axes.hist(distances[split], bins, histtype="step", linewidth=1.5, label=label)
     axes.axvline(threshold, color=INK, linewidth=1, linestyle="--")
     axes.set(xlabel="relative distance to the nearest training image", ylabel="images")
     axes.set_yscale("log")
@@ -372,10 +356,8 @@ def _plot_trials(
     choices: Sequence[Any] = (),
 ) -> None:
     """Draws the last validation accuracy of each trial by a setting, or by number."""
-    for state, name, marker, color in (
-        ("COMPLETE", "completed", "o", PRIMARY),
-        ("PRUNED", "pruned", "x", INK),
-    ):
+    styles = ("COMPLETE", "completed", "o", PRIMARY), ("PRUNED", "pruned", "x", INK)
+    for state, name, marker, color in styles:
         shown = [trial for trial in trials if trial["state"] == state and trial["val_accuracy"]]
         values = [trial["params"][setting] if setting else trial["number"] for trial in shown]
         positions = [choices.index(value) for value in values] if choices else values

@@ -1,4 +1,9 @@
-"""Confidence intervals, paired tests and their power, for a few seeds and 10,000 test images."""
+"""Confidence intervals, paired tests and their power, for a few seeds and 10,000 test images.
+
+`values` and `differences` are float[n], one per seed. The `level` of an interval is its coverage
+probability, in (0, 1). ValueError is raised if an argument has another shape or dtype, or is empty,
+not finite or out of range.
+"""
 
 import bisect
 import math
@@ -50,13 +55,6 @@ class McNemar(NamedTuple):
 def mean_interval(values: ArrayLike, level: float = 0.95) -> Estimate:
     """Student's t interval of the mean (Student 1908), exact for a normal distribution.
 
-    Args:
-      values: float[n], one per seed.
-      level: coverage probability, in (0, 1).
-
-    Raises:
-      ValueError: if values are empty, not finite or not one-dimensional, or level is out of range.
-
     Example:
       >>> accuracy = mean_interval([0.9209, 0.9189, 0.9178])
       >>> f"{accuracy.mean:.4f}, from {accuracy.low:.4f} to {accuracy.high:.4f}"
@@ -75,15 +73,8 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> Estimate:
 def prediction_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
     """Student's t prediction interval of the next value, exact for a normal distribution.
 
-    Args:
-      values: float[n], one per seed.
-      level: coverage probability, in (0, 1).
-
     Returns:
       Lower and upper end; nan for one value.
-
-    Raises:
-      ValueError: if values are empty, not finite or not one-dimensional, or level is out of range.
 
     Example:
       >>> low, high = prediction_interval([0.918, 0.921, 0.919])
@@ -98,14 +89,8 @@ def prediction_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, 
 def summarize(values: Sequence[float]) -> dict[str, Any]:
     """Summarizes values of several seeds for a JSON file.
 
-    Args:
-      values: float[n], one per seed.
-
     Returns:
-      The fields of `mean_interval`, and `values`. None replaces nan, which JSON does not have.
-
-    Raises:
-      ValueError: if values are empty, not finite or not one-dimensional.
+      The fields of `Estimate`, and `values`. None replaces nan, which JSON does not have.
 
     Example:
       >>> summarize([0.5, 0.7])["mean"], summarize([0.5])["std"]
@@ -122,17 +107,7 @@ def sign_flip_test(differences: ArrayLike, seed: int = 0) -> float:
     If two training methods are equally good, both signs of each difference are equally likely. The
     p-value is the fraction of sign patterns whose sum is at least as far from zero as the observed
     one. It is exact up to n = 16. Above, it is estimated from 9,999 random patterns and the
-    observed one, so that it is never 0 (Phipson & Smyth 2010).
-
-    Args:
-      differences: float[n], one per seed.
-      seed: seed of the random patterns.
-
-    Returns:
-      The p-value, in (0, 1].
-
-    Raises:
-      ValueError: if differences are empty, not finite or not one-dimensional.
+    observed one, so that it is never 0 (Phipson & Smyth 2010). `seed` is that of the patterns.
 
     Example:
       >>> sign_flip_test([0.001, 0.004, 0.002, 0.001, 0.003])
@@ -143,8 +118,7 @@ def sign_flip_test(differences: ArrayLike, seed: int = 0) -> float:
     if n == 1:  # scipy requires two values
         return 1.0
     # Accuracies are multiples of 1 / images, so sums are often equal up to rounding errors.
-    tolerance = 1e-9 * np.abs(differences).sum()
-    observed = abs(differences.sum()) - tolerance
+    observed = abs(differences.sum()) - 1e-9 * np.abs(differences).sum()
 
     def is_extreme(flipped: np.ndarray, axis: int) -> np.ndarray:
         return (np.abs(flipped.sum(axis=axis)) >= observed).astype(float)
@@ -185,9 +159,6 @@ def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemar:
     Args:
       correct_a: bool[images] or bool[seeds, images], True where the first classifier is right.
       correct_b: the same for the second classifier, in the same shape and order of images.
-
-    Raises:
-      ValueError: if an array is not bool or is empty, or the shapes differ.
 
     Example:
       >>> mcnemar([True, True, True, True, True, False], [False, False, False, False, False, False])
@@ -231,9 +202,6 @@ def minimum_detectable_effect(std: float, n: int, level: float = 0.05, power: fl
     Returns:
       The difference, in the unit of std.
 
-    Raises:
-      ValueError: if an argument is out of range.
-
     Example:
       >>> round(minimum_detectable_effect(std=0.002, n=5), 5)
       0.00336
@@ -271,9 +239,6 @@ def seeds_needed(
     Returns:
       The smallest sufficient number, at least 2, or None if it exceeds 10,000.
 
-    Raises:
-      ValueError: if an argument is out of range.
-
     Example:
       >>> seeds_needed(std=0.002, difference=0.001)
       34
@@ -284,9 +249,8 @@ def seeds_needed(
     def is_enough(n: int) -> bool:
         return minimum_detectable_effect(std, n, level, power) < abs(difference)
 
-    numbers = range(2, 10_001)
-    index = bisect.bisect_left(numbers, True, key=is_enough)
-    return numbers[index] if index < len(numbers) else None
+    n = 2 + bisect.bisect_left(range(2, 10_001), True, key=is_enough)
+    return n if n <= 10_000 else None
 
 
 def _check_sample(name: str, values: ArrayLike) -> np.ndarray:

@@ -240,7 +240,7 @@ def apply(
     Args:
       transforms: fields float32[batch].
       images: uint8[batch, side, side].
-      keras_shear: whether `shear` is an angle.
+      keras_shear: whether `shear` is in radians, else a slope.
       image_size: side of the result in pixels; None keeps that of the images.
 
     Returns:
@@ -282,11 +282,9 @@ def _resample(image: jax.Array, matrix: jax.Array, image_size: int) -> jax.Array
     return jax.scipy.ndimage.map_coordinates(image, source, order=1, mode="nearest")
 
 
-AUGMENTATIONS: Mapping[str, RandomAffine | RandomShift] = MappingProxyType(
-    {
-        "keras": RandomAffine(keras_shear=True),
-        "geometric": RandomAffine(),
-        "shift": RandomShift(),
-        "shift_erase": RandomShift(erase=0.5),  # the probability of Zhong et al.
-    }
-)
+AUGMENTATIONS: Mapping[str, RandomAffine | RandomShift] = MappingProxyType({
+    "keras": RandomAffine(keras_shear=True),
+    "geometric": RandomAffine(),
+    "shift": RandomShift(),
+    "shift_erase": RandomShift(erase=0.5),  # the probability of Zhong et al.
+})  # fmt: skip

@@ -119,16 +119,14 @@ def combined_sha256(arrays: Sequence[np.ndarray]) -> str:
 
 
 def _class_number(dataset: Dataset, name: str) -> int:
-    names = [_plain(known) for known in dataset.class_names]
+    names = list(map(_plain, dataset.class_names))
     if _plain(name) in names:
         return names.index(_plain(name))
     if name.strip().isdecimal() and int(name) < len(names):
         return int(name)
-    raise DataError(
-        f"unknown class {name!r}; the classes are "
-        + ", ".join(f"{i} {known}" for i, known in enumerate(dataset.class_names))
-    )
+    known = ", ".join(f"{i} {name}" for i, name in enumerate(dataset.class_names))
+    raise DataError(f"unknown class {name!r}; the classes are {known}")
 
 
 def _plain(name: str) -> str:
-    return "".join(character for character in name.lower() if character.isalnum())
+    return "".join(filter(str.isalnum, name.lower()))

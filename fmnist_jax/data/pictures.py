@@ -69,10 +69,10 @@ def read_pictures(path: Path) -> Iterator[Picture]:
             raise DataError(f"holds no pixel: its header says {images.shape}")
         for number, image in enumerate(images):
             is_original = image.shape == (SIZE, SIZE)
-            prepared = (image, False) if is_original else prepare(image)
-            yield Picture(f"{path}[{number}]", *prepared, is_original)
+            prepared, inverted = (image, False) if is_original else prepare(image)
+            yield Picture(f"{path}[{number}]", prepared, inverted, is_original)
     else:
-        yield Picture(str(path), *prepare(_read_grey(path)), is_original=False)
+        yield Picture(str(path), *prepare(_read_grey(path)), False)
 
 
 def prepare(grey: np.ndarray) -> tuple[np.ndarray, bool]:

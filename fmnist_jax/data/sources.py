@@ -178,7 +178,9 @@ def _cached(name: str, read: Callable[[], list[np.ndarray]]) -> list[np.ndarray]
 
 
 def _verified(arrays: list[np.ndarray], source: str, *, sample: bool = False) -> Dataset:
-    for split, images, labels in (("training", *arrays[:2]), ("test", *arrays[2:])):
+    train_images, train_labels, test_images, test_labels = arrays
+    splits = {"training": (train_images, train_labels), "test": (test_images, test_labels)}
+    for split, (images, labels) in splits.items():
         if len(images) != len(labels):
             raise DataError(
                 f"{source}: {len(images):,} {split} images but {len(labels):,} {split} labels; "
@@ -187,7 +189,7 @@ def _verified(arrays: list[np.ndarray], source: str, *, sample: bool = False) ->
     expected = SAMPLE_SHA256 if sample else PUBLISHED_SHA256
     found = tuple(map(sha256_array, arrays))
     if found != expected:
-        if tuple(np.bincount(arrays[1], minlength=10)) == _MNIST_TRAIN_COUNTS:
+        if tuple(np.bincount(train_labels, minlength=10)) == _MNIST_TRAIN_COUNTS:
             raise DataError(
                 f"{source}: this is MNIST (handwritten digits), not Fashion-MNIST; "
                 "the two have the same file names"
@@ -197,7 +199,10 @@ def _verified(arrays: list[np.ndarray], source: str, *, sample: bool = False) ->
             f"{source}: {', '.join(names)} differ from the published Fashion-MNIST (SHA-256 "
             f"{found[_FILES.index(names[0])][:12]}...); fetch the files again"
         )
-    return Dataset(*arrays, source=source, sha256=combined_sha256(arrays), sample=sample)
+    return Dataset(
+        train_images, train_labels, test_images, test_labels,
+        source=source, sha256=combined_sha256(arrays), sample=sample,
+    )  # fmt: skip
 
 
 def _tfds_dir() -> Path:

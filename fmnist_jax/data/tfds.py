@@ -74,8 +74,7 @@ def read_prepared(prepared: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             raise DataError(
                 f"{prepared}: the {split} records cannot be read ({error}); prepare them again"
             ) from error
-        positions = sorted(range(len(labels)), key=lambda i: _position_hash(split, i))
-        order = np.argsort(positions)
+        order = np.argsort(sorted(range(len(labels)), key=lambda i: _position_hash(split, i)))
         splits[split] = (stored[0][order], stored[1][order])
     return splits
 

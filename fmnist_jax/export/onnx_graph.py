@@ -118,8 +118,7 @@ class _Graph:
     def _equation(self, equation: Any, inputs: list[Any]) -> Sequence[Any]:
         kind, params = equation.primitive.name, equation.params
         if kind == "platform_index":
-            # The default branch.
-            return [np.int32(params["platforms"].index(None))]
+            return [np.int32(params["platforms"].index(None))]  # the default branch
         if kind == "cond":
             branch = params["branches"][int(inputs[0])]
             return self.add(branch.jaxpr, branch.consts, inputs[1:])
@@ -205,14 +204,9 @@ class _Graph:
         kernel = np.transpose(np.asarray(inputs[1]), numbers.rhs_spec)
         low, high = zip(*params["padding"], strict=True)
         output = self.node(
-            "Conv",
-            images,
-            kernel,
-            strides=list(params["window_strides"]),
-            pads=[*low, *high],
-            dilations=list(params["rhs_dilation"]),
-            group=params["feature_group_count"],
-        )
+            "Conv", images, kernel, pads=[*low, *high], strides=list(params["window_strides"]),
+            dilations=list(params["rhs_dilation"]), group=params["feature_group_count"],
+        )  # fmt: skip
         return self.node("Transpose", output, perm=list(np.argsort(numbers.out_spec)))
 
     def _max_pool(self, images: Any, params: dict[str, Any]) -> str:
@@ -221,12 +215,9 @@ class _Graph:
             raise ConfigError(f"a maximum over windows of {window} cannot be written in ONNX")
         low, high = zip(*params["padding"][1:3], strict=True)
         pooled = self.node(
-            "MaxPool",
-            self.node("Transpose", images, perm=[0, 3, 1, 2]),
-            kernel_shape=list(window[1:3]),
-            strides=list(strides[1:3]),
-            pads=[*low, *high],
-        )
+            "MaxPool", self.node("Transpose", images, perm=[0, 3, 1, 2]), pads=[*low, *high],
+            kernel_shape=list(window[1:3]), strides=list(strides[1:3]),
+        )  # fmt: skip
         return self.node("Transpose", pooled, perm=[0, 2, 3, 1])
 
 

@@ -43,37 +43,6 @@ def missing_values_as_damage(workdir: Path) -> Iterator[None]:
         ) from error
 
 
-# Filters call float(), which raises UndefinedError for an undefined value.
-def percent(fraction: float | None) -> str:
-    """Formats a fraction.
-
-    Example:
-      >>> percent(0.91234), percent(None)
-      ('91.23%', 'none')
-    """
-    return "none" if fraction is None else f"{float(fraction):.2%}"
-
-
-def points(fraction: float) -> str:
-    """Formats a difference of fractions in percentage points.
-
-    Example:
-      >>> points(0.00234)
-      '0.23'
-    """
-    return f"{100 * float(fraction):.2f}"
-
-
-def thousands(number: float) -> str:
-    """Formats a number without decimals, in groups of three digits.
-
-    Example:
-      >>> thousands(12345.6)
-      '12,346'
-    """
-    return f"{float(number):,.0f}"
-
-
 def quantity(number: int, noun: str) -> str:
     """Formats a number and its noun.
 
@@ -82,7 +51,7 @@ def quantity(number: int, noun: str) -> str:
       ('1 epoch', '1,234 classes')
     """
     plural = "" if number == 1 else "es" if noun.endswith("s") else "s"
-    return f"{thousands(number)} {noun}{plural}"
+    return f"{float(number):,.0f} {noun}{plural}"
 
 
 def thumbnail(pixels: np.ndarray) -> bytes:
@@ -99,6 +68,12 @@ _ENVIRONMENT = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+# float() raises UndefinedError for an undefined value.
 _ENVIRONMENT.filters.update(
-    {f.__name__: f for f in (percent, points, thousands, quantity, data_url, thumbnail)}
+    percent=lambda fraction: "none" if fraction is None else f"{float(fraction):.2%}",
+    points=lambda fraction: f"{100 * float(fraction):.2f}",
+    thousands=lambda number: f"{float(number):,.0f}",
+    quantity=quantity,
+    data_url=data_url,
+    thumbnail=thumbnail,
 )

@@ -46,15 +46,10 @@ def write_report(workdir: Path) -> Path:
         sample = report["sample"]
         images = {name: plots.encode(figure, sample=sample) for name, figure in figures.items()}
         page = write_page(
-            workdir / "report.html",
-            "run",
-            sample=sample,
-            report=report,
-            images=images,
-            claim=CLAIMS.get(report["arch"]),
-            changes=changed_settings(report),
+            workdir / "report.html", "run", sample=sample, report=report, images=images,
+            claim=CLAIMS.get(report["arch"]), changes=changed_settings(report),
             pairs=most_confused(report),
-        )
+        )  # fmt: skip
     (workdir / _PLOTS).mkdir(exist_ok=True)
     for name, image in images.items():
         (workdir / _PLOTS / f"{name}.png").write_bytes(image)

@@ -77,9 +77,9 @@ def test_progress_covers_all_blocks(monkeypatch):
     [
         (noise(0, 3, 4, 4) / 255, noise(0, 3, 4, 4), r"images are float64\[3, 4, 4\]"),
         (noise(0, 3, 4, 4), noise(0, 3, 16), r"others are uint8\[3, 16\]"),
-        (noise(0, 3, 4, 4), noise(0, 3, 4, 5), "the same shape"),
+        (noise(0, 3, 4, 4), noise(0, 3, 4, 5), r"others \(3, 4, 5\); both must"),
         (noise(0, 1, 32, 33), noise(0, 1, 32, 33), "at most 1,024 pixels"),
-        (noise(0, 1, 4, 4), noise(0, 0, 4, 4), "others are empty; at least one image is needed"),
+        (noise(0, 1, 4, 4), noise(0, 0, 4, 4), r"others \(0, 4, 4\).*at least one"),
     ],
 )
 def test_invalid_input_is_named(images, others, message):
