@@ -82,8 +82,8 @@ def read_prepared(prepared: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def prepare(data_dir: Path) -> Path:
     """Downloads Fashion-MNIST into a TFDS directory, and returns the folder of the version.
 
-    Version, features and checksums are those of TFDS. Only its decoding and encoding are replaced,
-    which need TensorFlow.
+    Version, features and checksums are those of TFDS. Only its decoding and encoding, which need
+    TensorFlow, are replaced.
 
     Raises:
       DataError: if the files cannot be downloaded or their checksums differ.
