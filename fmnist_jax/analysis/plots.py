@@ -222,9 +222,9 @@ def replayed_batch(
 
 
 @style()
-def contact_sheet(images: np.ndarray, titles: Sequence[tuple[str, str]]) -> Figure:
-    """Images and their titles of two lines, each shortened at its beginning."""
-    shortened = ["\n".join(map(_shorten, title)) for title in titles]
+def contact_sheet(images: np.ndarray, titles: Sequence[str]) -> Figure:
+    """Images and their titles, whose long lines are shortened at the beginning."""
+    shortened = ["\n".join(map(_shorten, title.split("\n"))) for title in titles]
     columns = min(max(len(images), 1), 10)
     return _titled_images(
         images / 255, shortened, columns=columns, side=1.3, cmap="gray", fontsize=7
