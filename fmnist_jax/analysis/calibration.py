@@ -1,4 +1,8 @@
-"""Calibration: how well predicted probabilities match observed frequencies."""
+"""Calibration: how well predicted probabilities match observed frequencies.
+
+`logits` are float[n, num_classes] and `labels` int[n] with values in [0, num_classes). ValueError
+is raised if shapes do not match, logits are not finite or a value is out of range.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -29,10 +33,10 @@ class Reliability(NamedTuple):
 
 
 class RiskCoverage(NamedTuple):
-    """Error rate of the most confident predictions, by their share.
+    """Error rate of the most confident predictions, by coverage.
 
     Attributes:
-      coverage: float64[n], share of the examples that are kept: 1 / n, 2 / n, ..., 1.
+      coverage: float64[n], fraction of the examples that are kept: 1 / n, 2 / n, ..., 1.
       risk: float64[n], error rate among them.
     """
 
@@ -40,7 +44,7 @@ class RiskCoverage(NamedTuple):
     risk: np.ndarray
 
 
-def describe(predictions: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def summarize(predictions: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Summarizes the calibration of a network for a JSON file.
 
     Args:
@@ -48,16 +52,13 @@ def describe(predictions: Mapping[str, np.ndarray]) -> dict[str, Any]:
         `val_labels` of the validation images.
 
     Returns:
-      `ece`, the expected calibration error, with `ece_low` and `ece_high`, its 95% interval;
-      `aurc`, the area under the risk-coverage curve; and, with the temperature fitted on the
-      validation images, `temperature`, `ece_scaled` and `loss_scaled`. The last three are None
-      without validation images, and where these determine no temperature, because all are correct.
-
-    Raises:
-      ValueError: if shapes do not match, logits are not finite or labels are out of range.
+      `ece` and its 95% interval, `ece_low` and `ece_high`; `aurc`; and the `temperature` fitted on
+      the validation images, with the `ece_scaled` and `loss_scaled` that it gives on the test
+      images. The last three are None if validation images are missing or do not determine a
+      temperature, as when all are classified correctly.
 
     Example:
-      >>> describe({"logits": np.log([[0.5, 0.5]] * 2), "labels": np.array([0, 1])})["ece"]
+      >>> summarize({"logits": np.log([[0.5, 0.5]] * 2), "labels": np.array([0, 1])})["ece"]
       0.0
     """
     logits, labels = predictions["logits"].astype(np.float64), predictions["labels"]
@@ -67,10 +68,7 @@ def describe(predictions: Mapping[str, np.ndarray]) -> dict[str, Any]:
         "ece_low": low,
         "ece_high": high,
         "aurc": area_under_risk_coverage(logits, labels),
-        "temperature": None,
-        "ece_scaled": None,
-        "loss_scaled": None,
-    }
+    } | dict.fromkeys(("temperature", "ece_scaled", "loss_scaled"))
     if len(predictions.get("val_labels", ())):
         temperature = fit_temperature(predictions["val_logits"], predictions["val_labels"])
         if _MIN_TEMPERATURE < temperature < _MAX_TEMPERATURE:
@@ -84,29 +82,19 @@ def describe(predictions: Mapping[str, np.ndarray]) -> dict[str, Any]:
 def expected_calibration_error(logits: ArrayLike, labels: ArrayLike, bins: int = 15) -> float:
     """Expected calibration error of the top label (ECE, Guo et al. 2017).
 
-    Examples are binned by their top probability into bins of equal width. The error is the mean
-    over examples of the distance between mean top probability and accuracy of their bin. It has
-    two known biases: over- and underconfidence within a bin cancel, and noise increases the
-    distance of every bin, so that perfect probabilities of 10,000 examples measure about 0.01
-    (see `calibration_interval`).
-
-    Args:
-      logits: float[n, num_classes].
-      labels: int[n], values in [0, num_classes).
-      bins: number of bins; 15 as in Guo et al.
-
-    Returns:
-      The error, in [0, 1].
-
-    Raises:
-      ValueError: if shapes do not match, logits are not finite or a value is out of range.
+    Examples are binned by their top probability into bins of equal width, 15 as in Guo et al. The
+    error, in [0, 1], is the mean over examples of the distance between mean top probability and
+    accuracy of their bin. It has two biases: over- and underconfidence within a bin cancel, and
+    noise increases the distance of every bin. Perfect probabilities of 10,000 examples have an
+    error of about 0.01.
 
     Example:
       >>> logits = np.log([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.2, 0.8]])
       >>> round(expected_calibration_error(logits, [0, 0, 1, 0]), 3)  # (0.9 to 1 + 0.8 to 0.5) / 2
       0.2
     """
-    bin_of, gaps = _gaps(logits, labels, bins)
+    bin_of, confidence, correct = _binned(logits, labels, bins)
+    gaps = confidence - correct
     return float(np.abs(np.bincount(bin_of, gaps)).sum() / len(gaps))
 
 
@@ -124,15 +112,15 @@ def calibration_interval(
     that a percentile interval lies above the true error. Instead, assume that the true gaps of the
     bins are t times the measured ones, with the noise of resampled images. The lower end is the
     error of the t for which the measured error is in the upper tail, the upper end that for which
-    it is in the lower tail. The lower end is 0 where perfect probabilities (t = 0) measure as badly
-    often enough, the question of Broecker & Smith (2007). A measured error that is mostly noise can
-    lie above its own interval. Resampling sees no noise in a bin without mistakes.
+    it is in the lower tail. The lower end is 0 if perfect probabilities (t = 0) often have an error
+    as large as the measured one (Broecker & Smith 2007). A measured error that is mostly noise can
+    lie above its interval. Bins without mistakes contribute no noise.
 
-    In simulations with 1,000 and 10,000 images and true errors from 0 to 0.2, the 95% intervals
-    covered the true binned error in 89% to 98% of samples. For perfect probabilities they covered
-    it in 96% to 98%, percentile intervals never, and reflected intervals in half. Gaps that cancel
-    within a bin are not detected: only the lower end is a bound on the error without bins (Kumar
-    et al. 2019).
+    In simulations with 1,000 and 10,000 images and true errors from 0 to 0.2, 89% to 98% of the 95%
+    intervals contained the true binned error. For perfect probabilities 96% to 98% did, no
+    percentile interval did, and half of the reflected intervals did. Only the lower end is a bound
+    on the error without bins, because gaps that cancel within a bin are not detected (Kumar et al.
+    2019).
 
     Args:
       logits: float[n, num_classes].
@@ -145,9 +133,6 @@ def calibration_interval(
     Returns:
       Lower and upper end, in [0, 1].
 
-    Raises:
-      ValueError: if shapes do not match, logits are not finite or a value is out of range.
-
     Example:
       >>> logits = np.tile([3.0, 0.0], (1000, 1))  # a probability of 95%
       >>> labels = np.repeat([0, 1], [900, 100])  # an accuracy of 90%
@@ -156,7 +141,8 @@ def calibration_interval(
       >>> print(f"{error:.3f}, from {low:.3f} to {high:.3f}")
       0.053, from 0.033 to 0.071
     """
-    bin_of, gaps = _gaps(logits, labels, bins)
+    bin_of, confidence, correct = _binned(logits, labels, bins)
+    gaps = confidence - correct
     if not 0 < level < 1:
         raise ValueError(f"level is {level}; it must be between 0 and 1, as in 0.95")
     if draws * (1 - level) < 2:
@@ -190,21 +176,14 @@ def calibration_interval(
 def reliability(logits: ArrayLike, labels: ArrayLike, bins: int = 15) -> Reliability:
     """Confidence and accuracy by bin, for a reliability diagram (Guo et al. 2017).
 
-    Args:
-      logits: float[n, num_classes].
-      labels: int[n], values in [0, num_classes).
-      bins: number of bins of equal width. Each includes its right edge, and the first also 0.
-
-    Raises:
-      ValueError: if shapes do not match, logits are not finite or a value is out of range.
+    Bins have equal width. Each includes its right edge, and the first also 0.
 
     Example:
       >>> logits = np.log([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.2, 0.8]])
       >>> reliability(logits, [0, 0, 1, 0], bins=5).num_examples.tolist()
       [0, 0, 0, 2, 2]
     """
-    confidence, correct = _top(logits, labels)
-    bin_of = _bin(confidence, bins)
+    bin_of, confidence, correct = _binned(logits, labels, bins)
     num_examples = np.bincount(bin_of, minlength=bins)
 
     def mean(values: np.ndarray) -> np.ndarray:
@@ -218,19 +197,11 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     """Fits the temperature T that minimizes the cross-entropy of logits / T (Guo et al. 2017).
 
     Fit it on a validation split and apply it to the test images; predictions do not change. T
-    above 1 means that the network is overconfident. The cross-entropy is convex in 1 / T, so T is
-    the only root of its derivative.
-
-    Args:
-      logits: float[n, num_classes].
-      labels: int[n], values in [0, num_classes).
+    above 1 means that the network is overconfident.
 
     Returns:
-      T, clipped to [0.01, 100]. It is 0.01 if the cross-entropy does not increase on the way
-      there, as when every prediction is correct, and 100 if the logits are worse than uniform ones.
-
-    Raises:
-      ValueError: if shapes do not match, logits are not finite or labels are out of range.
+      T, clipped to [0.01, 100]. It is 0.01 if all predictions are correct, and 100 if the logits
+      are worse than uniform ones.
 
     Example:
       >>> logits = np.log([[0.75, 0.25]] * 4)
@@ -243,7 +214,7 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     logits = logits - logits[np.arange(len(labels)), labels][:, None]
 
     def slope(log_temperature: float) -> float:
-        """Derivative of the mean cross-entropy by 1 / T."""
+        """Derivative of the mean cross-entropy by 1 / T, in which it is convex."""
         probabilities = softmax(logits / np.exp(log_temperature), axis=1)
         return float(np.sum(probabilities * logits) / len(labels))
 
@@ -258,15 +229,7 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
 def risk_coverage(logits: ArrayLike, labels: ArrayLike) -> RiskCoverage:
     """Risk-coverage curve: error rate among the most confident predictions.
 
-    Examples with equal top probability have no order. Each counts as the mean error of its ties,
-    which is the mean over all orders.
-
-    Args:
-      logits: float[n, num_classes].
-      labels: int[n], values in [0, num_classes).
-
-    Raises:
-      ValueError: if shapes do not match, logits are not finite or labels are out of range.
+    Examples with equal top probability count as their mean error, the mean over all orders.
 
     Example:
       >>> logits = np.array([[4.0, 0.0], [0.0, 2.0], [1.0, 0.0], [1.0, 0.0]])
@@ -283,16 +246,6 @@ def risk_coverage(logits: ArrayLike, labels: ArrayLike) -> RiskCoverage:
 def area_under_risk_coverage(logits: ArrayLike, labels: ArrayLike) -> float:
     """Mean risk over all coverages (AURC, Geifman & El-Yaniv 2017); lower is better.
 
-    It depends on the error rate and on how well confidence separates mistakes from correct
-    predictions.
-
-    Args:
-      logits: float[n, num_classes].
-      labels: int[n], values in [0, num_classes).
-
-    Raises:
-      ValueError: if shapes do not match, logits are not finite or labels are out of range.
-
     Example:
       >>> area_under_risk_coverage(np.array([[4.0, 0.0], [0.0, 2.0]]), [0, 0])
       0.25
@@ -300,16 +253,15 @@ def area_under_risk_coverage(logits: ArrayLike, labels: ArrayLike) -> float:
     return float(risk_coverage(logits, labels).risk.mean())
 
 
-def _gaps(logits: ArrayLike, labels: ArrayLike, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """int[n], the bin of each example; float64[n], its confidence, minus 1 if it is correct."""
+def _binned(
+    logits: ArrayLike, labels: ArrayLike, bins: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """int[n], the bin of each example, and the results of `_top`."""
     confidence, correct = _top(logits, labels)
-    return _bin(confidence, bins), confidence - correct
-
-
-def _bin(confidence: np.ndarray, bins: int) -> np.ndarray:
     if bins < 1:
         raise ValueError(f"bins is {bins}; it must be at least 1")
-    return np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence)
+    bin_of = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence)
+    return bin_of, confidence, correct
 
 
 def _top(logits: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,8 @@
 """Exact and near-duplicate images.
 
-Squared distances are computed exactly with float32 matrix products. Pixels minus 128 are from -128
-to 127, so a dot product of two images of at most 1,024 pixels, and each of its partial sums, is an
-integer of magnitude at most 1,024 * 128 * 128 = 2**24. Float32 represents these exactly, so the
-product has no rounding error in any order of summation, and `a·a - 2 a·b + b·b` has no
-cancellation error.
+Float32 matrix products give exact squared distances. Pixels minus 128 are from -128 to 127, so
+the dot product of two images of at most 1,024 pixels and each of its partial sums are integers of
+magnitude at most 1,024 * 128 * 128 = 2**24, which float32 represents exactly.
 """
 
 import math
@@ -13,15 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Threshold of `Matches.distances` for near-duplicates. Chosen by inspecting pairs of Fashion-MNIST
+# Threshold of `Matches.distances` for near-duplicates, chosen by inspecting pairs of Fashion-MNIST
 # test and training images in ascending order of distance. The first six, up to 0.044, are the same
 # photograph. Up to 0.1 most could show the same article, though prints and zips may differ. Above,
-# pairs are plain garments of the same cut. The distribution has no gap to place a threshold in.
+# pairs are plain garments of the same cut.
 NEAR = 0.1
 
-# Side of the square of pairs compared at once. Blocks of 4 MiB stay in the cache. Measured on two
-# cores with 2,048 x 60,000 images: 512, 1,024 and 2,048 take 1.1 s each; rows of 256 x 60,000 at
-# once take 1.2 to 1.7 s.
+# Side of the square of pairs compared at once. On two cores, 2,048 x 60,000 images take 1.1 s with
+# 512, 1,024 or 2,048, and 1.2 to 1.7 s in blocks of 256 x 60,000, which exceed the cache.
 _BLOCK = 1024
 _MAX_PIXELS = 2**24 // 128**2
 
@@ -52,16 +49,13 @@ def nearest(
     images: np.ndarray,
     others: np.ndarray,
     *,
-    exclude_self: bool = False,
     track: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Finds the nearest neighbor of each image among others by exhaustive search.
 
     Args:
-      images: uint8[n, height, width], at most 1,024 pixels each. Pass `images[:, :, ::-1]` for the
-        neighbors of their mirror images.
+      images: uint8[n, height, width], at most 1,024 pixels each.
       others: uint8[m, height, width].
-      exclude_self: if True, `others` are the same images, and no image is its own neighbor.
       track: wraps the iterable over the first positions of the blocks of others, for progress.
 
     Returns:
@@ -72,41 +66,31 @@ def nearest(
       ValueError: if dtypes or shapes do not match, or there is no other image.
 
     Example:
-      >>> images = np.array([[[0, 0]], [[0, 255]], [[3, 4]]], np.uint8)
-      >>> positions, distances = nearest(images, images, exclude_self=True)
+      >>> others = np.array([[[0, 255]], [[3, 4]]], np.uint8)
+      >>> positions, distances = nearest(np.zeros((1, 1, 2), np.uint8), others)
       >>> positions.tolist(), float(distances[0] * 255)
-      ([2, 2, 0], 5.0)
+      ([1], 5.0)
     """
     for name, array in (("images", images), ("others", others)):
         if array.dtype != np.uint8 or array.ndim != 3:
             raise ValueError(
                 f"{name} are {array.dtype}{list(array.shape)}; they must be uint8[n, height, width]"
             )
-    if images.shape[1:] != others.shape[1:] or math.prod(images.shape[1:]) > _MAX_PIXELS:
+    shape = images.shape[1:]
+    if shape != others.shape[1:] or math.prod(shape) > _MAX_PIXELS or len(others) == 0:
         raise ValueError(
-            f"images have shape {images.shape[1:]} and others {others.shape[1:]}; both must have "
-            f"the same shape, with at most {_MAX_PIXELS:,} pixels"
+            f"images have shape {images.shape} and others {others.shape}; both must have the same "
+            f"height and width, with at most {_MAX_PIXELS:,} pixels, and others at least one image"
         )
-    if exclude_self and len(images) != len(others):
-        raise ValueError(
-            f"exclude_self is True with {len(images):,} images and {len(others):,} others; "
-            "pass the same images twice"
-        )
-    if len(others) <= exclude_self:
-        raise ValueError(f"there are {len(others)} others; at least {1 + exclude_self} are needed")
-    rows = _centered(images)
-    row_squares = _squared_norms(rows)
+    rows, row_squares = _centered(images)
     rows *= -2  # exact, like every product with a power of two
     positions = np.zeros(len(images), np.int64)
     smallest = np.full(len(images), np.iinfo(np.int32).max)  # of |b|^2 - 2ab
     for first in track(range(0, len(others), _BLOCK)):
-        columns = _centered(others[first : first + _BLOCK])
-        column_squares = _squared_norms(columns)
+        columns, column_squares = _centered(others[first : first + _BLOCK])
         for start in range(0, len(images), _BLOCK):
             part = slice(start, start + _BLOCK)
             block = (rows[part] @ columns.T).astype(np.int32) + column_squares
-            if exclude_self and start == first:
-                np.fill_diagonal(block, np.iinfo(np.int32).max)
             found = block.argmin(axis=1)
             values = block[np.arange(len(block)), found]
             nearer = values < smallest[part]
@@ -120,9 +104,8 @@ class Matches(NamedTuple):
 
     Attributes:
       others: int64[n], position of the nearest other image.
-      distances: float64[n], Euclidean distance divided by the norm of the image; 0 for equal
-        pixels. Without the division, small and dim articles would be near to all of their kind.
-        It does not change which image is nearest.
+      distances: float64[n], Euclidean distance divided by the norm of the image, so that small and
+        dim articles are not near to all of their kind.
       mirrored: bool[n], whether the left-right mirror image is nearer than the image.
     """
 
@@ -142,7 +125,7 @@ def match(
     Args:
       images: uint8[n, height, width], at most 1,024 pixels each.
       others: uint8[m, height, width].
-      track: as for `nearest`, which is called twice.
+      track: wraps the iterables of two calls of `nearest`.
 
     Raises:
       ValueError: if dtypes or shapes do not match, or there is no other image.
@@ -164,10 +147,7 @@ def match(
     return Matches(np.where(mirrored, mirror, plain), relative, mirrored)
 
 
-def _centered(images: np.ndarray) -> np.ndarray:
-    """float32[n, pixels], values from -128 to 127."""
-    return images.reshape(len(images), -1).astype(np.float32) - 128
-
-
-def _squared_norms(rows: np.ndarray) -> np.ndarray:
-    return np.einsum("np,np->n", rows, rows).astype(np.int32)
+def _centered(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32[n, pixels], values from -128 to 127; int32[n], their squared norms."""
+    rows = images.reshape(len(images), -1).astype(np.float32) - 128
+    return rows, np.einsum("np,np->n", rows, rows).astype(np.int32)

@@ -1,8 +1,8 @@
 """Label issues: training images whose labels are probably wrong.
 
-Two signs, neither of which is proof: a network that was not trained on the image confidently
-predicts another class (confident learning, Northcutt, Jiang and Chuang 2021), and networks that
-are trained on it forget it (forgetting events, Toneva et al. 2019).
+Two heuristics: confident predictions of another class by a network that was not trained on the
+image (confident learning, Northcutt, Jiang and Chuang 2021), and forgetting events during training
+(Toneva et al. 2019).
 """
 
 from typing import NamedTuple
@@ -14,12 +14,12 @@ from fmnist_jax.analysis.scores import check_predictions
 
 
 class LabelIssues(NamedTuple):
-    """Images whose labels are doubtful, by descending margin.
+    """Images with doubtful labels, by descending margin.
 
     Attributes:
       indices: int[s], positions among all images.
       given: int[s], their labels.
-      other: int[s], the classes that are predicted instead.
+      other: int[s], the predicted classes.
       given_probability: float64[s].
       other_probability: float64[s]; the margin is `other_probability - given_probability`.
     """
@@ -35,9 +35,9 @@ def find_label_issues(logits: np.ndarray, labels: np.ndarray) -> LabelIssues:
     """Finds labels that contradict confident predictions.
 
     The threshold of a class is the mean probability of the class over the images labeled with it
-    (Northcutt et al., eq. 2), so it is lower for a class that is hard to recognize. An image is an
-    issue if the probability of its label is below the threshold of the label while that of another
-    class reaches its threshold. Of several such classes, the most probable one counts.
+    (Northcutt et al., eq. 2). An image is an issue if the probability of its label is below the
+    threshold of the label, and that of another class reaches its threshold. If several do, `other`
+    is the most probable one.
 
     Args:
       logits: float[n, num_classes], of each image from a network that was not trained on it.

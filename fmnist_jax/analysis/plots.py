@@ -1,11 +1,16 @@
-"""Figures, drawn by matplotlib from arrays and mappings alone."""
+"""Figures, drawn by matplotlib from arrays and mappings alone.
+
+Unless stated otherwise, `images` are uint8[n, height, width], `labels` int[n] with values in
+[0, num_classes), `logits` float[n, num_classes], and `class_names` has one name per class. A
+`history` has the lines of metrics.jsonl; `trials` and `space` are those of sweep.json.
+"""
 
 import base64
 import contextlib
 import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.style
@@ -24,10 +29,7 @@ INK, GRID = "#1f2937", "#e5e7eb"
 PRIMARY, SECONDARY = "#2563eb", "#ea7317"
 PALE = "#93b4f5"
 
-# A larger contact sheet is slow to draw and hard to read.
-MAX_PICTURES = 60
-
-# Characters that fit over a picture of a contact sheet.
+# Characters that fit over an image of a contact sheet.
 _MAX_LINE = 18
 
 _STYLE = {
@@ -47,19 +49,6 @@ _STYLE = {
 }
 
 
-class _RateCurve(Protocol):
-    """The loss by learning rate, as `fmnist_jax.find_learning_rate` returns it."""
-
-    @property
-    def rates(self) -> np.ndarray: ...
-    @property
-    def losses(self) -> np.ndarray: ...
-    @property
-    def smoothed(self) -> np.ndarray: ...
-    @property
-    def suggestion(self) -> float: ...
-
-
 @contextlib.contextmanager
 def style() -> Iterator[None]:
     """Replaces the user's matplotlib settings, for a `with` statement or as a decorator.
@@ -72,12 +61,7 @@ def style() -> Iterator[None]:
 
 @style()
 def encode(figure: Figure, *, sample: bool = False) -> bytes:
-    """Encodes a figure as PNG.
-
-    Args:
-      figure: drawn inside `style()`.
-      sample: whether to add the watermark of the embedded sample.
-    """
+    """Encodes a figure as PNG, with a watermark if the data are the embedded sample."""
     if sample:
         figure.text(
             0.5, 0.5, "EMBEDDED SAMPLE", rotation=25, ha="center", va="center",
@@ -102,18 +86,12 @@ def data_url(png: bytes) -> str:
 
 @style()
 def learning_curve(history: Sequence[Mapping[str, Any]], metric: str) -> Figure:
-    """Training and validation metric by epoch.
-
-    Args:
-      history: the lines of metrics.jsonl.
-      metric: "loss" or "accuracy".
-    """
+    """Training and validation metric, "loss" or "accuracy", by epoch."""
     figure, axes = _figure()
     for split, name in (("train", "training"), ("val", "validation")):
-        lines = [line for line in history if line["split"] == split]
-        if lines:
-            epochs, values = [line["epoch"] for line in lines], [line[metric] for line in lines]
-            axes.plot(epochs, values, label=name)
+        points = [(line["epoch"], line[metric]) for line in history if line["split"] == split]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name)
     _format_epochs(axes, metric)
     return figure
 
@@ -122,25 +100,17 @@ def learning_curve(history: Sequence[Mapping[str, Any]], metric: str) -> Figure:
 def reliability_diagram(
     logits: np.ndarray, labels: np.ndarray, temperature: float | None
 ) -> Figure:
-    """Accuracy by confidence, with and without temperature scaling.
-
-    Args:
-      logits: float[n, num_classes].
-      labels: int[n].
-      temperature: divides the logits; None leaves the second curve out.
-    """
+    """Accuracy by confidence, and after division of the logits by the temperature, if any."""
     figure, axes = _figure()
     axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=":")
-    curves = [("uncalibrated", 1.0)]
+    curves = {"uncalibrated": 1.0}
     if temperature is not None:
-        curves.append((f"temperature {temperature:.2f}", temperature))
-    for name, scale in curves:
+        curves[f"temperature {temperature:.2f}"] = temperature
+    for name, scale in curves.items():
         bins = calibration.reliability(logits / scale, labels)
-        # The accuracy of fewer examples is mostly noise.
-        shown = bins.num_examples >= 10
-        axes.plot(
-            bins.confidence[shown], bins.accuracy[shown], marker="o", markersize=4, label=name
-        )
+        shown = bins.num_examples >= 10  # the accuracy of fewer examples is mostly noise
+        points = bins.confidence[shown], bins.accuracy[shown]
+        axes.plot(*points, marker="o", markersize=4, label=name)
     axes.set(xlabel="confidence", ylabel="accuracy")
     axes.legend()
     return figure
@@ -148,12 +118,7 @@ def reliability_diagram(
 
 @style()
 def risk_coverage_curve(logits: np.ndarray, labels: np.ndarray) -> Figure:
-    """Error rate among the most confident predictions, by their fraction.
-
-    Args:
-      logits: float[n, num_classes].
-      labels: int[n].
-    """
+    """Error rate among the most confident predictions, by their fraction."""
     curve = calibration.risk_coverage(logits, labels)
     figure, axes = _figure()
     axes.plot(curve.coverage, curve.risk)
@@ -172,7 +137,7 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]
     side = 2.2 + 0.48 * len(class_names)
     figure, axes = _figure(side, side)
     axes.grid(visible=False)
-    # The square root keeps the few errors visible beside the many hits.
+    # The square root keeps the few errors visible.
     axes.imshow(np.sqrt(fractions), cmap="Blues", vmin=0, vmax=1)
     for i, j in np.argwhere(counts):
         color = "white" if np.sqrt(fractions[i, j]) > 0.6 else INK
@@ -187,30 +152,22 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]
 
 @style()
 def class_samples(images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """A row of images for each class; images are uint8[n, height, width]."""
-    rows = [images[labels == label] for label in range(len(class_names))]
-    columns = max(map(len, rows))
-    figure, grid = _image_grid(len(rows), columns, (1.3 + 0.7 * columns, 0.7 * len(rows)))
-    for axes_row, row, name in zip(grid, rows, class_names, strict=True):
-        for axes, image in zip(axes_row, row, strict=False):
-            _show(axes, image / 255)
-        first = axes_row[0]
-        first.text(-0.15, 0.5, name, transform=first.transAxes, ha="right", va="center")
+    """A row of images for each class."""
+    rows = [images[labels == label] / 255 for label in range(len(class_names))]
+    figure, grid = _image_rows(rows, (1.3 + 0.7 * max(map(len, rows)), 0.7 * len(rows)))
+    for axes, name in zip(grid[:, 0], class_names, strict=True):
+        axes.text(-0.15, 0.5, name, transform=axes.transAxes, ha="right", va="center")
     return figure
 
 
 @style()
 def augmented_samples(originals: np.ndarray, augmented: np.ndarray) -> Figure:
-    """Each original, uint8[n, height, width], before its float[n, epochs, side, side] in [0, 1]."""
+    """Each original, uint8[n, height, width], and its float[n, epochs, side, side] in [0, 1]."""
     columns = 1 + augmented.shape[1]
-    size = 1.3 * columns, 1.3 * len(originals) + 0.3
-    figure, grid = _image_grid(len(originals), columns, size)
-    for axes_row, original, row in zip(grid, originals, augmented, strict=True):
-        for axes, image in zip(axes_row, [original / 255, *row], strict=True):
-            _show(axes, image)
-    titles = ["original", *(f"epoch {epoch}" for epoch in range(1, columns))]
-    for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title, fontsize=10)
+    rows = [[original / 255, *row] for original, row in zip(originals, augmented, strict=True)]
+    figure, grid = _image_rows(rows, (1.3 * columns, 1.3 * len(rows) + 0.3))
+    for epoch, axes in enumerate(grid[0]):
+        axes.set_title(f"epoch {epoch}" if epoch else "original", fontsize=10)
     return figure
 
 
@@ -220,20 +177,13 @@ def worst_predictions(
     examples: Mapping[str, np.ndarray],
     class_names: Sequence[str],
 ) -> Figure:
-    """The test images with the highest losses, their labels and predictions.
-
-    Args:
-      predictions: the arrays of predictions.npz.
-      examples: the arrays of examples.npz.
-      class_names: one per class.
-    """
-    probabilities = softmax(predictions["logits"].astype(np.float64), axis=1)
+    """The test images with the highest losses, from predictions.npz and examples.npz."""
     row_of = {int(index): row for row, index in enumerate(predictions["indices"])}
-    titles = []
-    for index in map(int, examples["worst_indices"]):
-        label, row = predictions["labels"][row_of[index]], probabilities[row_of[index]]
-        titles.append(f"test image {index}\n{_prediction_title(label, row, class_names)}")
-    return _titled_images(examples["worst_images"] / 255, titles, columns=5, side=1.8)
+    indices = [int(index) for index in examples["worst_indices"]]
+    rows = [row_of[index] for index in indices]
+    logits, labels = predictions["logits"][rows], predictions["labels"][rows]
+    prefixes = [f"test image {index}\n" for index in indices]
+    return _predictions(examples["worst_images"], labels, logits, class_names, prefixes)
 
 
 @style()
@@ -244,21 +194,12 @@ def misclassified(
     class_names: Sequence[str],
     num_shown: int,
 ) -> Figure:
-    """The misclassified images with the smallest probabilities of their labels.
-
-    Args:
-      images: uint8[n, height, width].
-      labels: int[n].
-      logits: float[n, num_classes].
-      class_names: one per class.
-      num_shown: how many at most.
-    """
+    """At most `num_shown` misclassified images, those with the least probable labels first."""
     probabilities = softmax(logits.astype(np.float64), axis=1)
-    predicted = probabilities.argmax(axis=1)
     order = np.argsort(probabilities[np.arange(len(labels)), labels], kind="stable")
-    shown = order[predicted[order] != labels[order]][:num_shown]
-    titles = [_prediction_title(labels[i], probabilities[i], class_names) for i in shown]
-    return _titled_images(images[shown] / 255, titles, columns=5, side=1.8)
+    shown = order[probabilities.argmax(axis=1)[order] != labels[order]][:num_shown]
+    prefixes = [""] * len(shown)
+    return _predictions(images[shown], labels[shown], logits[shown], class_names, prefixes)
 
 
 @style()
@@ -269,14 +210,9 @@ def replayed_batch(
     losses: np.ndarray,
     class_names: Sequence[str],
 ) -> Figure:
-    """The images of a batch as the network saw them.
+    """Images of a training batch, float[batch, height, width] in [0, 1], and their losses in nats.
 
-    Args:
-      images: float[batch, height, width], values in [0, 1].
-      examples: int[batch], positions among the training images.
-      labels: int[batch].
-      losses: float[batch], in nats.
-      class_names: one per class.
+    `examples` are int[batch], the positions among the training images.
     """
     titles = [
         f"{example}\n{class_names[label]}\nloss {loss:.2f}"
@@ -287,43 +223,32 @@ def replayed_batch(
 
 @style()
 def contact_sheet(images: np.ndarray, titles: Sequence[str]) -> Figure:
-    """The first `MAX_PICTURES` images, light on black, as the network sees them.
-
-    Args:
-      images: uint8[n, height, width].
-      titles: one per image, of two lines: file name and class. Long lines lose their beginning.
-    """
-    images, titles = images[:MAX_PICTURES] / 255, titles[:MAX_PICTURES]
+    """Images and their titles, whose long lines are shortened at the beginning."""
     shortened = ["\n".join(map(_shorten, title.split("\n"))) for title in titles]
     columns = min(max(len(images), 1), 10)
-    return _titled_images(images, shortened, columns=columns, side=1.3, cmap="gray", fontsize=7)
+    return _titled_images(
+        images / 255, shortened, columns=columns, side=1.3, cmap="gray", fontsize=7
+    )
 
 
 @style()
 def seeds_curves(histories: Sequence[Sequence[Mapping[str, Any]]], split: str) -> Figure:
-    """Loss and accuracy of each seed by epoch, and their mean.
-
-    Args:
-      histories: the lines of each run's metrics.jsonl.
-      split: "train" or "val".
-    """
+    """Loss and accuracy of each seed by epoch, and their mean; split is "train" or "val"."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
+    runs = [[line for line in history if line["split"] == split] for history in histories]
     for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        curves = np.array(
-            [[line[metric] for line in history if line["split"] == split] for history in histories]
-        )
+        curves = np.array([[line[metric] for line in lines] for lines in runs])
         epochs = range(1, curves.shape[1] + 1)
-        for number, curve in enumerate(curves):
-            label = "" if number else "each seed"
-            axes.plot(epochs, curve, color=PALE, linewidth=1, label=label)
+        labels = ["each seed"] + [""] * (len(curves) - 1)
+        axes.plot(epochs, curves.T, color=PALE, linewidth=1, label=labels)
         axes.plot(epochs, curves.mean(axis=0), color=PRIMARY, linewidth=2, label="mean")
         _format_epochs(axes, metric, {"train": "training ", "val": "validation "}[split])
     return figure
 
 
 @style()
-def rate_curve(curve: _RateCurve) -> Figure:
-    """Loss by learning rate, and the suggestion."""
+def rate_curve(curve: Any) -> Figure:
+    """Loss by learning rate, and the suggestion; curve is that of `find_learning_rate`."""
     figure, axes = _figure()
     axes.plot(curve.rates, curve.losses, color=PALE, linewidth=0.8, label="each step")
     axes.plot(curve.rates, curve.smoothed, color=PRIMARY, label="smoothed")
@@ -338,7 +263,7 @@ def rate_curve(curve: _RateCurve) -> Figure:
 
 @style()
 def trial_history(trials: Sequence[Mapping[str, Any]]) -> Figure:
-    """Validation accuracy by trial, and the best so far; trials are those of sweep.json."""
+    """Validation accuracy by trial, and the best so far."""
     figure, axes = _figure(9, 3.6)
     _plot_trials(axes, trials)
     completed = [trial for trial in trials if trial["state"] == "COMPLETE"]
@@ -355,12 +280,7 @@ def trial_history(trials: Sequence[Mapping[str, Any]]) -> Figure:
 def trial_settings(
     trials: Sequence[Mapping[str, Any]], space: Mapping[str, Mapping[str, Any]]
 ) -> Figure:
-    """Validation accuracy of each trial against each searched setting.
-
-    Args:
-      trials: those of sweep.json.
-      space: that of sweep.json, a mapping with `log` and `choices` for each setting.
-    """
+    """Validation accuracy of each trial against each searched setting."""
     columns = min(len(space), 3)
     rows = -(-len(space) // columns)
     layout = ConstrainedLayoutEngine(wspace=0.06)  # room for the outer tick labels
@@ -397,10 +317,10 @@ def trial_settings(
 @style()
 def importances(values: Mapping[str, float]) -> Figure:
     """Importance of each setting, a fraction of the variance of the validation accuracy."""
-    names = sorted(values, key=lambda name: values[name])
     figure, axes = _figure(9, 1 + 0.35 * len(values))
-    bars = axes.barh([name.replace("_", " ") for name in names], [values[n] for n in names], 0.7)
-    axes.bar_label(bars, [f"{values[name]:.0%}" for name in names], padding=4)
+    items = sorted(values.items(), key=lambda item: item[1])
+    bars = axes.barh([name.replace("_", " ") for name, _ in items], [v for _, v in items], 0.7)
+    axes.bar_label(bars, fmt="{:.0%}", padding=4)
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.1)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
@@ -410,16 +330,11 @@ def importances(values: Mapping[str, float]) -> Figure:
 
 @style()
 def distance_histogram(distances: Mapping[str, np.ndarray], threshold: float) -> Figure:
-    """Histogram of relative distances to the nearest training image.
-
-    Args:
-      distances: float[n] of the "test" images and of "train" images.
-      threshold: below it two images are near-duplicates.
-    """
+    """Histogram of the relative distances of the "test" and "train" images, and the threshold."""
     figure, axes = _figure(5.6, 3.2)
     bins = np.linspace(0, 1, 51).tolist()
-    for split, name in (("test", "test"), ("train", "training")):
-        axes.hist(distances[split], bins, histtype="step", linewidth=1.5, label=f"{name} images")
+    for split, label in (("test", "test images"), ("train", "training images")):
+        axes.hist(distances[split], bins, histtype="step", linewidth=1.5, label=label)
     axes.axvline(threshold, color=INK, linewidth=1, linestyle="--")
     axes.set(xlabel="relative distance to the nearest training image", ylabel="images")
     axes.set_yscale("log")
@@ -441,10 +356,8 @@ def _plot_trials(
     choices: Sequence[Any] = (),
 ) -> None:
     """Draws the last validation accuracy of each trial by a setting, or by number."""
-    for state, name, marker, color in (
-        ("COMPLETE", "completed", "o", PRIMARY),
-        ("PRUNED", "pruned", "x", INK),
-    ):
+    styles = ("COMPLETE", "completed", "o", PRIMARY), ("PRUNED", "pruned", "x", INK)
+    for state, name, marker, color in styles:
         shown = [trial for trial in trials if trial["state"] == state and trial["val_accuracy"]]
         values = [trial["params"][setting] if setting else trial["number"] for trial in shown]
         positions = [choices.index(value) for value in values] if choices else values
@@ -477,18 +390,28 @@ def _titled_images(
     cmap: str = "gray_r",
     fontsize: float = 8,
 ) -> Figure:
-    rows = max(1, -(-len(images) // columns))
-    figure, grid = _image_grid(rows, columns, (side * columns, (side + 0.5) * rows))
-    for axes, image, title in zip(grid.flat, images, titles, strict=False):
-        _show(axes, image, cmap)
+    starts = range(0, max(len(images), 1), columns)
+    rows = [images[start : start + columns] for start in starts]
+    size = side * columns, (side + 0.5) * len(rows)
+    figure, grid = _image_rows(rows, size, columns, cmap)
+    for axes, title in zip(grid.flat, titles, strict=False):
         axes.set_title(title, fontsize=fontsize)
     return figure
 
 
-def _prediction_title(label: int, probabilities: np.ndarray, class_names: Sequence[str]) -> str:
-    predicted = int(probabilities.argmax())
-    name = class_names[predicted]
-    return f"{class_names[label]}\npredicted {name} ({probabilities[predicted]:.0%})"
+def _predictions(
+    images: np.ndarray,
+    labels: np.ndarray,
+    logits: np.ndarray,
+    class_names: Sequence[str],
+    prefixes: Sequence[str],
+) -> Figure:
+    probabilities = softmax(logits.astype(np.float64), axis=1)
+    titles = [
+        f"{prefix}{class_names[label]}\npredicted {class_names[row.argmax()]} ({row.max():.0%})"
+        for prefix, label, row in zip(prefixes, labels, probabilities, strict=True)
+    ]
+    return _titled_images(images / 255, titles, columns=5, side=1.8)
 
 
 def _shorten(line: str) -> str:
@@ -496,13 +419,17 @@ def _shorten(line: str) -> str:
     return line if len(line) <= _MAX_LINE else f"…{line[1 - _MAX_LINE :]}"
 
 
-def _image_grid(rows: int, columns: int, figsize: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+def _image_rows(
+    rows: Sequence[Sequence[np.ndarray] | np.ndarray],
+    figsize: tuple[float, float],
+    columns: int | None = None,
+    cmap: str = "gray_r",
+) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=figsize, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
+    grid = figure.subplots(len(rows), columns or max(map(len, rows)), squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
+    for axes_row, row in zip(grid, rows, strict=True):
+        for axes, image in zip(axes_row, row, strict=False):
+            axes.imshow(image, cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
     return figure, grid
-
-
-def _show(axes: Axes, image: np.ndarray, cmap: str = "gray_r") -> None:
-    axes.imshow(image, cmap=cmap, vmin=0, vmax=1, interpolation="nearest")

@@ -1,4 +1,8 @@
-"""Accuracy, loss and per-class scores of predictions."""
+"""Accuracy, loss and per-class scores of predictions.
+
+`logits` are float[n, num_classes] and `labels` int[n] with values in [0, num_classes). ValueError
+is raised if shapes do not match, logits are not finite or labels are out of range.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,7 +14,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_f
 
 
 class Scores(NamedTuple):
-    """How predictions compare with labels.
+    """Scores of predictions.
 
     Attributes:
       accuracy: fraction.
@@ -28,15 +32,7 @@ class Scores(NamedTuple):
 
 
 def score(logits: ArrayLike, labels: ArrayLike, class_names: Sequence[str]) -> Scores:
-    """Scores predictions.
-
-    Args:
-      logits: float[n, num_classes].
-      labels: int[n], values in [0, num_classes).
-      class_names: one per class.
-
-    Raises:
-      ValueError: if shapes do not match, logits are not finite or labels are out of range.
+    """Scores predictions; class_names has one name per class.
 
     Example:
       >>> score([[2.0, 0.0], [1.0, 0.0]], [0, 1], ["a", "b"]).accuracy
@@ -46,36 +42,18 @@ def score(logits: ArrayLike, labels: ArrayLike, class_names: Sequence[str]) -> S
     labels, predicted = np.asarray(labels), np.argmax(logits, axis=1)
     numbers = range(len(class_names))
     by_class = precision_recall_fscore_support(labels, predicted, labels=numbers, zero_division=0)
-    return Scores(
-        accuracy_score(labels, predicted),
-        float(losses.mean()),
-        losses,
-        [
-            {
-                "name": name,
-                "precision": float(precision),
-                "recall": float(recall),
-                "f1": float(f1),
-                "support": int(support),
-            }
-            for name, precision, recall, f1, support in zip(class_names, *by_class, strict=True)
-        ],
-        confusion_matrix(labels, predicted, labels=numbers).tolist(),
-    )
+    classes = [
+        {"name": name, "precision": float(precision), "recall": float(recall), "f1": float(f1)}
+        | {"support": int(support)}
+        for name, precision, recall, f1, support in zip(class_names, *by_class, strict=True)
+    ]
+    matrix = confusion_matrix(labels, predicted, labels=numbers).tolist()
+    accuracy = accuracy_score(labels, predicted)
+    return Scores(accuracy, float(losses.mean()), losses, classes, matrix)
 
 
 def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
-    """Cross-entropy of each example.
-
-    Args:
-      logits: float[n, num_classes].
-      labels: int[n], values in [0, num_classes).
-
-    Returns:
-      float64[n], in nats.
-
-    Raises:
-      ValueError: if shapes do not match, logits are not finite or labels are out of range.
+    """Cross-entropy of each example, float64[n], in nats.
 
     Example:
       >>> cross_entropy(np.log([[0.25, 0.75]]), [1]).round(4).tolist()
@@ -86,10 +64,7 @@ def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
 
 
 def check_predictions(logits: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Returns logits as float64[n, num_classes] and labels as int[n].
-
-    Raises:
-      ValueError: if shapes do not match, logits are not finite or labels are out of range.
+    """Checks predictions and returns the logits as float64 and the labels as an array.
 
     Example:
       >>> check_predictions([[1.0, 0.0]], [2])

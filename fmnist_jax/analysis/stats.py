@@ -1,4 +1,9 @@
-"""Confidence intervals, paired tests and their power, for a few seeds and 10,000 test images."""
+"""Confidence intervals, paired tests and their power, for a few seeds and 10,000 test images.
+
+`values` and `differences` are float[n], one per seed. The `level` of an interval is its coverage
+probability, in (0, 1). ValueError is raised if an argument has another shape or dtype, or is empty,
+not finite or out of range.
+"""
 
 import bisect
 import math
@@ -34,7 +39,7 @@ class Estimate(NamedTuple):
 
 
 class McNemar(NamedTuple):
-    """How two classifiers differ on the same images.
+    """Result of McNemar's test.
 
     Attributes:
       only_a: images that only the first classifies correctly, summed over seeds.
@@ -50,41 +55,26 @@ class McNemar(NamedTuple):
 def mean_interval(values: ArrayLike, level: float = 0.95) -> Estimate:
     """Student's t interval of the mean (Student 1908), exact for a normal distribution.
 
-    Args:
-      values: float[n], one per seed.
-      level: coverage probability, in (0, 1).
-
-    Raises:
-      ValueError: if values are empty, not finite or not one-dimensional, or level is out of range.
-
     Example:
       >>> accuracy = mean_interval([0.9209, 0.9189, 0.9178])
       >>> f"{accuracy.mean:.4f}, from {accuracy.low:.4f} to {accuracy.high:.4f}"
       '0.9192, from 0.9153 to 0.9231'
     """
-    values = _check_sample("values", values)
-    _check_level(level)
-    mean, std = _mean_and_std(values)
-    # For one value, the quantile of zero degrees of freedom is nan, as documented.
-    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * std / np.sqrt(len(values))
-    return Estimate(mean, std, float(mean - half), float(mean + half), len(values))
+    sample = _check_sample("values", values).tolist()
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; it must be between 0 and 1, as in 0.95")
+    n = len(sample)
+    # In exact arithmetic: the standard deviation of equal values is exactly 0.
+    mean, std = statistics.mean(sample), statistics.stdev(sample) if n > 1 else math.nan
+    half = stats.t.ppf((1 + level) / 2, n - 1) * std / np.sqrt(n)
+    return Estimate(mean, std, float(mean - half), float(mean + half), n)
 
 
 def prediction_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
-    """Student's t prediction interval of the next value (Fisher 1935).
-
-    It is wider than that of the mean by the spread of one value, and exact for a normal
-    distribution.
-
-    Args:
-      values: float[n], one per seed.
-      level: coverage probability, in (0, 1).
+    """Student's t prediction interval of the next value, exact for a normal distribution.
 
     Returns:
       Lower and upper end; nan for one value.
-
-    Raises:
-      ValueError: if values are empty, not finite or not one-dimensional, or level is out of range.
 
     Example:
       >>> low, high = prediction_interval([0.918, 0.921, 0.919])
@@ -96,89 +86,28 @@ def prediction_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, 
     return estimate.mean - half, estimate.mean + half
 
 
-def bootstrap_interval(values: ArrayLike, level: float = 0.95, seed: int = 0) -> Estimate:
-    """Bootstrap interval of the mean for any distribution: BCa (Efron 1987), 9,999 resamples.
-
-    It is too narrow for few values: a 95% interval of five normal values covers the mean in 84% of
-    samples, of twenty in 93%. Prefer `mean_interval` there. Equal values give an interval of zero
-    width.
-
-    Args:
-      values: float[n].
-      level: coverage probability, in (0, 1).
-      seed: seed of the resampling.
-
-    Raises:
-      ValueError: if values are empty, not finite or not one-dimensional, or level is out of range.
-
-    Example:
-      >>> estimate = bootstrap_interval(np.arange(100) ** 2)
-      >>> estimate.low < estimate.mean < estimate.high
-      True
-    """
-    values = _check_sample("values", values)
-    _check_level(level)
-    mean, std = _mean_and_std(values)
-    if not std > 0:  # BCa is undefined for equal values, resampling for a single one
-        end = mean if std == 0 else float("nan")
-        return Estimate(mean, std, end, end, len(values))
-    # Standardized, because values that differ in their last bits only would round to equal ones.
-    interval = stats.bootstrap(
-        ((values - mean) / std,), np.mean, confidence_level=level, rng=np.random.default_rng(seed)
-    ).confidence_interval
-    low, high = (float(mean + std * end) for end in interval)
-    return Estimate(mean, std, low, high, len(values))
-
-
-def describe(values: Sequence[float]) -> dict[str, Any]:
+def summarize(values: Sequence[float]) -> dict[str, Any]:
     """Summarizes values of several seeds for a JSON file.
 
-    Args:
-      values: float[n], one per seed.
-
     Returns:
-      `mean`; `std`; `low` and `high`, the 95% t interval of the mean; `bootstrap_low` and
-      `bootstrap_high`, the 95% bootstrap interval; `n`; and `values`. What is nan for a single
-      value is None, because JSON has no nan.
-
-    Raises:
-      ValueError: if values are empty, not finite or not one-dimensional.
+      The fields of `Estimate`, and `values`. None replaces nan, which JSON does not have.
 
     Example:
-      >>> describe([0.5, 0.7])["mean"], describe([0.5])["std"]
+      >>> summarize([0.5, 0.7])["mean"], summarize([0.5])["std"]
       (0.6, None)
     """
-    by_t, by_bootstrap = mean_interval(values), bootstrap_interval(values)
-    numbers = {
-        "mean": by_t.mean,
-        "std": by_t.std,
-        "low": by_t.low,
-        "high": by_t.high,
-        "bootstrap_low": by_bootstrap.low,
-        "bootstrap_high": by_bootstrap.high,
-    }
-    finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-    return {**finite, "n": by_t.n, "values": [float(value) for value in values]}
+    estimate = mean_interval(values)._asdict()
+    finite = {name: value if math.isfinite(value) else None for name, value in estimate.items()}
+    return {**finite, "values": [float(value) for value in values]}
 
 
 def sign_flip_test(differences: ArrayLike, seed: int = 0) -> float:
-    """Two-sided paired permutation test over seeds: flips of the signs (Fisher 1935).
+    """Two-sided paired permutation test over seeds by sign flips (Fisher 1935).
 
-    Under the null hypothesis that two training methods are equally good, each difference could
-    have had the opposite sign. The p-value is the share of sign patterns whose sum is at least as
-    far from zero as the observed one. Up to n = 16 it is exact, over all 2**n patterns. Above,
-    9,999 random patterns are drawn, and the observed one is counted too, so that p is never 0
-    (Phipson & Smyth 2010). `smallest_sign_flip_p` is the smallest p-value.
-
-    Args:
-      differences: float[n], one per seed.
-      seed: seed of the random patterns.
-
-    Returns:
-      The p-value, in (0, 1].
-
-    Raises:
-      ValueError: if differences are empty, not finite or not one-dimensional.
+    If two training methods are equally good, both signs of each difference are equally likely. The
+    p-value is the fraction of sign patterns whose sum is at least as far from zero as the observed
+    one. It is exact up to n = 16. Above, it is estimated from 9,999 random patterns and the
+    observed one, so that it is never 0 (Phipson & Smyth 2010). `seed` is that of the patterns.
 
     Example:
       >>> sign_flip_test([0.001, 0.004, 0.002, 0.001, 0.003])
@@ -186,31 +115,27 @@ def sign_flip_test(differences: ArrayLike, seed: int = 0) -> float:
     """
     differences = _check_sample("differences", differences)
     n = len(differences)
-    if n == 1:  # both patterns are equally far from zero; scipy asks for two values
+    if n == 1:  # scipy requires two values
         return 1.0
-    # Accuracies are multiples of 1 / images, so sums are often equal, but for rounding errors.
-    tolerance = 1e-9 * np.abs(differences).sum()
-    observed = abs(differences.sum()) - tolerance
+    # Accuracies are multiples of 1 / images, so sums are often equal up to rounding errors.
+    observed = abs(differences.sum()) - 1e-9 * np.abs(differences).sum()
 
     def is_extreme(flipped: np.ndarray, axis: int) -> np.ndarray:
         return (np.abs(flipped.sum(axis=axis)) >= observed).astype(float)
 
-    return float(
-        stats.permutation_test(
-            (differences,),
-            is_extreme,
-            permutation_type="samples",
-            alternative="greater",
-            n_resamples=2**n if n <= _MAX_EXACT_DIFFERENCES else _NUM_RANDOM_PATTERNS,
-            rng=np.random.default_rng(seed),
-        ).pvalue
+    result = stats.permutation_test(
+        (differences,),
+        is_extreme,
+        permutation_type="samples",
+        alternative="greater",
+        n_resamples=2**n if n <= _MAX_EXACT_DIFFERENCES else _NUM_RANDOM_PATTERNS,
+        rng=np.random.default_rng(seed),
     )
+    return float(result.pvalue)
 
 
 def smallest_sign_flip_p(n: int) -> float:
-    """Returns the smallest p-value of `sign_flip_test` for n seeds.
-
-    Fewer than six seeds never reach 0.05.
+    """Smallest p-value of `sign_flip_test` for n seeds; it is above 0.05 for fewer than six.
 
     Example:
       >>> [smallest_sign_flip_p(n) for n in (1, 3, 5, 6, 20)]
@@ -222,33 +147,28 @@ def smallest_sign_flip_p(n: int) -> float:
 def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemar:
     """Tests whether two classifiers have the same accuracy, given the same images.
 
-    For one seed it is McNemar's test (1947) in its exact form: of the images that only one
-    classifier gets right, each is expected to get half. Counts of several seeds are not
+    For one seed it is the exact form of McNemar's test (1947). Counts of several seeds are not
     independent, because seeds agree on which images are hard. The test for several seeds is that
     of Durkalski et al. (2003) for clustered data, with one cluster per image: with d the difference
     of the two counts of an image, sum(d)^2 / sum(d^2) follows chi-square with one degree of
-    freedom. This relies on a normal approximation and needs some dozens of images with nonzero d.
+    freedom. This normal approximation needs some dozens of images with nonzero d.
 
-    The test generalizes over images, for these trained networks. It says nothing about other seeds
-    of the same training; `sign_flip_test` does.
+    The test generalizes to other images, for these trained networks; `sign_flip_test` generalizes
+    to other seeds of the same training.
 
     Args:
       correct_a: bool[images] or bool[seeds, images], True where the first classifier is right.
-      correct_b: the same for the second, in the same shape and order of images.
-
-    Raises:
-      ValueError: if an array is not bool or is empty, or the shapes differ.
+      correct_b: the same for the second classifier, in the same shape and order of images.
 
     Example:
       >>> mcnemar([True, True, True, True, True, False], [False, False, False, False, False, False])
       McNemar(only_a=5, only_b=0, p=0.0625)
     """
     correct_a, correct_b = np.asarray(correct_a), np.asarray(correct_b)
-    for name, correct in (("correct_a", correct_a), ("correct_b", correct_b)):
-        if correct.dtype != bool:
-            raise ValueError(
-                f"{name} is {correct.dtype}; it must be bool, True where the prediction is right"
-            )
+    if not correct_a.dtype == correct_b.dtype == bool:
+        raise ValueError(
+            f"correct_a is {correct_a.dtype} and correct_b {correct_b.dtype}; both must be bool"
+        )
     if correct_a.shape != correct_b.shape or correct_a.ndim not in (1, 2) or correct_a.size == 0:
         raise ValueError(
             f"correct_a has shape {correct_a.shape} and correct_b {correct_b.shape}; both must be "
@@ -267,11 +187,10 @@ def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemar:
 
 
 def minimum_detectable_effect(std: float, n: int, level: float = 0.05, power: float = 0.8) -> float:
-    """The mean difference that a paired t test of n seeds detects with the given power.
+    """The mean difference that a two-sided paired t test of n seeds detects with the given power.
 
-    Where such a test found nothing, a true difference of this size would probably have been found;
-    a smaller one cannot be ruled out. Exact for the two-sided test and normally distributed
-    differences, whose squared t statistic follows a noncentral F distribution.
+    It is exact for normally distributed differences. If the test is not significant, a smaller
+    difference cannot be ruled out.
 
     Args:
       std: standard deviation of the differences, at least 0.
@@ -282,9 +201,6 @@ def minimum_detectable_effect(std: float, n: int, level: float = 0.05, power: fl
 
     Returns:
       The difference, in the unit of std.
-
-    Raises:
-      ValueError: if an argument is out of range.
 
     Example:
       >>> round(minimum_detectable_effect(std=0.002, n=5), 5)
@@ -298,6 +214,7 @@ def minimum_detectable_effect(std: float, n: int, level: float = 0.05, power: fl
         raise ValueError(f"level is {level} and power {power}; 0 < level < power < 1 must hold")
     critical = stats.t.isf(level / 2, n - 1) ** 2
 
+    # The squared t statistic follows a noncentral F distribution.
     def missing_power(standard_errors: float) -> float:
         return power - stats.ncf.sf(critical, 1, n - 1, standard_errors**2)
 
@@ -309,23 +226,18 @@ def minimum_detectable_effect(std: float, n: int, level: float = 0.05, power: fl
 
 
 def seeds_needed(
-    std: float, difference: float, level: float = 0.05, power: float = 0.8, most: int = 10_000
+    std: float, difference: float, level: float = 0.05, power: float = 0.8
 ) -> int | None:
-    """The number of paired seeds with which a t test detects a difference.
+    """The number of seeds with which a two-sided paired t test detects a difference.
 
     Args:
-      std: standard deviation of the paired differences, at least 0. An estimate from a few seeds
-        is itself uncertain.
+      std: standard deviation of the differences, at least 0.
       difference: mean of the differences, of either sign.
-      level: significance level of the two-sided t test, in (0, 1).
+      level: significance level of the test, in (0, 1).
       power: probability of detection, above level and below 1.
-      most: largest number to consider, at least 2.
 
     Returns:
-      The smallest sufficient number, at least 2, or None if it exceeds `most`.
-
-    Raises:
-      ValueError: if an argument is out of range.
+      The smallest sufficient number, at least 2, or None if it exceeds 10,000.
 
     Example:
       >>> seeds_needed(std=0.002, difference=0.001)
@@ -333,15 +245,12 @@ def seeds_needed(
     """
     if not np.isfinite(difference):
         raise ValueError(f"difference is {difference}; it must be finite")
-    if most < 2:
-        raise ValueError(f"most is {most}; it must be at least 2")
 
     def is_enough(n: int) -> bool:
         return minimum_detectable_effect(std, n, level, power) < abs(difference)
 
-    numbers = range(2, most + 1)
-    index = bisect.bisect_left(numbers, True, key=is_enough)
-    return numbers[index] if index < len(numbers) else None
+    n = 2 + bisect.bisect_left(range(2, 10_001), True, key=is_enough)
+    return n if n <= 10_000 else None
 
 
 def _check_sample(name: str, values: ArrayLike) -> np.ndarray:
@@ -351,15 +260,3 @@ def _check_sample(name: str, values: ArrayLike) -> np.ndarray:
     if not np.isfinite(sample).all():
         raise ValueError(f"{name} contains {sample[~np.isfinite(sample)][0]}; all must be finite")
     return sample
-
-
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}; it must be between 0 and 1, as in 0.95")
-
-
-def _mean_and_std(sample: np.ndarray) -> tuple[float, float]:
-    """In exact arithmetic: the standard deviation of equal values is exactly 0."""
-    values = sample.tolist()
-    std = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return statistics.mean(values), std

@@ -13,7 +13,10 @@ import jax
 import jax.numpy as jnp
 
 _PIXEL_MEAN = 0.2860  # of the training images
-_NO_EPOCH = 2**31 - 1  # replaces the epoch for draws that are shared by all epochs
+# Area of an erased rectangle, as a fraction of the image, and its minimum aspect ratio; the maximum
+# is the inverse (Zhong et al. 2017).
+_ERASE_AREA, _ERASE_ASPECT = (0.02, 0.4), 0.3
+_NO_EPOCH = 2**31 - 1  # in place of the epoch, for draws shared by all epochs
 
 
 class Augmentation(Protocol):
@@ -53,14 +56,12 @@ class Augmentation(Protocol):
 
 
 def example_keys(key: jax.Array, epoch: int | jax.Array, examples: jax.Array) -> jax.Array:
-    """Derives one key per example of an epoch from the augment stream, for any batching."""
+    """Derives one key per example of an epoch from the augment stream."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, epoch), examples)
 
 
 class Transform(NamedTuple):
-    """The geometric transform of one example; every field is a float32 scalar.
-
-    The fields are those of Keras' `ImageDataGenerator.get_random_transform`, in other units.
+    """The geometric transform of one example, of float32 scalars.
 
     Attributes:
       rotation: radians.
@@ -85,15 +86,18 @@ class Transform(NamedTuple):
 class RandomAffine:
     """Random affine maps, drawn uniformly with one key per example.
 
+    The default ranges are those of Keras' `ImageDataGenerator(rotation_range=40,
+    width_shift_range=.2, height_shift_range=.2, shear_range=.2, zoom_range=.2,
+    horizontal_flip=True)`.
+
     Attributes:
       rotation: maximum rotation in degrees, in either direction.
       shift: maximum shift of rows and of columns, as a fraction of the side.
-      shear: maximum shear, in degrees if `keras_shear`, else a slope. A slope of 0.2 shifts each
-        row by 0.2 of its distance from the center.
+      shear: maximum shear, in degrees if `keras_shear`, else a slope: the shift of a row per
+        distance from the center.
       zoom: rows and columns are scaled independently by factors in [1 - zoom, 1 + zoom].
       flip: whether half of the images are mirrored.
-      keras_shear: whether `shear` is in degrees, as Keras' `shear_range`; 0.2 degrees are
-        invisible.
+      keras_shear: whether `shear` is in degrees, as in Keras; 0.2 degrees are invisible.
       image_size: side of the square result in pixels; None keeps that of the images.
 
     Example:
@@ -160,10 +164,7 @@ class RandomShift:
       flip: whether each image is mirrored left to right in every second epoch, starting at random
         with the first or second ("alternating flip", Jordan 2024).
       erase: probability of setting a rectangle to the mean pixel (random erasing, Zhong et al.
-        2017).
-      erase_area: minimum and maximum area of the rectangle, as a fraction of the image. Sides are
-        clipped to the image.
-      erase_aspect: minimum aspect ratio of the rectangle; the maximum is its inverse.
+        2017). Sides are clipped to the image.
       image_size: None; images keep their size.
 
     Example:
@@ -179,8 +180,6 @@ class RandomShift:
     shift: int = 1
     flip: bool = True
     erase: float = 0.0
-    erase_area: tuple[float, float] = (0.02, 0.4)
-    erase_aspect: float = 0.3
     image_size: None = None
 
     def __call__(
@@ -216,9 +215,9 @@ class RandomShift:
         pixels = pixels.astype(jnp.float32) / 255
         if self.erase == 0:
             return pixels
-        low, high = self.erase_area
+        low, high = _ERASE_AREA
         area = height * width * strength * (low + (high - low) * draws[2])
-        aspect = self.erase_aspect ** (2 * draws[3] - 1)
+        aspect = _ERASE_ASPECT ** (2 * draws[3] - 1)
         sides = jnp.sqrt(area * jnp.stack([aspect, 1 / aspect]))
         corner = draws[4:6] * (jnp.array(image.shape) - sides)
         inside = [
@@ -241,7 +240,7 @@ def apply(
     Args:
       transforms: fields float32[batch].
       images: uint8[batch, side, side].
-      keras_shear: whether `shear` is an angle.
+      keras_shear: whether `shear` is in radians, else a slope.
       image_size: side of the result in pixels; None keeps that of the images.
 
     Returns:
@@ -260,19 +259,13 @@ def _source_matrix(transform: Transform, side: int, keras_shear: bool) -> jax.Ar
     cos, sin = jnp.cos(transform.rotation), jnp.sin(transform.rotation)
     shear = transform.shear
     slope, height = (jnp.sin(shear), jnp.cos(shear)) if keras_shear else (shear, 1.0)
-    # Keras multiplies rotation, shift, shear and zoom in this order and swaps the rows and columns
-    # of the product, which gives:
+    # Keras multiplies rotation, shift, shear and zoom in this order, and swaps rows and columns.
     rotate = jnp.array([[cos, sin], [-sin, cos]])
     shift = side * jnp.stack([transform.column_shift, transform.row_shift])
-    shear_and_zoom = jnp.array(
-        [
-            [height * transform.column_zoom, 0.0],
-            [-slope * transform.column_zoom, transform.row_zoom],
-        ]
-    )
-    linear = rotate @ shear_and_zoom
+    column_zoom, row_zoom = transform.column_zoom, transform.row_zoom
+    shear_and_zoom = jnp.array([[height * column_zoom, 0.0], [-slope * column_zoom, row_zoom]])
     # Keras applies the flip last, so it is first in the map to the source.
-    linear = linear * jnp.stack([1.0, 1 - 2 * transform.flip])[None, :]
+    linear = (rotate @ shear_and_zoom) * jnp.stack([1.0, 1 - 2 * transform.flip])[None, :]
     return jnp.concatenate([linear, (rotate @ shift)[:, None]], axis=1)
 
 
@@ -289,14 +282,9 @@ def _resample(image: jax.Array, matrix: jax.Array, image_size: int) -> jax.Array
     return jax.scipy.ndimage.map_coordinates(image, source, order=1, mode="nearest")
 
 
-# The ranges of `RandomAffine` are those of Keras' `ImageDataGenerator(rotation_range=40,
-# width_shift_range=.2, height_shift_range=.2, shear_range=.2, zoom_range=.2,
-# horizontal_flip=True)`.
-AUGMENTATIONS: Mapping[str, RandomAffine | RandomShift] = MappingProxyType(
-    {
-        "keras": RandomAffine(keras_shear=True),
-        "geometric": RandomAffine(),
-        "shift": RandomShift(),
-        "shift_erase": RandomShift(erase=0.5),  # the probability of Zhong et al.
-    }
-)
+AUGMENTATIONS: Mapping[str, RandomAffine | RandomShift] = MappingProxyType({
+    "keras": RandomAffine(keras_shear=True),
+    "geometric": RandomAffine(),
+    "shift": RandomShift(),
+    "shift_erase": RandomShift(erase=0.5),  # the probability of Zhong et al.
+})  # fmt: skip

@@ -9,17 +9,9 @@ from fmnist_jax.digest import sha256_array, sha256_bytes
 from fmnist_jax.errors import DataError
 
 CLASS_NAMES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+    "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,14 +20,14 @@ class Dataset:
 
     Attributes:
       train_images: uint8[n, height, width].
-      train_labels: int32[n], from 0 to the number of classes - 1.
+      train_labels: int32[n], values in [0, num_classes).
       test_images: uint8[m, height, width].
       test_labels: int32[m].
       class_names: one name per class.
       test_indices: int32[m], each test image's position in the published test file.
       source: where the data came from, for display.
-      sha256: of the bytes of the four full arrays, before classes were selected.
-      sample: True for the embedded sample, whose accuracies are not results.
+      sha256: of the four arrays, before classes were selected.
+      sample: True for the embedded sample, whose accuracies are not comparable with published ones.
 
     Raises:
       DataError: if shapes, dtypes or labels do not fit together.
@@ -78,16 +70,15 @@ class Dataset:
                 f"{list(self.test_images.shape[1:])}; expected the same"
             )
         if self.test_indices is None:
-            object.__setattr__(
-                self, "test_indices", np.arange(len(self.test_labels), dtype=np.int32)
-            )
+            indices = np.arange(len(self.test_labels), dtype=np.int32)
+            object.__setattr__(self, "test_indices", indices)
         if not self.sha256:
             arrays = (self.train_images, self.train_labels, self.test_images, self.test_labels)
             object.__setattr__(self, "sha256", combined_sha256(arrays))
 
 
 def select_classes(dataset: Dataset, classes: str | Sequence[str | int]) -> Dataset:
-    """Keeps some classes; the i-th of them gets label i.
+    """Selects classes; the i-th gets label i.
 
     Args:
       dataset: the data.
@@ -128,16 +119,14 @@ def combined_sha256(arrays: Sequence[np.ndarray]) -> str:
 
 
 def _class_number(dataset: Dataset, name: str) -> int:
-    names = [_plain(known) for known in dataset.class_names]
+    names = list(map(_plain, dataset.class_names))
     if _plain(name) in names:
         return names.index(_plain(name))
     if name.strip().isdecimal() and int(name) < len(names):
         return int(name)
-    raise DataError(
-        f"unknown class {name!r}; the classes are "
-        + ", ".join(f"{i} {known}" for i, known in enumerate(dataset.class_names))
-    )
+    known = ", ".join(f"{i} {name}" for i, name in enumerate(dataset.class_names))
+    raise DataError(f"unknown class {name!r}; the classes are {known}")
 
 
 def _plain(name: str) -> str:
-    return "".join(character for character in name.lower() if character.isalnum())
+    return "".join(filter(str.isalnum, name.lower()))

@@ -1,6 +1,5 @@
 """The IDX files in which Fashion-MNIST is published."""
 
-import gzip
 import math
 import zlib
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 from fmnist_jax.errors import DataError
 
 IMAGES_MAGIC = 0x803  # unsigned bytes in three dimensions
-LABELS_MAGIC = 0x801  # unsigned bytes in one
+_LABELS_MAGIC = 0x801  # unsigned bytes in one
 
 
 def read_images(path: Path) -> np.ndarray:
@@ -19,7 +18,7 @@ def read_images(path: Path) -> np.ndarray:
     Raises:
       DataError: if the file cannot be read, is truncated or is not an IDX file of images.
     """
-    return _read(path, IMAGES_MAGIC, "images", dimensions=3)
+    return _read(path, IMAGES_MAGIC, "images")
 
 
 def read_labels(path: Path) -> np.ndarray:
@@ -28,37 +27,23 @@ def read_labels(path: Path) -> np.ndarray:
     Raises:
       DataError: if the file cannot be read, is truncated or is not an IDX file of labels.
     """
-    return _read(path, LABELS_MAGIC, "labels", dimensions=1)
+    return _read(path, _LABELS_MAGIC, "labels")
 
 
-def write(path: Path, array: np.ndarray) -> None:
-    """Writes uint8 images or labels as a gzipped IDX file, with deterministic bytes.
-
-    Example:
-      >>> import tempfile
-      >>> path = Path(tempfile.mkdtemp()) / "labels.gz"
-      >>> write(path, np.array([3, 1], np.uint8))
-      >>> read_labels(path).tolist()
-      [3, 1]
-    """
-    magic = {1: LABELS_MAGIC, 3: IMAGES_MAGIC}[array.ndim]
-    header = np.array([magic, *array.shape], ">u4").tobytes()
-    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes(), 9, mtime=0))
-
-
-def _read(path: Path, magic: int, noun: str, *, dimensions: int) -> np.ndarray:
+def _read(path: Path, magic: int, noun: str) -> np.ndarray:
     try:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     if content[:2] == b"\x1f\x8b" or path.suffix == ".gz":
         try:
-            # The last four bytes are the size, or any number in a damaged file, which must not
-            # allocate gigabytes. A buffer that is too small grows. 31: gzip header and checksum.
+            # The last four bytes are the size. In a damaged file they are arbitrary and must not
+            # allocate gigabytes; a buffer that is too small grows. 31: gzip header and checksum.
             size = min(int.from_bytes(content[-4:], "little"), 1 << 26)
             content = zlib.decompress(content, wbits=31, bufsize=max(size, 1))
         except zlib.error as error:
             raise DataError(f"{path}: damaged gzip file ({error}); fetch it again") from error
+    dimensions = magic & 0xFF
     header_size = 4 * (1 + dimensions)
     header = np.frombuffer(content[: len(content[:header_size]) // 4 * 4], ">u4")
     if len(header) == 0 or header[0] != magic:

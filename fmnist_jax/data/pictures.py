@@ -14,34 +14,34 @@ from fmnist_jax.errors import DataError
 
 SIZE = 28
 
-# Of files in a folder; a file that is named itself may have any name.
+# Of files found in a folder; a file that is passed by name may have any suffix.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".idx3-ubyte", ".gz")
 
-# A photo of 50 megapixels takes 0.2 GB in memory; what is larger may be a decompression bomb.
+# A photo of 50 megapixels takes 0.2 GB in memory; a larger one may be a decompression bomb.
 _MAX_PIXELS = 50_000_000
 _MAX_SIDE = 20_000
 
-# The makers of Fashion-MNIST trimmed what was within 5% of the colour of a corner (Xiao et al.
-# 2017). Photos have noise, so what is within 5 standard deviations of the border is trimmed too.
+# Xiao et al. (2017) trimmed pixels within 5% of the colour of a corner. Photos have noise, so those
+# within 5 standard deviations of the border are trimmed too.
 _TOLERANCE = 0.05
 _NOISE = 5.0
 
-# The article is found in a picture of about this size, where little noise is left.
+# The article is located in a picture reduced to about this size, which has little noise.
 _REDUCED = 4 * SIZE
 
-# A row or column belongs to the article if so much of it differs from the background, or half as
-# much as of the row or column that differs most, where the article is thinner.
+# A row or column belongs to the article if this fraction of it differs from the background, or half
+# of the largest such fraction, if that is smaller.
 _MIN_SHARE = 0.015
 
 
 class Picture(NamedTuple):
-    """A picture as the network sees it.
+    """A picture as input of the network.
 
     Attributes:
-      name: of the file, with the position of the image in an IDX file.
+      name: path of the file, with the position of the image in an IDX file.
       image: uint8[28, 28].
       inverted: whether the article was darker than the background.
-      is_original: whether it was an image of 28 x 28 in an IDX file, which is left as it is.
+      is_original: whether it is an unchanged 28 x 28 image of an IDX file.
     """
 
     name: str
@@ -51,16 +51,10 @@ class Picture(NamedTuple):
 
 
 def read_pictures(path: Path) -> Iterator[Picture]:
-    """Reads the images of a file: one of a PNG, JPEG or WebP file, all of an IDX file.
-
-    Args:
-      path: the file.
-
-    Yields:
-      The pictures; images of 28 x 28 in an IDX file are left as they are.
+    """Reads one picture from a PNG, JPEG or WebP file, or all from an IDX file.
 
     Raises:
-      DataError: if the file is no such file, empty, truncated or too large.
+      DataError: if the file has another format, or is empty, truncated or too large.
     """
     try:
         with path.open("rb") as file:
@@ -74,20 +68,19 @@ def read_pictures(path: Path) -> Iterator[Picture]:
         if not images.size:
             raise DataError(f"holds no pixel: its header says {images.shape}")
         for number, image in enumerate(images):
-            name, is_original = f"{path}[{number}]", image.shape == (SIZE, SIZE)
+            is_original = image.shape == (SIZE, SIZE)
             prepared, inverted = (image, False) if is_original else prepare(image)
-            yield Picture(name, prepared, inverted, is_original)
+            yield Picture(f"{path}[{number}]", prepared, inverted, is_original)
     else:
-        prepared, inverted = prepare(_read_grey(path))
-        yield Picture(str(path), prepared, inverted, is_original=False)
+        yield Picture(str(path), *prepare(_read_grey(path)), False)
 
 
 def prepare(grey: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Converts a grey picture as the makers of Fashion-MNIST did, whatever its background.
+    """Converts a grey picture by the steps of Xiao et al. (2017), on any plain background.
 
-    The background is the median of the border, and is subtracted. If the article is darker, the
-    picture is inverted. Then the article is cut out, its longer side is resized to 28 pixels with
-    antialiasing, and the shorter one is padded with black.
+    The median of the border is subtracted as background. If the article is darker, the picture is
+    inverted. The article is cropped, its longer side is resized to 28 pixels with antialiasing, and
+    the shorter one is padded with black.
 
     Args:
       grey: uint8[height, width].
@@ -157,10 +150,10 @@ def _read_grey(path: Path) -> np.ndarray:
                 picture.load()
                 return _grey(ImageOps.exif_transpose(picture))
     except UnidentifiedImageError as error:
-        raise DataError("is no PNG, JPEG, WebP or IDX file") from error
+        raise DataError("is not a PNG, JPEG, WebP or IDX file") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise DataError(f"has too many pixels; expected at most {_MAX_PIXELS:,}") from error
-    # Pillow has no error of its own.
+    # Pillow has no common base class of its errors.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         if isinstance(error, DataError):
             raise
@@ -168,16 +161,13 @@ def _read_grey(path: Path) -> np.ndarray:
 
 
 def _grey(picture: Image.Image) -> np.ndarray:
-    if picture.mode.startswith(("I", "F")):
-        # 16 bits
-        values = np.asarray(picture, np.float32)
-        return np.clip(values / 257, 0, 255).astype(np.uint8)
+    if picture.mode.startswith(("I", "F")):  # 16 bits
+        return np.clip(np.asarray(picture, np.float32) / 257, 0, 255).astype(np.uint8)
     if not picture.has_transparency_data:
         return np.asarray(picture.convert("L"))
     picture = picture.convert("LA")
     grey, alpha = np.asarray(picture, np.float32).transpose(2, 0, 1)
-    # The background that differs more from the article.
-    weight = alpha.sum()
-    is_light = weight > 0 and (grey * alpha).sum() / weight > 127
+    # Black behind a light article, else white.
+    is_light = (grey * alpha).sum() > 127 * alpha.sum()
     background = 0.0 if is_light else 255.0
     return (background + (grey - background) * alpha / 255).round().astype(np.uint8)

@@ -1,13 +1,13 @@
 """`load_fashion_mnist`: finds, verifies and loads the data.
 
-Arrays from every source are in the order of the published files and have their SHA-256. Images
-are uint8[count, 28, 28] with values 0 (background) to 255, labels int32[count].
+Every source gives the arrays of the published files, in their order: images uint8[n, 28, 28] with
+values 0 (background) to 255, labels int32[n].
 """
 
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from fmnist_jax.data.dataset import Dataset, combined_sha256
 from fmnist_jax.digest import sha256_array, sha256_bytes
 from fmnist_jax.errors import DataError, DataWarning
 
-# SHA-256 of train images, train labels, test images and test labels, as bytes in file order. The
-# published files were identified by the checksums that TensorFlow Datasets has on record for them.
+# SHA-256 of train images, train labels, test images and test labels, from files whose checksums are
+# those recorded in TensorFlow Datasets.
 PUBLISHED_SHA256 = (
     "2e487a6c89124f78f2d7521542223cafe96f7123c3ca13d447772ac6ecbb3012",
     "657fbd221bfc9f4198cc14b5619cc33ec57c58dd0e47af4d99d6650759e869a7",
@@ -36,7 +36,7 @@ SAMPLE_SHA256 = (
 
 _FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 _SAMPLE_DIR = Path(__file__).parent / "sample"
-# MNIST has the same file names and sizes, but other numbers of examples per class.
+# MNIST has the same file names and sizes, but other class counts.
 _MNIST_TRAIN_COUNTS = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
 
 
@@ -53,7 +53,7 @@ def load_fashion_mnist(data_dir: str | Path | None = None, *, sample: bool = Fal
       sample: load the embedded sample.
 
     Returns:
-      The data, after its SHA-256 was compared with that of the published files or of the sample.
+      The data, whose SHA-256 is that of the published files or of the sample.
 
     Raises:
       DataError: if `data_dir` has no Fashion-MNIST, or a damaged copy.
@@ -78,8 +78,9 @@ def load_fashion_mnist(data_dir: str | Path | None = None, *, sample: bool = Fal
     except DataError as error:
         warnings.warn(
             f"Fashion-MNIST was not found on this machine, and {error}. USING THE EMBEDDED SAMPLE "
-            "of 6,000 training and 1,000 test images. Its accuracies are not results. Pass the "
-            "data with --data-dir, or install it (Debian: apt-get install dataset-fashion-mnist).",
+            "of 6,000 training and 1,000 test images, whose accuracies are not comparable with "
+            "published ones. Pass the data with --data-dir, or install it (Debian: apt-get install "
+            "dataset-fashion-mnist).",
             DataWarning,
             stacklevel=2,
         )
@@ -96,7 +97,7 @@ def standard_places() -> Iterator[Path]:
 
 
 class _NotFoundError(DataError):
-    """The folder is empty or holds something else."""
+    """The folder does not exist or has none of the files."""
 
 
 def _load_directory(directory: Path) -> Dataset:
@@ -112,19 +113,22 @@ def _read_directory(directory: Path) -> Dataset:
     prepared = tfds_source.find_prepared(directory)
     if prepared is not None:
         return _load_prepared(prepared)
-    paths = [_find_file(directory, name) for name in _FILES]
-    missing = [f"{name}-ubyte.gz" for name, path in zip(_FILES, paths, strict=True) if path is None]
+    found = {name: _find_file(directory, name) for name in _FILES}
+    missing = [f"{name}-ubyte.gz" for name, path in found.items() if path is None]
     if missing:
         error = _NotFoundError if len(missing) == len(_FILES) else DataError
         raise error(
             f"{directory}: {', '.join(missing)} not found; expected the four IDX files of "
             "Fashion-MNIST or a TFDS directory"
         )
-    # In parallel, because unpacking the training images takes a third of a second.
+    return _verified(_read_files([path for path in found.values() if path]), str(directory))
+
+
+def _read_files(paths: Sequence[Path]) -> list[np.ndarray]:
+    readers = 2 * (idx.read_images, idx.read_labels)
+    # In parallel, because decompressing the training images takes a third of a second.
     with ThreadPoolExecutor() as pool:
-        readers = 2 * (idx.read_images, idx.read_labels)
-        arrays = list(pool.map(lambda read, path: read(path), readers, paths))
-    return _verified(arrays, str(directory))
+        return list(pool.map(lambda read, path: read(path), readers, paths))
 
 
 def _find_file(directory: Path, name: str) -> Path | None:
@@ -134,10 +138,7 @@ def _find_file(directory: Path, name: str) -> Path | None:
 
 
 def _load_sample() -> Dataset:
-    arrays = [
-        read(_SAMPLE_DIR / f"{name}-ubyte.gz")
-        for name, read in zip(_FILES, 2 * (idx.read_images, idx.read_labels), strict=True)
-    ]
+    arrays = _read_files([_SAMPLE_DIR / f"{name}-ubyte.gz" for name in _FILES])
     return _verified(arrays, "embedded sample", sample=True)
 
 
@@ -146,8 +147,8 @@ def _load_prepared(prepared: Path) -> Dataset:
         splits = tfds_source.read_prepared(prepared)
         return [*splits["train"], *splits["test"]]
 
-    # Decoding 70,000 PNG files takes seconds, reading arrays a tenth of a second. The name of the
-    # cached copy depends on the state of the files, and its content is verified.
+    # Decoding 70,000 PNG files takes seconds, reading the cache a tenth of a second. The name of a
+    # cache depends on the state of the files, and its content is verified.
     state = [
         (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
         for path in tfds_source.record_files(prepared)
@@ -172,16 +173,14 @@ def _cached(name: str, read: Callable[[], list[np.ndarray]]) -> list[np.ndarray]
             np.savez(Path(place) / name, *arrays)
             (Path(place) / name).replace(folder / name)
     except OSError:
-        pass  # a read-only home only costs time
+        pass  # not cached in a read-only home
     return arrays
 
 
 def _verified(arrays: list[np.ndarray], source: str, *, sample: bool = False) -> Dataset:
     train_images, train_labels, test_images, test_labels = arrays
-    for split, images, labels in (
-        ("training", train_images, train_labels),
-        ("test", test_images, test_labels),
-    ):
+    splits = {"training": (train_images, train_labels), "test": (test_images, test_labels)}
+    for split, (images, labels) in splits.items():
         if len(images) != len(labels):
             raise DataError(
                 f"{source}: {len(images):,} {split} images but {len(labels):,} {split} labels; "
@@ -201,14 +200,9 @@ def _verified(arrays: list[np.ndarray], source: str, *, sample: bool = False) ->
             f"{found[_FILES.index(names[0])][:12]}...); fetch the files again"
         )
     return Dataset(
-        train_images,
-        train_labels,
-        test_images,
-        test_labels,
-        source=source,
-        sha256=combined_sha256(arrays),
-        sample=sample,
-    )
+        train_images, train_labels, test_images, test_labels,
+        source=source, sha256=combined_sha256(arrays), sample=sample,
+    )  # fmt: skip
 
 
 def _tfds_dir() -> Path:

@@ -15,13 +15,13 @@ def stratified_split(
     train_examples: int | None = None,
     exclude: Sequence[int] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a validation split, stratified by class; the rest is for training.
+    """Draws training and validation examples, stratified by class.
 
     Args:
-      key: a typed PRNG key, used here and nowhere else.
+      key: a typed PRNG key, which must not be used again.
       labels: int[n].
       val_fraction: fraction for validation, in [0, 1).
-      train_examples: number of training examples, stratified by class; None is all of the rest.
+      train_examples: number of training examples; None takes all that are left.
       exclude: positions that are in neither split; the others keep their random order.
 
     Returns:
@@ -55,8 +55,7 @@ def stratified_split(
 
 
 def _take(positions: np.ndarray, labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the first `count` positions, stratified by class, and the others."""
-    # Positions with the smallest relative rank within their class are taken.
+    """Returns the `count` positions with the smallest relative ranks in their class, and others."""
     rank = np.empty(len(positions))
     for label in np.unique(labels[positions]):
         members = np.flatnonzero(labels[positions] == label)

@@ -40,8 +40,8 @@ def record_files(prepared: Path) -> list[Path]:
 def read_prepared(prepared: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Reads both splits in the order of the published files.
 
-    TFDS stores the examples sorted by the MD5 of split name and position. Sorting the positions the
-    same way recovers the position of each example.
+    TFDS stores the examples in the order of the MD5 of split name and position; the positions are
+    recovered from it.
 
     Args:
       prepared: folder with the record files, in ArrayRecord or TFRecord format.
@@ -74,23 +74,16 @@ def read_prepared(prepared: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             raise DataError(
                 f"{prepared}: the {split} records cannot be read ({error}); prepare them again"
             ) from error
-        positions = sorted(range(len(labels)), key=lambda i: _position_hash(split, i))
-        order = np.argsort(positions)
+        order = np.argsort(sorted(range(len(labels)), key=lambda i: _position_hash(split, i)))
         splits[split] = (stored[0][order], stored[1][order])
     return splits
 
 
-def prepare(data_dir: Path, *, manual_dir: Path | None = None) -> Path:
-    """Downloads and prepares Fashion-MNIST with TFDS' own version, features and checksums.
+def prepare(data_dir: Path) -> Path:
+    """Downloads Fashion-MNIST into a TFDS directory, and returns the folder of the version.
 
-    TFDS' builder decodes and encodes with TensorFlow; this one overrides only these two steps.
-
-    Args:
-      data_dir: TFDS directory to write into.
-      manual_dir: folder with the four published `.gz` files, instead of a download.
-
-    Returns:
-      The folder of the prepared version.
+    Version, features and checksums are those of TFDS. Only its decoding and encoding, which need
+    TensorFlow, are replaced.
 
     Raises:
       DataError: if the files cannot be downloaded or their checksums differ.
@@ -120,24 +113,20 @@ def prepare(data_dir: Path, *, manual_dir: Path | None = None) -> Path:
                 for position, (image, label) in enumerate(zip(images, labels, strict=True)):
                     yield position, {"image": Image.fromarray(image), "label": int(label)}
 
-    if manual_dir is None:
-        _check_reachable(FashionMNIST.URL)
+    _check_reachable(FashionMNIST.URL)
     try:
         builder = FashionMNIST(data_dir=str(data_dir), file_format="array_record")
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(
-                manual_dir=str(manual_dir) if manual_dir else None,
-                try_download_gcs=False,
-                force_checksums_validation=True,
-            )
+        config = tfds.download.DownloadConfig(
+            try_download_gcs=False, force_checksums_validation=True
         )
+        builder.download_and_prepare(download_config=config)
     except Exception as error:  # requests, TFDS and the file system share no base class
         raise DataError(f"TFDS could not prepare Fashion-MNIST: {error}") from error
     return Path(builder.data_dir)
 
 
 def _check_reachable(url: str) -> None:
-    # Where packets are dropped, TFDS retries for minutes; this fails within seconds.
+    # If packets are dropped, TFDS retries for minutes; this fails within seconds.
     parts = urllib.parse.urlsplit(url)
     try:
         socket.create_connection((parts.hostname or "", parts.port or 80), _TIMEOUT_SECONDS).close()

@@ -1,7 +1,7 @@
-"""ONNX graphs of functions in JAX, for the operations that the networks need.
+"""Converts JAX functions to ONNX, for the operations that the networks need.
 
-The jaxpr of the function is read equation by equation. What depends on constants alone is computed
-at once; the rest becomes nodes. The plain form of every operation is taken, not the one for a CPU.
+Equations of the jaxpr that depend on constants alone are evaluated; the others become nodes. Of
+platform-dependent operations, the default form is converted.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +19,10 @@ from fmnist_jax.errors import ConfigError
 OPSET = 18
 IR_VERSION = 9
 
-_UNARY = {"exp": "Exp", "neg": "Neg", "sqrt": "Sqrt", "log": "Log", "tanh": "Tanh"}
-_BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "min": "Min"}
+_ELEMENTWISE = {
+    kind: kind.capitalize()
+    for kind in ("exp", "neg", "sqrt", "log", "tanh", "add", "sub", "mul", "div", "max", "min")
+}
 _REDUCTIONS = {"reduce_sum": "ReduceSum", "reduce_max": "ReduceMax"}
 _CALLS = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "closed_call", "core_call")
 _SAME = ("optimization_barrier", "stop_gradient", "copy", "layout_constraint")
@@ -36,16 +38,16 @@ def to_onnx(
 
     Args:
       function: returns a tuple of arrays.
-      images: shape and dtype of its argument; the first axis may be symbolic
-        (`jax.export.symbolic_shape`), and is then called "batch".
-      output_names: for each result.
+      images: shape and dtype of its argument. A symbolic first axis (`jax.export.symbolic_shape`)
+        is called "batch".
+      output_names: one per result.
       metadata: text by name, stored in the model.
 
     Returns:
-      The model, with the input "images"; the checker of ONNX has accepted it.
+      The model, with the input "images", accepted by the ONNX checker.
 
     Raises:
-      ConfigError: if the function has an operation that is not supported.
+      ConfigError: if the function has an unsupported operation.
 
     Example:
       >>> images = jax.ShapeDtypeStruct((2, 3), np.float32)
@@ -56,19 +58,13 @@ def to_onnx(
     closed = jax.make_jaxpr(function)(images)
     graph = _Graph()
     results = graph.add(closed.jaxpr, closed.consts, ["images"])
-    for result, name in zip(results, output_names, strict=True):
+    outputs = []
+    for result, name, aval in zip(results, output_names, closed.out_avals, strict=True):
         graph.nodes.append(helper.make_node("Identity", [graph.name_of(result)], [name]))
+        outputs.append(_value_info(name, aval))
+    inputs = [_value_info("images", images)]
     model = helper.make_model(
-        helper.make_graph(
-            graph.nodes,
-            "fmnist_jax",
-            [_value_info("images", images)],
-            [
-                _value_info(name, aval)
-                for name, aval in zip(output_names, closed.out_avals, strict=True)
-            ],
-            graph.initializers,
-        ),
+        helper.make_graph(graph.nodes, "fmnist_jax", inputs, outputs, graph.initializers),
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=IR_VERSION,
         producer_name="fmnist_jax",
@@ -122,8 +118,7 @@ class _Graph:
     def _equation(self, equation: Any, inputs: list[Any]) -> Sequence[Any]:
         kind, params = equation.primitive.name, equation.params
         if kind == "platform_index":
-            # The branch of all other platforms.
-            return [np.int32(params["platforms"].index(None))]
+            return [np.int32(params["platforms"].index(None))]  # the default branch
         if kind == "cond":
             branch = params["branches"][int(inputs[0])]
             return self.add(branch.jaxpr, branch.consts, inputs[1:])
@@ -142,10 +137,8 @@ class _Graph:
     def _convert(self, kind: str, equation: Any, inputs: list[Any]) -> str:
         params = equation.params
         shapes = [variable.aval.shape for variable in equation.invars]
-        if kind in _UNARY:
-            return self.node(_UNARY[kind], *inputs)
-        if kind in _BINARY:
-            return self.node(_BINARY[kind], *inputs)
+        if kind in _ELEMENTWISE:
+            return self.node(_ELEMENTWISE[kind], *inputs)
         if kind in _REDUCTIONS:
             axes = np.array(params["axes"], np.int64)
             return self.node(_REDUCTIONS[kind], inputs[0], axes, keepdims=0)
@@ -188,28 +181,21 @@ class _Graph:
 
     def _slice(self, value: Any, params: dict[str, Any]) -> str:
         starts, strides = params["start_indices"], params["strides"]
-        # The largest number stands for the end of a symbolic axis.
+        # The largest integer ends a symbolic axis.
         ends = [end if isinstance(end, int) else 2**63 - 1 for end in params["limit_indices"]]
-        bounds = [np.array(numbers, np.int64) for numbers in (starts, ends)]
-        axes, steps = np.arange(len(starts)), np.array(strides or [1] * len(starts), np.int64)
-        return self.node("Slice", value, *bounds, axes, steps)
+        numbers = starts, ends, range(len(ends)), strides or [1] * len(ends)
+        return self.node("Slice", value, *(np.array(part, np.int64) for part in numbers))
 
     def _broadcast(self, value: Any, params: dict[str, Any]) -> Any:
         shape, places = params["shape"], params["broadcast_dimensions"]
+        missing = tuple(axis for axis in range(len(shape)) if axis not in places)
+        sizes = [size if isinstance(size, int) else 1 for size in shape]
         if not isinstance(value, str):
-            value = np.asarray(value)
-            aligned = [1] * len(shape)
-            for place, size in zip(places, value.shape, strict=True):
-                aligned[place] = size
-            value = value.reshape(aligned)
-            # ONNX broadcasts the symbolic axis.
-            static = [size if isinstance(size, int) else 1 for size in shape]
-            return np.broadcast_to(value, static)
-        missing = [axis for axis in range(len(shape)) if axis not in places]
+            value = np.expand_dims(np.asarray(value), missing)
+            return np.broadcast_to(value, sizes)  # ONNX broadcasts the symbolic axis
         if missing:
             value = self.node("Unsqueeze", value, np.array(missing, np.int64))
-        # An axis of size 1 leaves the other one as it is.
-        sizes = [size if isinstance(size, int) else 1 for size in shape]
+        # Expand keeps an axis whose size is given as 1.
         return self.node("Expand", value, np.array(sizes, np.int64))
 
     def _convolution(self, inputs: Sequence[Any], params: dict[str, Any]) -> str:
@@ -218,14 +204,9 @@ class _Graph:
         kernel = np.transpose(np.asarray(inputs[1]), numbers.rhs_spec)
         low, high = zip(*params["padding"], strict=True)
         output = self.node(
-            "Conv",
-            images,
-            kernel,
-            strides=list(params["window_strides"]),
-            pads=[*low, *high],
-            dilations=list(params["rhs_dilation"]),
-            group=params["feature_group_count"],
-        )
+            "Conv", images, kernel, pads=[*low, *high], strides=list(params["window_strides"]),
+            dilations=list(params["rhs_dilation"]), group=params["feature_group_count"],
+        )  # fmt: skip
         return self.node("Transpose", output, perm=list(np.argsort(numbers.out_spec)))
 
     def _max_pool(self, images: Any, params: dict[str, Any]) -> str:
@@ -234,12 +215,9 @@ class _Graph:
             raise ConfigError(f"a maximum over windows of {window} cannot be written in ONNX")
         low, high = zip(*params["padding"][1:3], strict=True)
         pooled = self.node(
-            "MaxPool",
-            self.node("Transpose", images, perm=[0, 3, 1, 2]),
-            kernel_shape=list(window[1:3]),
-            strides=list(strides[1:3]),
-            pads=[*low, *high],
-        )
+            "MaxPool", self.node("Transpose", images, perm=[0, 3, 1, 2]), pads=[*low, *high],
+            kernel_shape=list(window[1:3]), strides=list(strides[1:3]),
+        )  # fmt: skip
         return self.node("Transpose", pooled, perm=[0, 2, 3, 1])
 
 

@@ -1,1 +1,1 @@
-"""HTML pages and plots, made from a run's files alone."""
+"""HTML pages and plots from the files of a run."""

@@ -14,17 +14,14 @@ from fmnist_jax.report.render import write_page
 def write_audit(
     workdir: Path, audit: dict[str, Any], dataset: Dataset, distances: Mapping[str, np.ndarray]
 ) -> Path:
-    """Writes `audit.html`.
+    """Writes `audit.html` and returns its path.
 
     Args:
       workdir: an existing folder.
       audit: the content of audit.json.
-      dataset: the data that it describes.
+      dataset: the audited data.
       distances: float[n] of the "test" images and of "train" images, the relative distance of each
         to its nearest training image.
-
-    Returns:
-      The path of the page, which needs no other file.
     """
     class_means = []
     for label, name in enumerate(dataset.class_names):

@@ -1,4 +1,4 @@
-"""Renders the HTML pages: one file each, with all style and pictures inside."""
+"""Renders HTML pages, each a single file that includes its style and pictures."""
 
 import contextlib
 import io
@@ -16,19 +16,16 @@ from fmnist_jax.runs import files
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
-    """Renders a page and writes it to `path`.
+    """Renders a page and returns its path.
 
     Args:
       path: of the page.
       template: its name in `templates`, without ".html.j2".
-      **values: the template's variables, `sample` among them: whether the data are the embedded
-        sample. Text is escaped.
-
-    Returns:
-      `path`.
+      **values: the template's variables; text is escaped. `sample` says whether the data are the
+        embedded sample.
 
     Raises:
-      jinja2.UndefinedError: if the template needs a value that is not given.
+      jinja2.UndefinedError: if a variable of the template is missing.
     """
     page = _ENVIRONMENT.get_template(f"{template}.html.j2").render(values)
     files.write_bytes(path, page.encode())
@@ -37,44 +34,13 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
 
 @contextlib.contextmanager
 def missing_values_as_damage(workdir: Path) -> Iterator[None]:
-    """Raises DamagedFileError where the block misses a value of a file in `workdir`."""
+    """Raises DamagedFileError if the block does not find a value in the files of `workdir`."""
     try:
         yield
     except (LookupError, jinja2.UndefinedError) as error:
         raise DamagedFileError(
             f"a file in {workdir} misses a value: {error}; it is damaged or from another version"
         ) from error
-
-
-# The filters convert with float() because an undefined value then raises UndefinedError.
-def percent(fraction: float | None) -> str:
-    """Formats a fraction.
-
-    Example:
-      >>> percent(0.91234), percent(None)
-      ('91.23%', 'none')
-    """
-    return "none" if fraction is None else f"{float(fraction):.2%}"
-
-
-def points(fraction: float) -> str:
-    """Formats a difference of fractions in percentage points.
-
-    Example:
-      >>> points(0.00234)
-      '0.23'
-    """
-    return f"{100 * float(fraction):.2f}"
-
-
-def thousands(number: float) -> str:
-    """Formats a number without decimals, in groups of three digits.
-
-    Example:
-      >>> thousands(12345.6)
-      '12,346'
-    """
-    return f"{float(number):,.0f}"
 
 
 def quantity(number: int, noun: str) -> str:
@@ -85,7 +51,7 @@ def quantity(number: int, noun: str) -> str:
       ('1 epoch', '1,234 classes')
     """
     plural = "" if number == 1 else "es" if noun.endswith("s") else "s"
-    return f"{thousands(number)} {noun}{plural}"
+    return f"{float(number):,.0f} {noun}{plural}"
 
 
 def thumbnail(pixels: np.ndarray) -> bytes:
@@ -102,6 +68,12 @@ _ENVIRONMENT = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+# float() raises UndefinedError for an undefined value.
 _ENVIRONMENT.filters.update(
-    {f.__name__: f for f in (percent, points, thousands, quantity, data_url, thumbnail)}
+    percent=lambda fraction: "none" if fraction is None else f"{float(fraction):.2%}",
+    points=lambda fraction: f"{100 * float(fraction):.2f}",
+    thousands=lambda number: f"{float(number):,.0f}",
+    quantity=quantity,
+    data_url=data_url,
+    thumbnail=thumbnail,
 )

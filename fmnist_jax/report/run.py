@@ -1,4 +1,4 @@
-"""report.html and plots/, made from the files of a finished run alone."""
+"""report.html and plots/ from the files of a finished run."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,13 +18,7 @@ _PLOTS = "plots"
 
 
 def write_report(workdir: Path) -> Path:
-    """Draws the plots of a finished run into `plots/` and writes `report.html`.
-
-    Args:
-      workdir: the run's folder.
-
-    Returns:
-      The path of the page, which needs no other file.
+    """Draws the plots of a finished run into `plots/`, writes `report.html` and returns its path.
 
     Raises:
       DamagedFileError: if the run is not finished, or one of its files cannot be read.
@@ -47,22 +41,15 @@ def write_report(workdir: Path) -> Path:
             "worst": plots.worst_predictions(predictions, examples, names),
         }
         if "augmented" in examples:
-            figures["augmented"] = plots.augmented_samples(
-                examples["originals"], examples["augmented"]
-            )
-        images = {
-            name: plots.encode(figure, sample=report["sample"]) for name, figure in figures.items()
-        }
+            pictures = examples["originals"], examples["augmented"]
+            figures["augmented"] = plots.augmented_samples(*pictures)
+        sample = report["sample"]
+        images = {name: plots.encode(figure, sample=sample) for name, figure in figures.items()}
         page = write_page(
-            workdir / "report.html",
-            "run",
-            sample=report["sample"],
-            report=report,
-            images=images,
-            claim=CLAIMS.get(report["arch"]),
-            changes=changed_settings(report),
+            workdir / "report.html", "run", sample=sample, report=report, images=images,
+            claim=CLAIMS.get(report["arch"]), changes=changed_settings(report),
             pairs=most_confused(report),
-        )
+        )  # fmt: skip
     (workdir / _PLOTS).mkdir(exist_ok=True)
     for name, image in images.items():
         (workdir / _PLOTS / f"{name}.png").write_bytes(image)
@@ -72,16 +59,13 @@ def write_report(workdir: Path) -> Path:
 def write_replay(
     workdir: Path, replay: Replay, class_names: Sequence[str], *, sample: bool = False
 ) -> Path:
-    """Draws a replayed batch into `plots/`.
+    """Draws a replayed batch into `plots/` and returns the path of the picture.
 
     Args:
       workdir: the run's folder.
-      replay: what `fmnist_jax.replay` returned.
+      replay: the result of `fmnist_jax.replay`.
       class_names: one per class.
       sample: whether the run was on the embedded sample.
-
-    Returns:
-      The path of the picture.
     """
     path = workdir / _PLOTS / f"replay-{replay.step}.png"
     path.parent.mkdir(exist_ok=True)
@@ -93,7 +77,7 @@ def write_replay(
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Reads the JSON file that a finished run or study has.
+    """Reads the JSON file of a finished run or study.
 
     Raises:
       DamagedFileError: if it is missing or damaged.
@@ -117,11 +101,9 @@ def read_history(workdir: Path) -> list[dict[str, Any]]:
 
 
 def changed_settings(report: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Lists the settings of a run that differ from the recipe of its network.
+    """Lists (name, value of the recipe, value of the run) of settings that differ.
 
-    Returns:
-      (name, value of the recipe, value of the run) of each, relative to the recipe of this network
-      with the fewest differences.
+    Of several recipes of the network, the one with the fewest differences counts.
 
     Example:
       >>> recipe = dataclasses.asdict(RECIPES["same_3x3"]) | {"epochs": 3}
@@ -129,10 +111,8 @@ def changed_settings(report: dict[str, Any]) -> list[tuple[str, Any, Any]]:
       [('epochs', 10, 3)]
     """
     recipes = [dataclasses.asdict(r) for r in RECIPES.values() if r.arch == report["arch"]]
-    changes = [
-        [(n, recipe.get(n), v) for n, v in report["recipe"].items() if recipe.get(n) != v]
-        for recipe in recipes
-    ]
+    settings = report["recipe"].items()
+    changes = [[(n, r.get(n), v) for n, v in settings if r.get(n) != v] for r in recipes]
     return min(changes, key=len, default=[])
 
 

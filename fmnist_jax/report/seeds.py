@@ -1,4 +1,4 @@
-"""seeds.html, made from the files of several seeds alone."""
+"""seeds.html from the files of several seeds."""
 
 from pathlib import Path
 
@@ -9,13 +9,7 @@ from fmnist_jax.runs import files
 
 
 def write_seeds_report(workdir: Path) -> Path:
-    """Draws the curve of each seed and writes `seeds.html`.
-
-    Args:
-      workdir: a folder in which `fit_seeds` has finished.
-
-    Returns:
-      The path of the page, which needs no other file.
+    """Draws the curve of each seed, writes `seeds.html` and returns its path.
 
     Raises:
       DamagedFileError: if `fit_seeds` has not finished there, or a file cannot be read.

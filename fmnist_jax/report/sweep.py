@@ -1,4 +1,4 @@
-"""sweep.html, made from the files of a sweep alone."""
+"""sweep.html from the files of a sweep."""
 
 from pathlib import Path
 
@@ -10,13 +10,7 @@ from fmnist_jax.studies.sweep import SWEEP, load_study
 
 
 def write_sweep_report(workdir: Path) -> Path:
-    """Draws the trials and the importance of each setting and writes `sweep.html`.
-
-    Args:
-      workdir: a folder in which `sweep` has finished.
-
-    Returns:
-      The path of the page, which needs no other file.
+    """Draws trials and importances of the settings, writes `sweep.html` and returns its path.
 
     Raises:
       ConfigError: if Optuna is not installed.
@@ -39,6 +33,6 @@ def write_sweep_report(workdir: Path) -> Path:
                 importances = get_param_importances(study, evaluator=evaluator)
             figures["importance"] = plots.importances(importances)
         images = {name: plots.encode(figure, sample=sample) for name, figure in figures.items()}
-        with files.locked(workdir, wait=True):  # others may share the sweep
+        with files.locked(workdir, wait=True):  # other processes may share the sweep
             page = workdir / "sweep.html"
             return write_page(page, "sweep", sample=sample, report=report, images=images)

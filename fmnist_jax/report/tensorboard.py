@@ -15,19 +15,18 @@ from fmnist_jax.analysis.scores import score
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.train.hooks import EpochLog, Hook
 
-# Misclassified images per epoch.
-_NUM_SHOWN = 20
+_NUM_SHOWN = 20  # misclassified images per epoch
 
 
 class TensorBoardHook(Hook):
     """Writes scalars, histograms of the parameters, a confusion matrix and misclassified images.
 
-    The last two are of the validation images. Recipe and test accuracy become hyperparameters and
-    a metric of TensorBoard's HParams page. When a run resumes, TensorBoard drops the points that
-    come again. Needs tensorboardX (`pip install 'fmnist_jax[tensorboard]'`).
+    The last two are of the validation images. TensorBoard's HParams page shows recipe and final
+    accuracies. When a run resumes, TensorBoard drops the points after the checkpoint. Needs
+    tensorboardX (`pip install 'fmnist_jax[tensorboard]'`).
 
     Args:
-      folder: of the event files; `tensorboard --logdir` reads it.
+      folder: of the event files, for `tensorboard --logdir`.
 
     Raises:
       ConfigError: if tensorboardX is not installed.
@@ -73,13 +72,12 @@ class TensorBoardHook(Hook):
         self._events.flush()
 
     def finish(self, *, report: Mapping[str, Any]) -> None:
-        values = {name: report[name] for name in ("test_accuracy", "val_accuracy")}
-        settings = {**report["recipe"], "seed": report["seed"]}
         hparams = {
             name: value if isinstance(value, bool | int | float | str) else str(value)
-            for name, value in settings.items()
+            for name, value in {**report["recipe"], "seed": report["seed"]}.items()
         }
-        metrics = {f"hparam/{name}": value for name, value in values.items() if value is not None}
+        names = [name for name in ("test_accuracy", "val_accuracy") if report[name] is not None]
+        metrics = {f"hparam/{name}": report[name] for name in names}
         self._events.add_hparams(hparams, metrics, name="hparams")
         self._events.close()
 

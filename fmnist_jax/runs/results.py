@@ -57,7 +57,7 @@ def write_results(
         "test_accuracy": test.accuracy,
         "test_loss": test.loss,
         "tta_accuracy": None,
-        "calibration": calibration.describe(predictions),
+        "calibration": calibration.summarize(predictions),
         "classes": test.classes,
         "confusion_matrix": test.confusion_matrix,
         "compile_seconds": round(compile_seconds, 3),

@@ -21,7 +21,7 @@ def compare(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> dict[str, Any]:
 
     Returns:
       A dictionary for a JSON file: `seeds`; `a` and `b`, the recipes and their test accuracies;
-      `differs_in`, the settings that differ; `difference`, b minus a, with its 95% intervals;
+      `differs_in`, the settings that differ; `difference`, b minus a, with its 95% interval;
       `sign_flip_p`, the p-value of the paired test over seeds, and `sign_flip_smallest`, the
       smallest p-value that so many seeds allow; `mcnemar`, the test over images; and, for a paired
       t test at the 5% level with a power of 80%, `minimum_detectable_effect` with so many seeds,
@@ -52,7 +52,7 @@ def compare(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> dict[str, Any]:
     correct_a, correct_b = (np.array([run.correct for run in side]) for side in (a, b))
     # Differences of counts: those of rounded accuracies would vary where none does.
     gains = (correct_b.sum(axis=1) - correct_a.sum(axis=1)) / correct_a.shape[1]
-    difference = stats.describe(gains.tolist())
+    difference = stats.summarize(gains.tolist())
     mcnemar = stats.mcnemar(correct_a, correct_b)
     mean, std, several = difference["mean"], difference["std"], len(seeds) > 1
     return {
@@ -62,7 +62,7 @@ def compare(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> dict[str, Any]:
             name: {
                 "arch": side[0].report["arch"],
                 "recipe": side[0].report["recipe"],
-                "test_accuracy": stats.describe([run.report["test_accuracy"] for run in side]),
+                "test_accuracy": stats.summarize([run.report["test_accuracy"] for run in side]),
             }
             for name, side in (("a", a), ("b", b))
         },

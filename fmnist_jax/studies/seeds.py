@@ -98,7 +98,7 @@ def summarize(workdirs: Sequence[Path]) -> dict[str, Any]:
 
     Returns:
       A dictionary for a JSON file: for each of `FIGURES` its mean, standard deviation, 95%
-      intervals and values (`stats.describe`), or None where a run has none; `ensemble`, the scores
+      interval and values (`stats.summarize`), or None where a run has none; `ensemble`, the scores
       of the mean probabilities; `runs`, the names of the folders; and `params_sha256` of each run.
 
     Raises:
@@ -111,7 +111,7 @@ def summarize(workdirs: Sequence[Path]) -> dict[str, Any]:
     summary = {name: reports[0][name] for name in ("sample", "arch", "recipe", "data")}
     for name in FIGURES:
         values = [report[name] for report in reports]
-        summary[name] = None if None in values else stats.describe(values)
+        summary[name] = None if None in values else stats.summarize(values)
     predictions = [files.read_arrays(workdir / files.PREDICTIONS) for workdir in workdirs]
     logits = ensemble_logits([one["logits"] for one in predictions])
     labels = predictions[0]["labels"]
@@ -119,7 +119,7 @@ def summarize(workdirs: Sequence[Path]) -> dict[str, Any]:
     summary["ensemble"] = {
         "accuracy": ensemble.accuracy,
         "loss": ensemble.loss,
-        "calibration": calibration.describe({"logits": logits, "labels": labels}),
+        "calibration": calibration.summarize({"logits": logits, "labels": labels}),
     }
     summary["runs"] = [workdir.name for workdir in workdirs]
     summary["params_sha256"] = [report["params_sha256"] for report in reports]

@@ -133,7 +133,7 @@ def sweep(
 
     Returns:
       The content of sweep.json: `best`, with `params` and `val_accuracy` of the best trial;
-      `val_accuracy` and `test_accuracy` of the fresh seeds (`stats.describe`); `optimism`, by which
+      `val_accuracy` and `test_accuracy` of the fresh seeds (`stats.summarize`); `optimism`, by which
       the best trial exceeds the mean validation accuracy of the fresh seeds, with its 95% interval;
       and the trials.
 

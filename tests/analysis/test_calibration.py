@@ -12,11 +12,11 @@ from sklearn.calibration import calibration_curve
 from fmnist_jax.analysis.calibration import (
     area_under_risk_coverage,
     calibration_interval,
-    describe,
     expected_calibration_error,
     fit_temperature,
     reliability,
     risk_coverage,
+    summarize,
 )
 
 
@@ -196,12 +196,12 @@ def test_invalid_settings_of_an_interval_are_named(settings, message):
         calibration_interval(np.zeros((2, 3)), [0, 1], **settings)
 
 
-def test_description_scales_by_the_temperature_of_the_validation_split():
+def test_summary_scales_by_the_temperature_of_the_validation_split():
     rng = np.random.default_rng(0)
     logits, labels = simulate(rng, 2000, temperature=2)
     val_logits, val_labels = simulate(rng, 1000, temperature=2)
     test = {"logits": logits.astype(np.float32), "labels": labels}
-    found = describe({**test, "val_logits": val_logits, "val_labels": val_labels})
+    found = summarize({**test, "val_logits": val_logits, "val_labels": val_labels})
     temperature = fit_temperature(val_logits, val_labels)
     scaled = test["logits"] / temperature
     assert found["temperature"] == temperature
@@ -213,9 +213,9 @@ def test_description_scales_by_the_temperature_of_the_validation_split():
     assert_allclose(found["loss_scaled"], loss, rtol=1e-6)
     for without in (test, {**test, "val_logits": logits[:0], "val_labels": labels[:0]}):
         expected = found | dict.fromkeys(("temperature", "ece_scaled", "loss_scaled"))
-        assert describe(without) == expected
+        assert summarize(without) == expected
     # Correct predictions alone fit every smaller temperature better.
     num_classes = logits.shape[1]
     correct = {"val_logits": np.eye(num_classes), "val_labels": np.arange(num_classes)}
     perfect = test | correct
-    assert describe(perfect) == expected
+    assert summarize(perfect) == expected

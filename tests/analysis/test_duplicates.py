@@ -23,20 +23,17 @@ def test_exact_duplicates_are_grouped_by_bytes():
 
 
 @pytest.mark.parametrize("block", [7, 23, 1024])
-@pytest.mark.parametrize("exclude_self", [False, True])
-def test_nearest_equals_brute_force(block, exclude_self, monkeypatch):
+def test_nearest_equals_brute_force(block, monkeypatch):
     monkeypatch.setattr(duplicates, "_BLOCK", block)
     images = noise(1, 60, 9, 4)
     # White images that differ in one pixel, a black image, and duplicates: ties must be exact.
     images[:3], images[3] = 255, 0
     images[1, 0, 0], images[2, 0, 0] = 254, 253
     images[50] = images[40]
-    others = images if exclude_self else np.concatenate([noise(2, 23, 9, 4), images[::-2]])
-    positions, distances = duplicates.nearest(images, others, exclude_self=exclude_self)
+    others = np.concatenate([noise(2, 23, 9, 4), images[::-2]])
+    positions, distances = duplicates.nearest(images, others)
     flat, other_flat = images.reshape(60, -1) / 255.0, others.reshape(len(others), -1) / 255.0
     squares = cdist(np.round(flat * 255), np.round(other_flat * 255), "sqeuclidean")
-    if exclude_self:
-        np.fill_diagonal(squares, np.inf)
     expected = squares.argmin(axis=1)
     np.testing.assert_array_equal(positions, expected)
     far = cdist(flat, other_flat)
@@ -76,20 +73,18 @@ def test_progress_covers_all_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("images", "others", "exclude_self", "message"),
+    ("images", "others", "message"),
     [
-        (noise(0, 3, 4, 4) / 255, noise(0, 3, 4, 4), False, r"images are float64\[3, 4, 4\]"),
-        (noise(0, 3, 4, 4), noise(0, 3, 16), False, r"others are uint8\[3, 16\]"),
-        (noise(0, 3, 4, 4), noise(0, 3, 4, 5), False, "the same shape"),
-        (noise(0, 1, 32, 33), noise(0, 1, 32, 33), False, "at most 1,024 pixels"),
-        (noise(0, 3, 4, 4), noise(0, 2, 4, 4), True, "3 images and 2 others"),
-        (noise(0, 1, 4, 4), noise(0, 1, 4, 4), True, "1 others; at least 2 are needed"),
-        (noise(0, 1, 4, 4), noise(0, 0, 4, 4), False, "0 others; at least 1 are needed"),
+        (noise(0, 3, 4, 4) / 255, noise(0, 3, 4, 4), r"images are float64\[3, 4, 4\]"),
+        (noise(0, 3, 4, 4), noise(0, 3, 16), r"others are uint8\[3, 16\]"),
+        (noise(0, 3, 4, 4), noise(0, 3, 4, 5), r"others \(3, 4, 5\); both must"),
+        (noise(0, 1, 32, 33), noise(0, 1, 32, 33), "at most 1,024 pixels"),
+        (noise(0, 1, 4, 4), noise(0, 0, 4, 4), r"others \(0, 4, 4\).*at least one"),
     ],
 )
-def test_invalid_input_is_named(images, others, exclude_self, message):
+def test_invalid_input_is_named(images, others, message):
     with pytest.raises(ValueError, match=message):
-        duplicates.nearest(images, others, exclude_self=exclude_self)
+        duplicates.nearest(images, others)
 
 
 def test_planted_near_and_mirrored_duplicates_are_found(tiny):

@@ -129,12 +129,11 @@ def test_dollar_signs_in_class_names_are_plain_text():
     assert plots.encode(figure, sample=False).startswith(b"\x89PNG")
 
 
-def test_contact_sheet_has_sixty_pictures_and_the_ends_of_long_names():
+def test_contact_sheet_has_the_ends_of_long_names():
     names = ["a.png", "/".join("abcdefghijklm") + ".png", "\udcff$\\frac.png", "日本😀.png"]
-    images = np.arange(61, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2), np.uint8)
-    figure = plots.contact_sheet(images, [f"{name}\nCoat 9%" for name in names] * 16)
-    assert len(figure.axes) == plots.MAX_PICTURES == 60
-    assert np.asarray(figure.axes[59].images[0].get_array()) * 255 == pytest.approx(59)
+    images = np.arange(12, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2), np.uint8)
+    figure = plots.contact_sheet(images, [f"{name}\nCoat 9%" for name in names] * 3)
+    assert np.asarray(figure.axes[11].images[0].get_array()) * 255 == pytest.approx(11)
     assert [axes.get_title() for axes in figure.axes[:4]] == [
         "a.png\nCoat 9%", "…g/h/i/j/k/l/m.png\nCoat 9%", "?$\\frac.png\nCoat 9%",
         "日本😀.png\nCoat 9%",

@@ -10,8 +10,8 @@ from PIL import Image
 
 import fmnist_jax as fm
 from fmnist_jax.commands import predict as predict_command
-from fmnist_jax.data import idx
 from fmnist_jax.data.pictures import prepare
+from tests.data.idx_files import write_idx
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def pictures(tmp_path_factory, sample):
     for number in range(2):
         large = np.kron(sample.test_images[number], np.ones((5, 5), np.uint8))
         Image.fromarray(255 - np.pad(large, 20)).save(folder / "sub" / f"{number}.png")
-    idx.write(folder / "images-idx3-ubyte.gz", sample.test_images[:3])
+    write_idx(folder / "images-idx3-ubyte.gz", sample.test_images[:3])
     (folder / "notes.txt").write_text("not a picture")
     return folder
 

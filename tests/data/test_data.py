@@ -1,6 +1,7 @@
 """Finding, verifying, loading and splitting the data; every way in which it can be wrong."""
 
 import errno
+import functools
 import gzip
 import shutil
 import struct
@@ -14,6 +15,7 @@ import pytest
 import fmnist_jax as fm
 from fmnist_jax.data import idx, sources, tfds
 from fmnist_jax.data.split import stratified_split
+from tests.data.idx_files import write_idx
 
 NAMES = {
     "train_images": "train-images-idx3-ubyte",
@@ -146,15 +148,15 @@ def test_a_folder_without_data_is_named(noun, tmp_path):
 
 
 def test_counts_that_differ(idx_dir, sample):
-    idx.write(idx_dir / f"{NAMES['test_labels']}.gz", sample.test_labels[:-1])
+    write_idx(idx_dir / f"{NAMES['test_labels']}.gz", sample.test_labels[:-1])
     with pytest.raises(fm.errors.DataError, match="1,000 test images but 999 test labels"):
         fm.load_fashion_mnist(idx_dir)
 
 
 def test_mnist_is_recognised(tmp_path):
     counts = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
-    idx.write(tmp_path / f"{NAMES['train_labels']}.gz", np.repeat(np.arange(10), counts))
-    idx.write(tmp_path / f"{NAMES['test_labels']}.gz", np.zeros(10_000))
+    write_idx(tmp_path / f"{NAMES['train_labels']}.gz", np.repeat(np.arange(10), counts))
+    write_idx(tmp_path / f"{NAMES['test_labels']}.gz", np.zeros(10_000))
     for split, count in (("train", 60_000), ("test", 10_000)):
         images = np.zeros((count, 28, 28), np.uint8)
         # Level 9 of 47 MB takes seconds; raw files do as well.
@@ -274,7 +276,9 @@ def test_damaged_tfds_records_and_caches(tmp_path, sample, monkeypatch):
 
 @pytest.mark.skipif(not PUBLISHED_DIR.is_dir(), reason="needs the package dataset-fashion-mnist")
 @pytest.mark.slow
-def test_tfds_prepares_without_tensorflow_under_its_own_checksums(tmp_path):
+def test_tfds_prepares_without_tensorflow_under_its_own_checksums(tmp_path, monkeypatch):
+    from tensorflow_datasets import download
+
     # The package's files lack the name and time that the published gzip headers have; with them
     # they are the published files to the byte.
     manual, times = tmp_path / "manual", {"train": 1504176606, "t10k": 1504176627}
@@ -284,7 +288,11 @@ def test_tfds_prepares_without_tensorflow_under_its_own_checksums(tmp_path):
         time = struct.pack("<I", times[name[:5].strip("-")])
         header = b"\x1f\x8b\x08\x08" + time + content[8:10] + f"{name}\0".encode()
         (manual / f"{name}.gz").write_bytes(header + content[10:])
-    prepared = tfds.prepare(tmp_path / "tfds", manual_dir=manual)
+    # Files of `manual_dir` replace the download, and their checksums are verified.
+    config = functools.partial(download.DownloadConfig, manual_dir=str(manual))
+    monkeypatch.setattr(download, "DownloadConfig", config)
+    monkeypatch.setattr(tfds, "_check_reachable", lambda url: None)
+    prepared = tfds.prepare(tmp_path / "tfds")
     expected = fm.load_fashion_mnist(PUBLISHED_DIR)
     assert_same(fm.load_fashion_mnist(tmp_path / "tfds"), expected)
     assert (prepared / "dataset_info.json").exists()
@@ -295,7 +303,7 @@ def test_tfds_prepares_without_tensorflow_under_its_own_checksums(tmp_path):
 
     corrupt(manual / "train-images-idx3-ubyte.gz")
     with pytest.raises(fm.errors.DataError, match="TFDS could not prepare Fashion-MNIST"):
-        tfds.prepare(tmp_path / "other", manual_dir=manual)
+        tfds.prepare(tmp_path / "other")
 
 
 def test_select_classes(sample):

@@ -9,6 +9,7 @@ from PIL import Image
 from fmnist_jax.data import idx
 from fmnist_jax.data.pictures import prepare, read_pictures
 from fmnist_jax.errors import DataError
+from tests.data.idx_files import write_idx
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ def test_a_transparent_background_is_that_which_the_article_differs_from(
 
 def test_images_of_an_idx_file_are_left_as_they_are(sample, tmp_path):
     path = tmp_path / "images.gz"
-    idx.write(path, sample.test_images[:3])
+    write_idx(path, sample.test_images[:3])
     pictures = list(read_pictures(path))
     np.testing.assert_array_equal([p.image for p in pictures], sample.test_images[:3])
     assert pictures[2].name == f"{path}[2]"
@@ -165,14 +166,14 @@ def bad_files(folder):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("cut.png", "is damaged"), ("cut.jpg", "is damaged"), ("text.png", "is no PNG, JPEG"),
+        ("cut.png", "is damaged"), ("cut.jpg", "is damaged"), ("text.png", "is not a PNG, JPEG"),
         ("empty.png", "is empty"), ("wide.png", "100,000 x 2 pixels"),
         ("bomb.png", "too many pixels"), ("gzip.gz", "damaged gzip file"),
         ("no-rows", "holds no pixel"), ("wraps", "its header says"), ("exif.png", "is damaged"),
         ("missing.png", "cannot be read"), ("folder.png", "cannot be read"),
     ],
 )  # fmt: skip
-def test_a_file_that_is_no_picture_is_refused(name, message, tmp_path):
+def test_a_file_that_is_not_a_picture_is_refused(name, message, tmp_path):
     bad_files(tmp_path)
     assert read(tmp_path / "good.png")
     with pytest.raises(DataError, match=message):

@@ -74,8 +74,8 @@ def test_safetensors_holds_all_variables(classifier, tmp_path):
 def test_an_export_with_other_results_is_not_written(name, classifier, tmp_path, monkeypatch):
     function = formats._function
 
-    def other(classifier, variables=None):
-        apply = function(classifier, variables)
+    def other(classifier):
+        apply = function(classifier)
         return lambda images: tuple(1.0001 * output for output in apply(images))
 
     monkeypatch.setattr(formats, "_function", other)
