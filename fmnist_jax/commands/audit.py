@@ -42,13 +42,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--skip-training", action="store_true", help="do not search for label issues"
     )
-    parser.add_argument(
-        "--workdir",
-        type=Path,
-        metavar="DIR",
-        default=Path("runs/audit"),
-        help="folder of the files (%(default)s)",
-    )
+    flags.add_workdir_flag(parser, Path("runs/audit"), "folder of the files (%(default)s)")
     flags.add_output_flags(parser)
     flags.add_data_flags(parser)
     return parser

@@ -45,12 +45,8 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seeds", type=int, metavar="N", default=5, help="runs of each recipe (%(default)s)"
     )
-    parser.add_argument(
-        "--workdir",
-        type=Path,
-        metavar="DIR",
-        default=Path("runs"),
-        help="folder of the table and of the runs' folders (%(default)s)",
+    flags.add_workdir_flag(
+        parser, Path("runs"), "folder of the table and of the runs' folders (%(default)s)"
     )
     flags.add_output_flags(parser)
     flags.add_training_flags(parser)

@@ -4,9 +4,8 @@
     fmnist-jax compare small_dropout --epochs 10 --against same_3x3 --seeds 5
     fmnist-jax compare runs/a --against runs/b
 
-A side is the name of a recipe, or a folder that `run.py --seeds` wrote. Training flags before
-`--against` apply to both sides, those after it to the second side only. A network beside a folder
-is trained on the seeds, the splits and the data of the folder's runs. Trained runs are reused by
+Both sides are names of recipes, or folders that `run --seeds` wrote. Training flags before
+`--against` apply to both sides, those after it to the second side only. Trained runs are reused by
 every comparison with the same `--workdir`; the result is in `comparison.json`.
 """
 
@@ -16,13 +15,12 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 
 import fmnist_jax as fm
 from fmnist_jax.commands import flags, shell
-from fmnist_jax.config import from_dict
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.recipes import find_recipe
 from fmnist_jax.runs import files
@@ -52,12 +50,8 @@ def create_parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"runs of each side ({_NUM_SEEDS}); not with a folder",
     )
-    parser.add_argument(
-        "--workdir",
-        type=Path,
-        metavar="DIR",
-        default=Path("runs"),
-        help="folder of comparison.json and of the runs' folders (%(default)s)",
+    flags.add_workdir_flag(
+        parser, Path("runs"), "folder of comparison.json and of the runs' folders (%(default)s)"
     )
     flags.add_output_flags(parser)
     flags.add_training_flags(parser)
@@ -75,26 +69,24 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
     return first, parser.parse_args(argv[split + 1 :], copy.copy(first))
 
 
-class _Side(NamedTuple):
-    """Folders of finished runs, or those of the runs to train, with their plans."""
-
-    workdirs: list[Path]
-    plans: list[Plan]
-
-
 def _run(first: argparse.Namespace, second: argparse.Namespace, console: Console) -> int:
-    # Everything is planned first, so that bad settings are refused before any training.
-    finished = [_find_runs(arguments.side) for arguments in (first, second)]
-    _check_flags(first, second, finished)
-    sides = [_Side(workdirs, []) for workdirs in finished]
-    if not all(finished):
-        sides = _plan_runs(first, second, finished)
-    plans = [plan for side in sides for plan in side.plans]
-    if plans:
+    sides = [_find_runs(arguments.side) for arguments in (first, second)]
+    if all(sides):
+        if second.seeds is not None or flags.given_settings(second):
+            raise ConfigError("the runs in both folders are finished; flags do not apply to them")
+    elif any(sides):
+        raise ConfigError(
+            "compare two folders or two recipes; runs of a recipe that `run --seeds` trained in "
+            "runs/ are found again"
+        )
+    else:
+        # Everything is planned first, so that bad settings are refused before any training.
+        plans = _plan_runs(first, second)
         executor = flags.create_executor(second)
-        runs = [plan.run for plan in plans]
-        executor(runs, plans[0].dataset, [fm.ConsoleProgress(console)])
-    comparison = fm.compare(sides[0].workdirs, sides[1].workdirs)
+        runs = [plan.run for side in plans for plan in side]
+        executor(runs, plans[0][0].dataset, [fm.ConsoleProgress(console)])
+        sides = [[plan.run.workdir for plan in side] for side in plans]
+    comparison = fm.compare(*sides)
     files.make_folder(second.workdir)
     files.write_json(second.workdir / "comparison.json", comparison)
     console.print()
@@ -117,68 +109,26 @@ def _find_runs(side: str) -> list[Path]:
     return []
 
 
-def _check_flags(
-    first: argparse.Namespace, second: argparse.Namespace, finished: Sequence[Sequence[Path]]
-) -> None:
-    """Refuses flags that would have no effect."""
-    if not any(finished):
-        return
-    if second.seeds is not None or "seed" in second:
-        raise ConfigError("the seeds are those of the folder's runs; leave out --seeds and --seed")
-    given = [flags.given_settings(arguments) for arguments in (first, second)]
-    # Flags of the first side apply to a recipe on either side.
-    if finished[1] and ((finished[0] and given[1]) or given[0] != given[1]):
-        raise ConfigError(
-            f"the runs in {second.side} are finished; training flags do not apply to them"
-        )
-
-
-def _plan_runs(
-    first: argparse.Namespace, second: argparse.Namespace, finished: Sequence[list[Path]]
-) -> list[_Side]:
-    """Plans the runs of the sides that are recipes."""
-    workdirs = finished[0] or finished[1]
-    settings = [files.read_json(workdir / files.CONFIG) for workdir in workdirs]
+def _plan_runs(first: argparse.Namespace, second: argparse.Namespace) -> list[list[Plan]]:
+    """Plans a run of each side for each seed."""
     dataset = flags.load_data(second)
     flags.check_excluded(first, dataset)
-    if settings:
-        if dataset.sha256 != settings[0]["data_sha256"]:
-            raise ConfigError(
-                f"{workdirs[0]} was trained on other data than {dataset.source}; name its data by "
-                "--sample or --data-dir"
-            )
-        dataset = fm.select_classes(dataset, settings[0]["classes"])
-    bases = [from_dict(one, workdir) for one, workdir in zip(settings, workdirs, strict=True)]
-    sides = []
-    for arguments, workdirs in zip((first, second), finished, strict=True):
-        plans = []
-        if not workdirs:
-            runs = _create_runs(arguments, second, bases)
-            folder = flags.name_workdir(second.workdir, runs[0], dataset, seeds=True)
-            workdirs = [folder / f"seed-{run.seed}" for run in runs]
-            plans = [
-                create_plan(dataclasses.replace(run, workdir=workdir), dataset)
-                for run, workdir in zip(runs, workdirs, strict=True)
-            ]
-        sides.append(_Side(workdirs, plans))
-    if sides[0].workdirs == sides[1].workdirs:
-        raise ConfigError("both sides have the same settings; give a flag after --against")
-    return sides
-
-
-def _create_runs(
-    arguments: argparse.Namespace, shared: argparse.Namespace, bases: Sequence[fm.Run]
-) -> list[fm.Run]:
-    """Returns a run for each seed: those of finished runs, or else those of the flags."""
-    create = functools.partial(flags.create_run, arguments, arguments.side, shared.workdir)
-    if bases:
-        return [create(base=base) for base in bases]
-    num_seeds = _NUM_SEEDS if shared.seeds is None else shared.seeds
+    num_seeds = _NUM_SEEDS if second.seeds is None else second.seeds
     if num_seeds < 1:
         raise ConfigError(f"seeds is {num_seeds}; expected an integer of at least 1")
-    first_seed = getattr(shared, "seed", 0)
-    seeds = range(first_seed, first_seed + num_seeds)
-    return [dataclasses.replace(create(), seed=seed) for seed in seeds]
+    sides = []
+    for arguments in (first, second):
+        run = flags.create_run(arguments, arguments.side, second.workdir)
+        run = dataclasses.replace(run, seed=getattr(second, "seed", 0))
+        folder = flags.name_workdir(second.workdir, run, dataset, seeds=True)
+        runs = [
+            dataclasses.replace(run, seed=seed, workdir=folder / f"seed-{seed}")
+            for seed in range(run.seed, run.seed + num_seeds)
+        ]
+        sides.append([create_plan(one, dataset) for one in runs])
+    if sides[0][0].run.workdir == sides[1][0].run.workdir:
+        raise ConfigError("both sides have the same settings; give a flag after --against")
+    return sides
 
 
 def _facts(comparison: dict[str, Any]) -> dict[str, str]:

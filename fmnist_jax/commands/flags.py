@@ -94,6 +94,11 @@ def load_classifier(arguments: argparse.Namespace) -> fm.Classifier:
     return fm.load_classifier(arguments.run, int(which))
 
 
+def add_workdir_flag(parser: argparse.ArgumentParser, default: Path | None, text: str) -> None:
+    """Adds `--workdir`."""
+    parser.add_argument("--workdir", type=Path, metavar="DIR", default=default, help=text)
+
+
 def add_ray_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that `create_executor` reads."""
     group = parser.add_argument_group("Ray", "Independent runs at once, on a Ray cluster.")
@@ -115,16 +120,13 @@ def create_executor(arguments: argparse.Namespace) -> Executor:
     return RayExecutor(arguments.ray, num_cpus=arguments.ray_cpus, num_gpus=arguments.ray_gpus)
 
 
-def create_run(
-    arguments: argparse.Namespace, name: str, workdir: Path, *, base: fm.Run | None = None
-) -> fm.Run:
+def create_run(arguments: argparse.Namespace, name: str, workdir: Path) -> fm.Run:
     """Creates the run that the training flags describe.
 
     Args:
       arguments: with the flags of `add_training_flags`.
       name: of a recipe or a network (`find_recipe`).
       workdir: folder of the run.
-      base: settings of the run that no flag gives; the recipe is not taken from it.
 
     Raises:
       ConfigError: if there is no such recipe, or a value is outside its range.
@@ -133,9 +135,7 @@ def create_run(
     settings = _given(arguments, fm.Run)
     if "exclude" in arguments:
         settings["exclude"] = _read_positions(arguments.exclude)
-    if base is None:
-        return fm.Run(recipe=recipe, workdir=workdir, **settings)
-    return dataclasses.replace(base, recipe=recipe, workdir=workdir, **settings)
+    return fm.Run(recipe=recipe, workdir=workdir, **settings)
 
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:

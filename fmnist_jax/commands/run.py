@@ -47,11 +47,8 @@ def create_parser() -> argparse.ArgumentParser:
         help="recipe, or network with its first recipe (%(default)s); --list shows all",
     )
     parser.add_argument("--seeds", type=int, metavar="N", help="train N runs: seeds S to S + N - 1")
-    parser.add_argument(
-        "--workdir",
-        type=Path,
-        metavar="DIR",
-        help="folder of the run; default: a folder in runs/ named by the settings",
+    flags.add_workdir_flag(
+        parser, None, "folder of the run; default: a folder in runs/ named by the settings"
     )
     parser.add_argument(
         "--distributed",

@@ -57,11 +57,8 @@ def create_parser() -> argparse.ArgumentParser:
         default=5,
         help="fresh seeds of the best setting (%(default)s)",
     )
-    parser.add_argument(
-        "--workdir",
-        type=Path,
-        metavar="DIR",
-        help="folder of the sweep; default: a folder in runs/ named by the settings",
+    flags.add_workdir_flag(
+        parser, None, "folder of the sweep; default: a folder in runs/ named by the settings"
     )
     flags.add_output_flags(parser)
     flags.add_training_flags(parser)

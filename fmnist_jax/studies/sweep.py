@@ -133,9 +133,9 @@ def sweep(
 
     Returns:
       The content of sweep.json: `best`, with `params` and `val_accuracy` of the best trial;
-      `val_accuracy` and `test_accuracy` of the fresh seeds (`stats.summarize`); `optimism`, by which
-      the best trial exceeds the mean validation accuracy of the fresh seeds, with its 95% interval;
-      and the trials.
+      `val_accuracy` and `test_accuracy` of the fresh seeds (`stats.summarize`); `optimism`, by
+      which the best trial exceeds the mean validation accuracy of the fresh seeds, with its 95%
+      interval; and the trials.
 
     Raises:
       ConfigError: if Optuna is not installed, there are no validation images, a setting does not

@@ -59,11 +59,10 @@ def test_without_flags_the_recipe_is_unchanged(arch):
     assert flags.given_settings(parse()) == {}
 
 
-def test_flags_change_settings_of_an_existing_run():
-    base = fm.Run(recipe=fm.RECIPES["he_stack"], workdir=Path("a"), seed=4, train_examples=30)
-    run = flags.create_run(parse("--train-examples", "40"), "same_3x3", Path("b"), base=base)
-    recipe = fm.RECIPES["same_3x3"]
-    assert run == fm.Run(recipe=recipe, workdir=Path("b"), seed=4, train_examples=40)
+def test_a_network_selects_its_first_recipe():
+    run = flags.create_run(parse("--train-examples", "40"), "sprint_wide", Path("b"))
+    recipe = fm.RECIPES["sprint_945"]
+    assert run == fm.Run(recipe=recipe, workdir=Path("b"), train_examples=40)
 
 
 def test_excluded_images_are_in_no_split(sample, tmp_path):
