@@ -2,5 +2,4 @@
 
 from fmnist_jax.commands.main import main
 
-if __name__ == "__main__":
-    main("export")
+main("export")

@@ -8,9 +8,9 @@ import dataclasses
 import math
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args, get_origin
 
 from fmnist_jax.errors import ConfigError
 
@@ -23,8 +23,38 @@ AugmentationName = Literal["none", "keras", "geometric", "shift", "shift_erase"]
 _NO_EFFECT = ("workdir", "checkpoint_every", "keep_every", "tta", "devices")
 
 
-def _flag(text: str, default: Any = dataclasses.MISSING) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
+class _Range(NamedTuple):
+    """What a number must be: its type, and the bounds that the text names."""
+
+    text: str
+    kind: Any
+    is_inside: Callable[[Any], bool]
+
+
+_COUNT = _Range("an integer of at least 1", int, lambda value: value >= 1)
+# jax.random.key silently drops the bits above 32, so two seeds would be one.
+_SEED = _Range("an integer in [0, 2**32)", int, lambda value: 0 <= value < 2**32)
+_FRACTION = _Range("a number in [0, 1)", int | float, lambda value: 0 <= value < 1)
+_RATE = _Range("a finite number above 0", int | float, lambda value: 0 < value < math.inf)
+_SCALE = _Range("a finite number of at least 0", int | float, lambda value: 0 <= value < math.inf)
+
+
+def _flag(text: str, default: Any = dataclasses.MISSING, expected: _Range | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, "range": expected})
+
+
+def _check_fields(settings: Any) -> None:
+    """Checks each field with a range or choices; None stands where it is the default."""
+    for field in dataclasses.fields(settings):
+        value, expected = getattr(settings, field.name), field.metadata.get("range")
+        choices = get_args(field.type) if get_origin(field.type) is Literal else ()
+        if choices and value not in choices:
+            raise ConfigError(f"{field.name} is {value!r}; choose one of {', '.join(choices)}")
+        if expected is None or (value is None and field.default is None):
+            continue
+        is_number = isinstance(value, expected.kind) and not isinstance(value, bool)
+        if not (is_number and expected.is_inside(value)):
+            raise ConfigError(f"{field.name} is {value!r}; expected {expected.text}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,28 +97,30 @@ class Recipe:
     """
 
     arch: str
-    epochs: int = _flag("passes over the training images")
-    batch_size: int = _flag("examples per step", 128)
-    microbatch_size: int | None = _flag("examples that go through the network at once", None)
+    epochs: int = _flag("passes over the training images", expected=_COUNT)
+    batch_size: int = _flag("examples per step", 128, _COUNT)
+    microbatch_size: int | None = _flag(
+        "examples that go through the network at once", None, _COUNT
+    )
     shards: int = _flag("parts of a batch that devices can share, a power of two", 1)
     optimizer: OptimizerName = _flag("optimizer", "adam")
-    learning_rate: float = _flag("peak of the schedule", 1e-3)
+    learning_rate: float = _flag("peak of the schedule", 1e-3, _RATE)
     schedule: ScheduleName = _flag("learning rate schedule over the whole run", "constant")
-    weight_decay: float | None = _flag("decoupled weight decay of the kernels", None)
-    dropout: float | None = _flag("one rate for all dropout layers, in [0, 1)", None)
-    label_smoothing: float | None = _flag("fraction of the target spread over all classes", None)
+    weight_decay: float | None = _flag("decoupled weight decay of the kernels", None, _SCALE)
+    dropout: float | None = _flag("one rate for all dropout layers, in [0, 1)", None, _FRACTION)
+    label_smoothing: float | None = _flag(
+        "fraction of the target spread over all classes", None, _FRACTION
+    )
     augmentation: AugmentationName = _flag("augmentation of the training images", "none")
-    augmentation_strength: float | None = _flag("scales the ranges of the augmentation", None)
+    augmentation_strength: float | None = _flag(
+        "scales the ranges of the augmentation", None, _SCALE
+    )
     dtype: DtypeName = _flag("dtype of the network in training", "float32")
-    image_size: int | None = _flag("side to which images are resized, in pixels", None)
-    val_fraction: float = _flag("fraction held out for validation, in [0, 1)", 0.1)
+    image_size: int | None = _flag("side to which images are resized, in pixels", None, _COUNT)
+    val_fraction: float = _flag("fraction held out for validation, in [0, 1)", 0.1, _FRACTION)
 
     def __post_init__(self) -> None:
-        _check_count("epochs", self.epochs)
-        _check_count("batch_size", self.batch_size)
-        for name in ("microbatch_size", "image_size"):
-            if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name))
+        _check_fields(self)
         check_shards(self.shards, self.batch_size)
         size, shard_size = self.microbatch_size, self.batch_size // self.shards
         if size is not None and size < shard_size and shard_size % size:
@@ -96,25 +128,6 @@ class Recipe:
             raise ConfigError(
                 f"microbatch_size is {size}, but {whole} {shard_size}; expected a divisor of it"
             )
-        _check_choice("optimizer", self.optimizer, OptimizerName)
-        _check_choice("schedule", self.schedule, ScheduleName)
-        _check_choice("dtype", self.dtype, DtypeName)
-        _check_choice("augmentation", self.augmentation, AugmentationName)
-        _check_number("learning_rate", self.learning_rate)
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ConfigError(
-                f"learning_rate is {self.learning_rate}; expected a finite number above 0"
-            )
-        _check_fraction("val_fraction", self.val_fraction)
-        for name in ("dropout", "label_smoothing"):
-            if getattr(self, name) is not None:
-                _check_fraction(name, getattr(self, name))
-        for name in ("weight_decay", "augmentation_strength"):
-            value = getattr(self, name)
-            if value is not None:
-                _check_number(name, value)
-                if not (math.isfinite(value) and value >= 0):
-                    raise ConfigError(f"{name} is {value}; expected a finite number of at least 0")
         if self.augmentation_strength is not None and self.augmentation == "none":
             raise ConfigError(
                 f"augmentation_strength is {self.augmentation_strength}, but augmentation is "
@@ -185,9 +198,9 @@ class Run:
 
     recipe: Recipe
     workdir: Path
-    seed: int = _flag("root of all randomness", 0)
+    seed: int = _flag("root of all randomness", 0, _SEED)
     exclude: Sequence[int] = ()
-    train_examples: int | None = _flag("number of training examples; default: all", None)
+    train_examples: int | None = _flag("number of training examples; default: all", None, _COUNT)
     checkpoint_every: str = _flag("interval of checkpoints, such as 500st, 1ep or 60s", "1ep")
     keep_every: str | None = _flag("retain checkpoints at multiples of it, such as 10ep", None)
     tta: bool | None = _flag(
@@ -199,9 +212,7 @@ class Run:
     def __post_init__(self) -> None:
         object.__setattr__(self, "workdir", Path(self.workdir))
         object.__setattr__(self, "exclude", _positions(self.exclude))
-        _check_seed("seed", self.seed)
-        if self.train_examples is not None:
-            _check_count("train_examples", self.train_examples)
+        _check_fields(self)
         Interval.parse("checkpoint_every", self.checkpoint_every)
         if self.keep_every is not None:
             Interval.parse("keep_every", self.keep_every, ("st", "ep"))
@@ -267,11 +278,6 @@ def check_shards(shards: int, batch_size: int) -> None:
         )
 
 
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not (isinstance(value, int) and value >= 1):
-        raise ConfigError(f"{name} is {value!r}; expected an integer of at least 1")
-
-
 def _positions(values: Iterable[Any]) -> list[int]:
     """Sorts and deduplicates integers of any type."""
     positions = set()
@@ -284,25 +290,3 @@ def _positions(values: Iterable[Any]) -> list[int]:
             raise ConfigError(f"exclude has {value!r}; expected integers of at least 0")
         positions.add(position)
     return sorted(positions)
-
-
-def _check_seed(name: str, value: int) -> None:
-    # jax.random.key silently drops the bits above 32, so two seeds would be one.
-    if isinstance(value, bool) or not (isinstance(value, int) and 0 <= value < 2**32):
-        raise ConfigError(f"{name} is {value!r}; expected an integer in [0, 2**32)")
-
-
-def _check_fraction(name: str, value: float) -> None:
-    _check_number(name, value)
-    if not 0 <= value < 1:
-        raise ConfigError(f"{name} is {value}; expected a number in [0, 1)")
-
-
-def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name} is {value!r}; expected a number")
-
-
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(get_args(choices))}")

@@ -125,8 +125,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     accuracy = row["test_accuracy"]
     mean, one_run = f"{accuracy['mean']:.2%}", ""
     if row["one_run_low"] is not None:
-        mean += f" ({shell.format_interval(accuracy['low'], accuracy['high'])})"
-        one_run = shell.format_interval(row["one_run_low"], row["one_run_high"])
+        mean += f" ({accuracy['low']:.2%} to {accuracy['high']:.2%})"
+        one_run = f"{row['one_run_low']:.2%} to {row['one_run_high']:.2%}"
     return [row["network"], row["claim"], str(accuracy["n"]), mean, one_run, row["verdict"]]
 
 

@@ -44,12 +44,7 @@ def create_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("side", metavar="SIDE", help="name of a recipe, or folder of runs")
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        metavar="N",
-        help=f"runs of each side ({_NUM_SEEDS}); not with a folder",
-    )
+    parser.add_argument("--seeds", type=int, metavar="N", help=f"runs of each side ({_NUM_SEEDS})")
     flags.add_workdir_flag(
         parser, Path("runs"), "folder of comparison.json and of the runs' folders (%(default)s)"
     )

@@ -31,12 +31,7 @@ def add_recipe_flag(parser: argparse.ArgumentParser, **options: Any) -> None:
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say where the data are."""
     group = parser.add_argument_group("data").add_mutually_exclusive_group()
-    group.add_argument(
-        "--data-dir",
-        type=Path,
-        metavar="DIR",
-        help="folder with the four IDX files, or TFDS directory",
-    )
+    group.add_argument("--data-dir", type=Path, metavar="DIR", help="IDX files, or TFDS directory")
     group.add_argument("--sample", action="store_true", help="use the embedded sample")
 
 

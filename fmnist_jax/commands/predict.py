@@ -50,11 +50,7 @@ def create_parser() -> argparse.ArgumentParser:
         "--sheet", type=Path, metavar="PNG", help="contact sheet; default: sheet.png in RUN"
     )
     parser.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="int",
-        default=256,
-        help="pictures in memory at once (%(default)s)",
+        "--batch-size", type=int, metavar="N", default=256, help="pictures in memory (%(default)s)"
     )
     flags.add_output_flags(parser)
     return parser

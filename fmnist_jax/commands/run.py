@@ -56,11 +56,7 @@ def create_parser() -> argparse.ArgumentParser:
         help="train with all processes that mpirun, srun or Kubernetes has started",
     )
     parser.add_argument(
-        "--log",
-        nargs="+",
-        choices=["tensorboard"],
-        default=[],
-        help="also log to event files in the folder of the run",
+        "--log", nargs="+", choices=["tensorboard"], default=[], help="write event files as well"
     )
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--list", action="store_true", help="show the recipes and their claims")
@@ -71,10 +67,7 @@ def create_parser() -> argparse.ArgumentParser:
         help="verify on this machine that killed runs resume to identical bits",
     )
     task.add_argument(
-        "--replay",
-        type=int,
-        metavar="STEP",
-        help="compute one step of the run in --workdir again and show its images",
+        "--replay", type=int, metavar="STEP", help="recompute a step of the run in --workdir"
     )
     flags.add_output_flags(parser)
     flags.add_training_flags(parser)
@@ -103,10 +96,10 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     _print_plan(plan, console)
     if arguments.dry_run:
         console.print("Compiling the training loop ...")
-        cost = loop_cost(plan)
+        flops, num_bytes = loop_cost(plan)
         console.print(
-            f"A step takes {cost.flops / 1e9:,.3f} GFLOP. The training loop needs "
-            f"{cost.bytes / 2**20:,.0f} MiB, training images included. Nothing was trained."
+            f"A step takes {flops / 1e9:,.3f} GFLOP. The training loop needs "
+            f"{num_bytes / 2**20:,.0f} MiB, training images included. Nothing was trained."
         )
     elif arguments.seeds is not None:
         _train_seeds(run, dataset, arguments.seeds, flags.create_executor(arguments), console)
@@ -221,7 +214,7 @@ def _replay(arguments: argparse.Namespace, dataset: fm.Dataset, console: Console
     console.print(table)
     console.print(
         f"Step {replay.step:,}: mean loss {replay.losses.mean():.4f}, gradient norm "
-        f"{replay.gradient_norm:.4f}. Images as the network saw them: {picture}",
+        f"{replay.gradient_norm:.4f}. The images that the network received: {picture}",
         soft_wrap=True,
     )
     return 0

@@ -149,16 +149,6 @@ def format_accuracy(figures: dict[str, Any]) -> str:
     if figures["std"] is None:
         return f"{figures['mean']:.2%} (n = 1)"
     return (
-        f"{figures['mean']:.2%} (95% interval {format_interval(figures['low'], figures['high'])}, "
+        f"{figures['mean']:.2%} (95% interval {figures['low']:.2%} to {figures['high']:.2%}, "
         f"standard deviation {100 * figures['std']:.2f} points, n = {figures['n']})"
     )
-
-
-def format_interval(low: float, high: float) -> str:
-    """Formats an interval of fractions.
-
-    Example:
-      >>> format_interval(0.91, 0.93)
-      '91.00% to 93.00%'
-    """
-    return f"{low:.2%} to {high:.2%}"

@@ -51,11 +51,7 @@ def create_parser() -> argparse.ArgumentParser:
         "--trials", type=int, metavar="N", default=40, help="finished trials (%(default)s)"
     )
     parser.add_argument(
-        "--seeds",
-        type=int,
-        metavar="N",
-        default=5,
-        help="fresh seeds of the best setting (%(default)s)",
+        "--seeds", type=int, metavar="N", default=5, help="seeds of the best setting (%(default)s)"
     )
     flags.add_workdir_flag(
         parser, None, "folder of the sweep; default: a folder in runs/ named by the settings"

@@ -4,9 +4,9 @@ Every process calls the same functions in the same order. A single process commu
 other.
 """
 
-import io
 import json
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,7 +86,7 @@ def on_first(function: Callable[[], Any]) -> Any:
     """Calls a function in the first process and returns its result in all of them.
 
     Args:
-      function: returns a JSON value, or a pair of named NumPy arrays and a JSON value.
+      function: its result can be pickled.
 
     Returns:
       The result; the other processes get equal copies.
@@ -101,23 +101,22 @@ def on_first(function: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return function()
-    result, error, content = None, None, b""
+    result, error = None, None
     if is_first():
         try:
             result = function()
-            content = _encode(result)
         except Exception as raised:  # noqa: BLE001 (raised again below)
             error = raised
-            content = _encode({"error": type(raised).__name__, "message": str(raised)})
-    content = _broadcast(content)
+    failure = None if error is None else (type(error).__name__, str(error))
+    content = _broadcast(pickle.dumps((result, failure)))
     if error is not None:
         raise error
     if is_first():
         return result
-    result = _decode(content)
-    if isinstance(result, dict) and result.keys() == {"error", "message"}:
-        kind = getattr(errors, result["error"], errors.ConfigError)
-        raise kind(f"in the first process: {result['message']}")
+    result, failure = pickle.loads(content)  # noqa: S301 (from the first process of this program)
+    if failure is not None:
+        name, message = failure
+        raise getattr(errors, name, errors.ConfigError)(f"in the first process: {message}")
     return result
 
 
@@ -150,18 +149,3 @@ def _broadcast(content: bytes) -> bytes:
         padded[:size] = np.frombuffer(content, np.uint8)
     received = np.asarray(multihost_utils.broadcast_one_to_all(padded.view(np.int32)))
     return received.view(np.uint8)[:size].tobytes()
-
-
-def _encode(value: Any) -> bytes:
-    arrays, rest = value if isinstance(value, tuple) else ({}, value)
-    buffer = io.BytesIO()
-    text = json.dumps([rest, isinstance(value, tuple)])
-    np.savez(buffer, **arrays, json=np.frombuffer(text.encode(), np.uint8))
-    return buffer.getvalue()
-
-
-def _decode(content: bytes) -> Any:
-    with np.load(io.BytesIO(content)) as file:
-        arrays = dict(file)
-    rest, has_arrays = json.loads(arrays.pop("json").tobytes())
-    return (arrays, rest) if has_arrays else rest

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -203,20 +203,13 @@ def create_recipe_model(recipe: Recipe, num_classes: int) -> Any:
     return create_model(recipe.arch, num_classes, **options)
 
 
-class LoopCost(NamedTuple):
-    """The compiler's figures of a training loop.
+def loop_cost(plan: Plan) -> tuple[float, int]:
+    """Compiles the training loop for the default device and reads its cost.
 
-    Attributes:
-      flops: floating-point operations of a step.
-      bytes: device memory for state, training images, results and temporaries.
+    Returns:
+      Floating-point operations of a step, and bytes of device memory for state, training images,
+      results and temporaries.
     """
-
-    flops: float
-    bytes: int
-
-
-def loop_cost(plan: Plan) -> LoopCost:
-    """Compiles the training loop for the default device and reads its cost."""
     inputs = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, plan.inputs))
     num_steps, metrics = jax.ShapeDtypeStruct((), jnp.int32), plan.abstract_metrics
 
@@ -229,7 +222,7 @@ def loop_cost(plan: Plan) -> LoopCost:
     flops = compiled(whole).cost_analysis().get("flops", 0.0)
     memory = compiled(plan.config).memory_analysis()
     sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return LoopCost(flops, sizes - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
+    return flops, sizes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
 
 
 def _create_layout(run: Run) -> Layout:

@@ -9,7 +9,7 @@ bias-corrected root, which differs from Keras' update for every epsilon.
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,26 +20,6 @@ from fmnist_jax.config import OptimizerName, ScheduleName
 from fmnist_jax.errors import ConfigError
 
 Schedule = Callable[[jax.Array], jax.Array]
-
-
-class AdamState(NamedTuple):
-    """State of "adam": int32[] count of updates, and both moments, trees like `params`."""
-
-    count: jax.Array  # type: ignore[assignment]  # optax' name, which tuples have as well
-    mu: optax.Updates
-    nu: optax.Updates
-
-
-class RMSpropState(NamedTuple):
-    """State of "rmsprop": the second moment, a tree like `params`."""
-
-    nu: optax.Updates
-
-
-class SGDState(NamedTuple):
-    """State of "sgd": the momentum, a tree like `params`."""
-
-    trace: optax.Updates
 
 
 @functools.cache  # equal optimizers are one object, and so one compiled program
@@ -243,7 +223,10 @@ def create_schedule(name: ScheduleName) -> Schedule | None:
 
 
 def _adam(
-    grads: optax.Updates, state: AdamState, _: optax.Params | None, learning_rate: jax.Array
+    grads: optax.Updates,
+    state: optax.ScaleByAdamState,
+    _: optax.Params | None,
+    learning_rate: jax.Array,
 ) -> Any:
     count = state.count + 1
     power = count.astype(jnp.float32)
@@ -251,22 +234,25 @@ def _adam(
     mu = jax.tree.map(lambda m, g: m + (g - m) * (1 - 0.9), state.mu, grads)
     nu = jax.tree.map(lambda n, g: n + (jnp.square(g) - n) * (1 - 0.999), state.nu, grads)
     updates = jax.tree.map(lambda m, n: -(m * rate) / (jnp.sqrt(n) + 1e-7), mu, nu)
-    return updates, AdamState(count, mu, nu)
+    return updates, optax.ScaleByAdamState(count, mu, nu)
 
 
 def _rmsprop(
-    grads: optax.Updates, state: RMSpropState, _: optax.Params | None, learning_rate: jax.Array
+    grads: optax.Updates,
+    state: optax.ScaleByRmsState,
+    _: optax.Params | None,
+    learning_rate: jax.Array,
 ) -> Any:
     nu = jax.tree.map(lambda n, g: 0.9 * n + (1 - 0.9) * jnp.square(g), state.nu, grads)
     updates = jax.tree.map(lambda g, n: -(learning_rate * g) / jnp.sqrt(n + 1e-7), grads, nu)
-    return updates, RMSpropState(nu)
+    return updates, optax.ScaleByRmsState(nu)
 
 
 def _sgd(
-    grads: optax.Updates, state: SGDState, _: optax.Params | None, learning_rate: jax.Array
+    grads: optax.Updates, state: optax.TraceState, _: optax.Params | None, learning_rate: jax.Array
 ) -> Any:
     trace = jax.tree.map(lambda t, g: 0.9 * t - learning_rate * g, state.trace, grads)
-    return trace, SGDState(trace)
+    return trace, optax.TraceState(trace)
 
 
 def _muon(grads: optax.Updates, state: Any, params: optax.Params, learning_rate: jax.Array) -> Any:
@@ -305,9 +291,12 @@ def _zeros(params: optax.Params) -> optax.Updates:
 
 
 _OPTIMIZERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "adam": (lambda params: AdamState(jnp.int32(0), _zeros(params), _zeros(params)), _adam),
-    "rmsprop": (lambda params: RMSpropState(_zeros(params)), _rmsprop),
-    "sgd": (lambda params: SGDState(_zeros(params)), _sgd),
+    "adam": (
+        lambda params: optax.ScaleByAdamState(jnp.int32(0), _zeros(params), _zeros(params)),
+        _adam,
+    ),
+    "rmsprop": (lambda params: optax.ScaleByRmsState(_zeros(params)), _rmsprop),
+    "sgd": (lambda params: optax.TraceState(_zeros(params)), _sgd),
     "muon": (_DIRECTIONS.init, _muon),
 }
 

@@ -1,4 +1,4 @@
-"""`fence`, `noinline`: calls that XLA:CPU does not inline, so it does not fuse across them."""
+"""`fence`, `reproducible`: calls that XLA:CPU does not inline, so it does not fuse across them."""
 
 import contextlib
 import functools
@@ -80,32 +80,12 @@ def fenced_transpose(matrix: jax.Array) -> jax.Array:
     return fence(with_layout_constraint(matrix.T, Layout((0, 1))))
 
 
-def noinline(function: Callable[..., T], *arrays: Any) -> T:
-    """Calls a pure function such that its result has the same bits in every program on a CPU.
-
-    XLA:CPU fuses a function with the operations around it, and rounding depends on the fusion. It
-    does not fuse across a call that it may not inline.
-
-    For programs on a CPU only.
-
-    Args:
-      function: hashable.
-      *arrays: its arguments.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> noinline(jnp.add, 1.0, 2.0)
-      Array(3., dtype=float32, weak_type=True)
-    """
-    with _not_inlined()():
-        return jax.jit(function)(*arrays)
-
-
 def reproducible(function: Callable[..., T], *arrays: Any) -> T:
     """Calls a pure function such that its result has the same bits in every program.
 
-    On a CPU by `noinline`. On other devices it is a plain call, because their compilers have no
-    such call.
+    XLA:CPU fuses a function with the operations around it, and rounding depends on the fusion. It
+    does not fuse across a call that it may not inline. On other devices this is a plain call,
+    because their compilers have no such call.
 
     Args:
       function: hashable.
@@ -116,13 +96,16 @@ def reproducible(function: Callable[..., T], *arrays: Any) -> T:
       >>> print(reproducible(jnp.add, 1.0, 2.0))
       3.0
     """
-    return lax.platform_dependent(
-        *arrays, cpu=functools.partial(noinline, function), default=function
-    )
+
+    def call(*arrays: Any) -> T:
+        with _not_inlined()():
+            return jax.jit(function)(*arrays)
+
+    return lax.platform_dependent(*arrays, cpu=call, default=function)
 
 
 def inlining(function: Callable[..., T]) -> Callable[..., T]:
-    """Lets XLA:CPU inline the calls inside a function that `noinline` calls.
+    """Lets XLA:CPU inline the calls inside a function that `reproducible` calls.
 
     Without it these calls are not inlined either, which makes a large function slow.
 

@@ -26,7 +26,7 @@ def test_without_xla_metadata_a_fence_is_left_out_with_a_warning(monkeypatch):
     noinline._not_inlined.cache_clear()
     with pytest.warns(EnvironmentWarning, match="set_xla_metadata"):
         assert float(noinline.fence(jnp.float32(2))) == 2
-    assert float(noinline.noinline(jnp.add, 1.0, 2.0)) == 3
+    assert float(noinline.reproducible(jnp.add, 1.0, 2.0)) == 3
     noinline._not_inlined.cache_clear()
 
 
