@@ -259,10 +259,10 @@ def train_calls(
         state, inputs, plan.run.recipe.epochs, metrics, config=plan.config,
         next_num_steps=next_num_steps,
     )  # fmt: skip
-    step, started = int(state.step), time.perf_counter()
+    step, start = int(state.step), time.perf_counter()
     for state, metrics in calls:
         sums = jax.device_get(metrics)  # waits for the end of the call
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - start
         num_steps, step = int(state.step) - step, int(state.step)
         _check_finite(plan, step, sums)
         for hook in hooks:
@@ -275,7 +275,7 @@ def train_calls(
         if num_steps == most:  # not after a call that was cut short
             most = int(processes.gather([_adapted(num_steps, seconds)])[0, 0])
         yield Call(state, metrics, seconds)
-        started = time.perf_counter()
+        start = time.perf_counter()
 
 
 def _adapted(num_steps: int, seconds: float) -> int:

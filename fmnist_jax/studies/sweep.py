@@ -28,6 +28,11 @@ STORAGE = "study.db"
 # Seconds between two heartbeats of a trial, and without one until it is repeated.
 _HEARTBEAT_SECONDS, _GRACE_SECONDS = 10, 60
 
+_STOPPED = (
+    "Stopped; the finished trials are saved. The same command resumes the sweep and repeats the "
+    "trial that was running."
+)
+
 # A trial is compared with the median of the others after its first epoch, once there are five.
 _PRUNER = {"n_startup_trials": 5, "n_warmup_steps": 1}
 
@@ -221,22 +226,19 @@ def _search(
     with _open_study(run.workdir, optuna) as study, deferred_signals() as signals:
 
         def objective(trial: Any) -> float:
-            return _run_trial(trial, run, dataset, space, hooks, signals, optuna)
+            try:
+                return _run_trial(trial, run, dataset, space, hooks, signals, optuna)
+            except Interrupted:
+                study.enqueue_trial(trial.params)  # it is repeated first
+                raise
 
         # Each process, and each continuation, draws different proposals.
         study.sampler = optuna.samplers.TPESampler(seed=run.seed + len(study.trials))
         while (done := len(study.get_trials(deepcopy=False, states=states))) < num_trials:
             say(hooks, f"{done} of {num_trials} trials are finished")
-            try:
-                study.optimize(objective, n_trials=1)
-            except Interrupted as stop:
-                # Its settings are tried again first.
-                study.enqueue_trial(study.trials[-1].params)
-                raise Interrupted(
-                    f"Stopped in a trial; {done} of {num_trials} trials are saved. The same "
-                    "command repeats that trial and continues.",
-                    stop.signal_number,
-                ) from stop
+            study.optimize(objective, n_trials=1)
+        if signals:
+            raise Interrupted(_STOPPED, signals[0])
         trials = study.trials
         if not any(trial.state == optuna.trial.TrialState.COMPLETE for trial in trials):
             raise ConfigError(
@@ -289,7 +291,7 @@ def _train(plan: Plan, hooks: Sequence[Hook], signals: Sequence[int]) -> Iterato
     with started(hooks, plan.settings, 0, plan.total_steps):
         for call in train_calls(plan, inputs, state, hooks=hooks):
             if signals:
-                raise Interrupted("stopped in a trial", signals[0])
+                raise Interrupted(_STOPPED, signals[0])
             if int(call.state.step) % plan.steps_per_epoch == 0:
                 result = evaluate(
                     call.state.variables, val_images, val_labels, model=plan.model, layout=layout

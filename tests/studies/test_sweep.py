@@ -1,6 +1,7 @@
 """The search for settings."""
 
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import fmnist_jax as fm
-from fmnist_jax.errors import ConfigError
+from fmnist_jax.errors import ConfigError, Interrupted
 from fmnist_jax.nn import models
 from fmnist_jax.report.sweep import write_sweep_report
 from fmnist_jax.runs import files
@@ -31,6 +32,33 @@ def read_trials(workdir):
 def run(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "ARCHS", {**models.ARCHS, "small": Small})
     return fm.Run(recipe=RECIPE, workdir=tmp_path / "sweep", train_examples=200)
+
+
+class StopAt(fm.Hook):
+    """Sends a signal at a step of the second trial, and records what happens."""
+
+    def __init__(self):
+        self.texts, self.updates = [], 0
+
+    def message(self, text):
+        self.texts.append(text)
+
+    def update(self, *, step, epoch, images_per_second, loss):
+        self.updates += 1
+        if "trial 1" in self.texts[-1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_stops_the_sweep_and_its_trial_is_repeated(run, sample):
+    hook = StopAt()
+    with pytest.raises(Interrupted, match="finished trials are saved") as caught:
+        fm.sweep(run, sample, SPACE, 2, num_seeds=2, hooks=[hook])
+    assert caught.value.signal_number == signal.SIGINT
+    assert hook.updates > 2  # progress within a trial
+    report = fm.sweep(run, sample, SPACE, 2, num_seeds=2, hooks=())
+    states = [trial["state"] for trial in report["trials"]]
+    assert states == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert report["trials"][2]["params"] == report["trials"][1]["params"]
 
 
 def test_a_sweep_compiles_once_and_its_winner_is_trained_from_fresh_seeds(run, sample):
