@@ -78,7 +78,7 @@ def test_a_bad_file_is_reported_and_the_others_are_classified(finished, pictures
     assert predict_command.main([str(finished), *files, "--quiet"]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2
-    assert errors[0] == f"error: {files[0]}: is no PNG, JPEG, WebP or IDX file"
+    assert errors[0] == f"error: {files[0]}: is not a PNG, JPEG, WebP or IDX file"
 
 
 def test_a_default_sheet_that_cannot_be_written_is_reported(finished, pictures, tmp_path, capsys):

@@ -108,7 +108,7 @@ def test_a_recipe_does_not_differ_from_itself(sides):
 def test_invalid_comparisons_are_named(sides, tmp_path):
     _, folders = sides
     other = write_run(tmp_path / "c", 9, [1] * 200, {"dropout": "b"})
-    with pytest.raises(ConfigError, match="runs are compared by seed"):
+    with pytest.raises(ConfigError, match="runs are paired by seed"):
         fm.compare(folders["a"], [other])
     other = write_run(tmp_path / "d", 0, [1] * 200, indices=np.arange(200) + 1)
     with pytest.raises(ConfigError, match="tested on different images"):

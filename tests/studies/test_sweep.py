@@ -34,33 +34,6 @@ def run(tmp_path, monkeypatch):
     return fm.Run(recipe=RECIPE, workdir=tmp_path / "sweep", train_examples=200)
 
 
-class StopAt(fm.Hook):
-    """Sends a signal at a step of the second trial, and records what happens."""
-
-    def __init__(self):
-        self.texts, self.updates = [], 0
-
-    def message(self, text):
-        self.texts.append(text)
-
-    def update(self, *, step, epoch, images_per_second, loss):
-        self.updates += 1
-        if "trial 1" in self.texts[-1]:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_a_signal_stops_the_sweep_and_its_trial_is_repeated(run, sample):
-    hook = StopAt()
-    with pytest.raises(Interrupted, match="finished trials are saved") as caught:
-        fm.sweep(run, sample, SPACE, 2, num_seeds=2, hooks=[hook])
-    assert caught.value.signal_number == signal.SIGINT
-    assert hook.updates > 2  # progress within a trial
-    report = fm.sweep(run, sample, SPACE, 2, num_seeds=2, hooks=())
-    states = [trial["state"] for trial in report["trials"]]
-    assert states == ["COMPLETE", "FAIL", "COMPLETE"]
-    assert report["trials"][2]["params"] == report["trials"][1]["params"]
-
-
 def test_a_sweep_compiles_once_and_its_winner_is_trained_from_fresh_seeds(run, sample):
     before = train_steps._outer._cache_size()
     report = fm.sweep(run, sample, SPACE, 4, num_seeds=2, hooks=())
@@ -164,12 +137,12 @@ def test_domains_are_read(text, expected):
         ("rate=0:1", "names no setting of a recipe; choose one of augmentation"),
         ("arch=a,b", "names no setting"),
         ("dropout", "has no values; expected dropout=low:high"),
-        ("dropout=a:b", "is no float"),
+        ("dropout=a:b", "is not of type float"),
         ("dropout=0.5:0.1", "low must be below high"),
         ("learning_rate=log:0:1", "low must be above 0 and below high"),
-        ("dropout=0:1:2", "is no range"),
-        ("batch_size=1.5:3", "is no int"),
-        ("optimizer=adam:sgd", "is no range"),
+        ("dropout=0:1:2", "is not a range"),
+        ("batch_size=1.5:3", "is not of type int"),
+        ("optimizer=adam:sgd", "is not a range"),
     ],
 )
 def test_bad_domains_are_refused(text, message):
@@ -198,3 +171,30 @@ def test_bad_input_is_refused(run, sample, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ConfigError, match="Optuna is not installed"):
         fm.sweep(run, sample, SPACE, 1)
+
+
+class StopAt(fm.Hook):
+    """Sends a signal at a step of the second trial, and records what happens."""
+
+    def __init__(self):
+        self.texts, self.updates = [], 0
+
+    def message(self, text):
+        self.texts.append(text)
+
+    def update(self, *, step, epoch, images_per_second, loss):
+        self.updates += 1
+        if "trial 1" in self.texts[-1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_stops_the_sweep_and_its_trial_is_repeated(run, sample):
+    hook = StopAt()
+    with pytest.raises(Interrupted, match="finished trials are saved") as caught:
+        fm.sweep(run, sample, SPACE, 2, num_seeds=2, hooks=[hook])
+    assert caught.value.signal_number == signal.SIGINT
+    assert hook.updates > 2  # progress within a trial
+    report = fm.sweep(run, sample, SPACE, 2, num_seeds=2, hooks=())
+    states = [trial["state"] for trial in report["trials"]]
+    assert states == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert report["trials"][2]["params"] == report["trials"][1]["params"]
