@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from scipy import optimize
 from scipy.special import softmax
 
-from fmnist_jax.analysis.scores import check_predictions, cross_entropy
+from fmnist_jax.analysis.scores import check_predictions, log_losses
 
 # Published networks need temperatures between 0.5 and 5 (Guo et al. 2017; Minderer et al. 2021).
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.01, 100.0
@@ -75,7 +75,7 @@ def summarize(predictions: Mapping[str, np.ndarray]) -> dict[str, Any]:
             scaled = logits / temperature
             result["temperature"] = temperature
             result["ece_scaled"] = expected_calibration_error(scaled, labels)
-            result["loss_scaled"] = float(cross_entropy(scaled, labels).mean())
+            result["loss_scaled"] = float(log_losses(scaled, labels).mean())
     return result
 
 

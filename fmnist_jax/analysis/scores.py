@@ -38,7 +38,7 @@ def score(logits: ArrayLike, labels: ArrayLike, class_names: Sequence[str]) -> S
       >>> score([[2.0, 0.0], [1.0, 0.0]], [0, 1], ["a", "b"]).accuracy
       0.5
     """
-    losses = cross_entropy(logits, labels)
+    losses = log_losses(logits, labels)
     labels, predicted = np.asarray(labels), np.argmax(logits, axis=1)
     numbers = range(len(class_names))
     by_class = precision_recall_fscore_support(labels, predicted, labels=numbers, zero_division=0)
@@ -52,11 +52,11 @@ def score(logits: ArrayLike, labels: ArrayLike, class_names: Sequence[str]) -> S
     return Scores(accuracy, float(losses.mean()), losses, classes, matrix)
 
 
-def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
+def log_losses(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
     """Cross-entropy of each example, float64[n], in nats.
 
     Example:
-      >>> cross_entropy(np.log([[0.25, 0.75]]), [1]).round(4).tolist()
+      >>> log_losses(np.log([[0.25, 0.75]]), [1]).round(4).tolist()
       [0.2877]
     """
     logits, labels = check_predictions(logits, labels)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fmnist_jax.analysis import calibration
-from fmnist_jax.analysis.scores import cross_entropy, score
+from fmnist_jax.analysis.scores import log_losses, score
 
 
 def test_scores_equal_their_definitions():
@@ -41,7 +41,7 @@ def test_scores_equal_their_definitions():
 
 
 def test_cross_entropy_of_large_logits_is_finite():
-    np.testing.assert_array_equal(cross_entropy([[1e4, 0.0], [1e4, 0.0]], [0, 1]), [0, 1e4])
+    np.testing.assert_array_equal(log_losses([[1e4, 0.0], [1e4, 0.0]], [0, 1]), [0, 1e4])
 
 
 VALID = np.zeros((2, 3))
@@ -50,7 +50,7 @@ VALID = np.zeros((2, 3))
 @pytest.mark.parametrize(
     "function",
     [
-        cross_entropy,
+        log_losses,
         lambda logits, labels: score(logits, labels, "abc"),
         calibration.expected_calibration_error,
         calibration.calibration_interval,
