@@ -25,7 +25,8 @@ class Parser(argparse.ArgumentParser):
 
 def add_recipe_flag(parser: argparse.ArgumentParser, **options: Any) -> None:
     """Adds `--arch`, which names a recipe or a network, and its synonym `--recipe`."""
-    parser.add_argument("--arch", "--recipe", metavar="NAME", **options)
+    text = "recipe, or network with its first recipe; `run --list` shows all"
+    parser.add_argument("--arch", "--recipe", metavar="NAME", help=text, **options)
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:

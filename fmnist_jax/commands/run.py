@@ -41,11 +41,7 @@ def create_parser() -> argparse.ArgumentParser:
         description="Trains a recipe on Fashion-MNIST and writes a report.",
         epilog="The same command resumes an interrupted run.",
     )
-    flags.add_recipe_flag(
-        parser,
-        default="small_dropout",
-        help="recipe, or network with its first recipe (%(default)s); --list shows all",
-    )
+    flags.add_recipe_flag(parser, default="small_dropout")
     parser.add_argument("--seeds", type=int, metavar="N", help="train N runs: seeds S to S + N - 1")
     flags.add_workdir_flag(
         parser, None, "folder of the run; default: a folder in runs/ named by the settings"

@@ -78,7 +78,7 @@ def run(
             return 128 + signal.SIGPIPE
         # CheckpointError is an OSError.
         except (errors.ConfigError, errors.DataError, errors.DamagedFileError, OSError) as error:
-            message, status = f"error: {_describe(error)}", 2
+            message, status = f"error: {_error_text(error)}", 2
         except errors.VerificationError as error:
             message, status = f"verification failed: {error}", 1
         except errors.DivergedError as error:
@@ -105,7 +105,7 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _describe(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
 def create_parser() -> argparse.ArgumentParser:
     """Creates the parser of the command line."""
     parser = flags.Parser(description="Searches for better settings.")
-    flags.add_recipe_flag(parser, required=True, help="recipe, or network with its first recipe")
+    flags.add_recipe_flag(parser, required=True)
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument(
         "--over",

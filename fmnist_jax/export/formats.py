@@ -51,7 +51,7 @@ def export_stablehlo(classifier: Classifier, folder: Path) -> Path:
     loaded = export.deserialize(bytearray(content))
     # Not bitwise with the network, whose program has one platform and batch size.
     _check(classifier, loaded.call, exported.call)
-    description = _describe(classifier) | {
+    description = _metadata(classifier) | {
         "format": "stablehlo",
         "sha256": hashlib.sha256(content).hexdigest(),
         "platforms": list(PLATFORMS),
@@ -77,7 +77,7 @@ def export_onnx(classifier: Classifier, folder: Path) -> Path:
     runtime = _import("onnxruntime")
     from fmnist_jax.export.onnx_graph import to_onnx
 
-    metadata = {name: json.dumps(value) for name, value in _describe(classifier).items()}
+    metadata = {name: json.dumps(value) for name, value in _metadata(classifier).items()}
     content = to_onnx(_function(classifier), _images(), OUTPUTS, metadata).SerializeToString()
     session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
     _check(classifier, lambda images: session.run(None, {"images": images}))
@@ -97,7 +97,7 @@ def export_safetensors(classifier: Classifier, folder: Path) -> Path:
         for path, leaf in leaves
     }
     # A single entry, because safetensors writes several in varying order.
-    metadata = {"fmnist_jax": json.dumps(_describe(classifier))}
+    metadata = {"fmnist_jax": json.dumps(_metadata(classifier))}
     content = safetensors.save(arrays, metadata)
     loaded = safetensors.load(content)
     variables = jax.tree.unflatten(treedef, [loaded[name] for name in arrays])
@@ -126,7 +126,7 @@ def _function(classifier: Classifier) -> Callable[[jax.Array], tuple[jax.Array, 
     return apply
 
 
-def _describe(classifier: Classifier) -> dict[str, Any]:
+def _metadata(classifier: Classifier) -> dict[str, Any]:
     height, width = IMAGE_SHAPE
     num_classes = len(classifier.class_names)
     return {

@@ -51,7 +51,7 @@ def describe() -> dict[str, Any]:
         "machine": platform.platform(),
         "processor": _processor(),
         "num_threads": max(num_threads(), jax.local_device_count()),
-        "settings": _settings(),
+        "settings": _jax_settings(),
     }
 
 
@@ -94,7 +94,7 @@ def versions() -> dict[str, str]:
     return {"fmnist_jax": __version__} | {name: metadata.version(name) for name in _PACKAGES}
 
 
-def _settings() -> dict[str, Any]:
+def _jax_settings() -> dict[str, Any]:
     """Returns XLA's flags, and the settings of JAX that differ from their defaults."""
     flags = {name: os.environ[name] for name in ("XLA_FLAGS",) if name in os.environ}
     values = {name: getattr(jax.config, name) for name in _DEFAULTS}

@@ -21,7 +21,7 @@ from fmnist_jax.errors import CheckpointError, ConfigError, DivergedError
 from fmnist_jax.runs import environment, files
 from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.runs.console import ConsoleProgress
-from fmnist_jax.runs.html import describe_run
+from fmnist_jax.runs.html import render_result
 from fmnist_jax.runs.plan import Plan, create_plan
 from fmnist_jax.runs.results import write_results
 from fmnist_jax.runs.saver import LoopState, Saver, restore, restore_finished
@@ -60,7 +60,7 @@ class Result(NamedTuple):
         )
 
     def _repr_html_(self) -> str:
-        return describe_run(self.report, self.history)
+        return render_result(self.report, self.history)
 
 
 def fit(run: Run, dataset: Dataset, *, hooks: Sequence[Hook] | None = None) -> Result:

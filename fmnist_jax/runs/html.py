@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def describe_run(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
+def render_result(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
     """Returns the accuracies and the learning curves of a run.
 
     Args:
@@ -15,7 +15,7 @@ def describe_run(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
     Example:
       >>> lines = [{"split": "train", "epoch": 1, "loss": 0.5, "accuracy": 0.8}]
       >>> report = dict.fromkeys(["val_accuracy", "test_accuracy", "train_accuracy"], 0.8)
-      >>> page = describe_run(report | {"arch": "a", "seed": 0, "sample": False}, lines)
+      >>> page = render_result(report | {"arch": "a", "seed": 0, "sample": False}, lines)
       >>> "80.00%" in page, page.count("<img")
       (True, 2)
     """

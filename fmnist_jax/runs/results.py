@@ -69,7 +69,7 @@ def write_results(
         figures["tta_accuracy"] = tta.accuracy
     files.write_arrays(workdir / files.PREDICTIONS, **predictions, sample=dataset.sample)
     files.write_arrays(workdir / files.EXAMPLES, **_examples(plan, test.losses))
-    report = _describe_run(plan, history) | figures
+    report = _run_fields(plan, history) | figures
     files.write_json(workdir / files.REPORT, report)
     return report
 
@@ -106,7 +106,7 @@ def _predictions(plan: Plan, state: TrainState, hooks: Sequence[Hook]) -> dict[s
     return predictions
 
 
-def _describe_run(plan: Plan, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _run_fields(plan: Plan, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns what report.json says of settings, data, log and environment."""
     dataset, recipe = plan.dataset, plan.run.recipe
     last = {line["split"]: line for line in history}

@@ -48,10 +48,10 @@ def audit_images(
             "classes": list(dataset.class_names),
         },
         "splits": {
-            "train": describe_images(
+            "train": image_statistics(
                 dataset.train_images, dataset.train_labels, dataset.class_names
             ),
-            "test": describe_images(dataset.test_images, dataset.test_labels, dataset.class_names),
+            "test": image_statistics(dataset.test_images, dataset.test_labels, dataset.class_names),
         },
         "exact_duplicates": _exact_duplicates(dataset),
         "near_duplicates": near_duplicates,
@@ -59,13 +59,13 @@ def audit_images(
     return audit, {name: found.distances for name, found in matches.items()}
 
 
-def describe_images(
+def image_statistics(
     images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
 ) -> dict[str, Any]:
     """Counts images and describes pixels in [0, 1], of all images and by class.
 
     Example:
-      >>> describe_images(np.array([[[0, 255]]], np.uint8), np.array([0]), ["Bag"])["mean"]
+      >>> image_statistics(np.array([[[0, 255]]], np.uint8), np.array([0]), ["Bag"])["mean"]
       0.5
     """
     histograms = np.array(

@@ -4,6 +4,7 @@
 folders, with the same bits for every executor.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,7 +65,10 @@ class RayExecutor:
         self._options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_retries": _MAX_RETRIES}
         if not ray.is_initialized():
             try:
-                ray.init(address, log_to_driver=False, include_dashboard=False)
+                with warnings.catch_warnings():
+                    # JAX warns of forks; Ray replaces the program of its forks at once.
+                    warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+                    ray.init(address, log_to_driver=False, include_dashboard=False)
             except (ConnectionError, ValueError) as error:
                 raise ConfigError(f"the Ray cluster {address!r} cannot be used: {error}") from error
 

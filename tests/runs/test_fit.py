@@ -314,7 +314,7 @@ def test_a_changed_environment_is_reported(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(environment, "describe", lambda: describe() | {"processor": "another"})
     monkeypatch.setenv("NPROC", "77")
     settings = describe()["settings"]
-    monkeypatch.setattr(environment, "_settings", lambda: settings | {"jax_enable_x64": True})
+    monkeypatch.setattr(environment, "_jax_settings", lambda: settings | {"jax_enable_x64": True})
     with pytest.warns(EnvironmentWarning, match="the environment has changed") as caught:
         fm.fit(make_run(tmp_path), tiny, hooks=())
     assert str(caught[0].message).splitlines()[1:] == [

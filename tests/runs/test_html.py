@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from fmnist_jax.runs.html import describe_run
+from fmnist_jax.runs.html import render_result
 
 LINES = [{"split": "train", "epoch": epoch, "loss": 1 / epoch, "accuracy": 0.9} for epoch in (1, 2)]
 REPORT = {
@@ -15,7 +15,7 @@ REPORT = {
 
 @pytest.mark.parametrize("sample", [False, True])
 def test_accuracies_and_curves(sample):
-    root = ET.fromstring(describe_run(REPORT | {"sample": sample}, LINES))
+    root = ET.fromstring(render_result(REPORT | {"sample": sample}, LINES))
     text = " ".join(root.itertext())
     for expected in ("<small>, seed 3", "91.23%", "none", "95.00%"):
         assert expected in text

@@ -21,12 +21,14 @@ def test_a_killed_ray_worker_is_retried_and_no_bit_changes(tmp_path):
     process = subprocess.run(
         [sys.executable, str(CHILD), str(tmp_path / "ray")],
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         timeout=300,
         check=True,
         env=os.environ | {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
     )
     print(process.stdout)
+    assert "os.fork" not in process.stderr
     lines = process.stdout.split("\n")
     assert sum(line.startswith("killed") for line in lines) == 1
     assert any("Resuming after step" in line for line in lines)
