@@ -63,9 +63,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that `run` reads."""
-    parser.add_argument(
-        "--no-cache", action="store_true", help="do not use the persistent compilation cache"
-    )
+    parser.add_argument("--no-cache", action="store_true", help="do not cache compiled programs")
     parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
 
 

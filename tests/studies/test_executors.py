@@ -20,8 +20,7 @@ CHILD = Path(__file__).parent / "ray_child.py"
 def test_a_killed_ray_worker_is_retried_and_no_bit_changes(tmp_path):
     process = subprocess.run(
         [sys.executable, str(CHILD), str(tmp_path / "ray")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         timeout=300,
         check=True,
