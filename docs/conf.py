@@ -16,7 +16,6 @@ version = release = __version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build", "jupyter_execute"]
 
-# Docstrings are written in Google style with Markdown's `code`.
 default_role = "code"
 napoleon_use_ivar = True
 autodoc_default_options = {"members": True}

@@ -6,6 +6,7 @@ import re
 import pytest
 
 import fmnist_jax as fm
+from fmnist_jax.commands import predict as predict_command
 from fmnist_jax.commands import run as run_command
 from fmnist_jax.commands import sweep as sweep_command
 from tests.conftest import ROOT
@@ -40,7 +41,7 @@ def test_readme_is_short():
 
 
 def test_flags_exist():
-    modules = [run_command, sweep_command]
+    modules = [predict_command, run_command, sweep_command]
     options = {
         option
         for module in modules

@@ -83,9 +83,10 @@ def _run(first: argparse.Namespace, second: argparse.Namespace, console: Console
         sides = [[plan.run.workdir for plan in side] for side in plans]
     comparison = fm.compare(*sides)
     files.make_folder(second.workdir)
-    files.write_json(second.workdir / "comparison.json", comparison)
-    console.print()
-    shell.print_facts(console, _facts(comparison), bold="b minus a", sample=comparison["sample"])
+    path = second.workdir / "comparison.json"
+    files.write_json(path, comparison)
+    facts = _facts(comparison) | {"file": str(path)}
+    shell.print_facts(console, facts, bold="b minus a", sample=comparison["sample"])
     return 0
 
 

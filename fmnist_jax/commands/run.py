@@ -220,8 +220,8 @@ def _print_recipes(console: Console) -> None:
     table = Table("recipe", "network", "epochs", "batch", "optimizer", "claim", box=None)
     for name, recipe in fm.RECIPES.items():
         claim = CLAIMS[name].text if name in CLAIMS else "our own recipe"
-        cells = (recipe.arch, recipe.epochs, recipe.batch_size, recipe.optimizer, claim)
-        table.add_row(name, *map(str, cells))
+        sizes = map(str, (recipe.epochs, recipe.batch_size))
+        table.add_row(name, recipe.arch, *sizes, recipe.optimizer, claim)
     console.print(table)
     console.print("--arch NAME --dry-run shows all settings of a recipe.", highlight=False)
 

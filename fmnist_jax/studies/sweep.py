@@ -375,5 +375,5 @@ def _optuna() -> Any:
         import optuna
     except ImportError as error:
         raise ConfigError("Optuna is not installed; pip install 'fmnist_jax[sweep]'") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # it logs errors that are raised
     return optuna

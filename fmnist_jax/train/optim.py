@@ -151,7 +151,7 @@ def check_scalars_act(
       Traceback (most recent call last):
       ...
       fmnist_jax.errors.ConfigError: learning_rate has no effect on this optimizer, which has its \
-own; leave it out, or make the optimizer by with_learning_rate(optax.adam)
+own; leave it out, or make it by with_learning_rate, such as with_learning_rate(optax.adamw)
     """
     given = tuple(sorted(name for name, value in scalars.items() if value is not None))
     if not given:
@@ -162,7 +162,7 @@ own; leave it out, or make the optimizer by with_learning_rate(optax.adam)
         if name not in _effective_scalars(tx, treedef, shapes, given):
             raise ConfigError(
                 f"{name} has no effect on this optimizer, which has its own; leave it out, or make "
-                "the optimizer by with_learning_rate(optax.adam)"
+                "it by with_learning_rate, such as with_learning_rate(optax.adamw)"
             )
 
 
