@@ -91,8 +91,8 @@ def with_learning_rate(
         where `update` gets none.
 
     Returns:
-      An optax transformation as `create_optimizer` returns it. Each call makes a new one, which
-      is compiled anew; reuse it.
+      An optax transformation as `create_optimizer` returns it. Reuse it: each call returns a new
+      one, for which the training loop is compiled again.
 
     Raises:
       ConfigError: if the factory has no parameter `learning_rate`, or `update` is called without a
