@@ -1,1 +1,1 @@
-"""Scores, statistics, calibration and duplicates, without JAX."""
+"""Scores, statistics, calibration, duplicates, label issues and figures, without JAX."""

@@ -1,1 +1,1 @@
-"""A trained network outside of its run: predictions, pictures, other formats."""
+"""A trained network for other programs: StableHLO, ONNX, safetensors."""

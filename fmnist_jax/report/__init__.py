@@ -1,1 +1,1 @@
-"""HTML pages and plots from the files of a run."""
+"""HTML pages and event files, from the files and the log of a run."""

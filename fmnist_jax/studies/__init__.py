@@ -1,1 +1,1 @@
-"""Many runs: seeds, comparisons, cross-validation and label issues."""
+"""Many runs: seeds, comparisons, sweeps, cross-validation, audits, executors."""

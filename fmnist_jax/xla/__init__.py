@@ -1,1 +1,1 @@
-"""JAX and XLA: compiler options, persistent cache, fusion boundaries, program cost."""
+"""JAX and XLA: compiler options, compilation cache, calls that are not inlined."""
