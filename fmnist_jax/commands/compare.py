@@ -25,6 +25,7 @@ from fmnist_jax.errors import ConfigError
 from fmnist_jax.recipes import find_recipe
 from fmnist_jax.runs import files
 from fmnist_jax.runs.plan import Plan, create_plan
+from fmnist_jax.studies.seeds import seed_runs
 
 # With five seeds, the smallest p-value of a sign-flip test is 0.0625.
 _NUM_SEEDS = 6
@@ -110,17 +111,12 @@ def _plan_runs(first: argparse.Namespace, second: argparse.Namespace) -> list[li
     dataset = flags.load_data(second)
     flags.check_excluded(first, dataset)
     num_seeds = _NUM_SEEDS if second.seeds is None else second.seeds
-    if num_seeds < 1:
-        raise ConfigError(f"seeds is {num_seeds}; expected an integer of at least 1")
     sides = []
     for arguments in (first, second):
         run = flags.create_run(arguments, arguments.side, second.workdir)
         run = dataclasses.replace(run, seed=getattr(second, "seed", 0))
         folder = flags.name_workdir(second.workdir, run, dataset, seeds=True)
-        runs = [
-            dataclasses.replace(run, seed=seed, workdir=folder / f"seed-{seed}")
-            for seed in range(run.seed, run.seed + num_seeds)
-        ]
+        runs = seed_runs(dataclasses.replace(run, workdir=folder), num_seeds)
         sides.append([create_plan(one, dataset) for one in runs])
     if sides[0][0].run.workdir == sides[1][0].run.workdir:
         raise ConfigError("both sides have the same settings; give a flag after --against")

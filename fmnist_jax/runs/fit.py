@@ -303,11 +303,14 @@ def _end_epoch(plan: Plan, loop: LoopState, hooks: Sequence[Hook]) -> tuple[Loop
     train["images_per_second"] = round(len(plan.train_examples) / loop.epoch_seconds, 1)
     train["seconds"] = round(loop.epoch_seconds, 4)
     lines, val = [train], None
-    if num_val := len(plan.val_examples):
+    variables = loop.state.variables
+    val_images = plan.dataset.train_images[plan.val_examples]
+    val_labels = plan.dataset.train_labels[plan.val_examples]
+    if num_val := len(val_labels):
         metrics = evaluate(
-            loop.state.variables,
-            plan.dataset.train_images[plan.val_examples],
-            plan.dataset.train_labels[plan.val_examples],
+            variables,
+            val_images,
+            val_labels,
             model=plan.model,
             on_call=evaluation_progress(hooks, "val", num_val),
             layout=plan.config.layout,
@@ -319,26 +322,15 @@ def _end_epoch(plan: Plan, loop: LoopState, hooks: Sequence[Hook]) -> tuple[Loop
                 "lower learning rate often helps"
             )
         lines.append(val)
+
+    def val_logits() -> np.ndarray:
+        return np.asarray(predict(variables, val_images, model=plan.model))
+
     # Before the checkpoint: a killed run may repeat a line, and omits none.
-    log = _epoch_log(plan, loop, train, val)
+    log = EpochLog(epoch, loop.step, train, val, variables, val_images, val_labels, val_logits)
     wants_stop = [hook.epoch(log) for hook in hooks]  # each is called
     zeros = metrics_lib.zeros(plan.config.log_norms)
     return LoopState(loop.state, zeros, 0.0, [*loop.history, *lines]), any(wants_stop)
-
-
-def _epoch_log(
-    plan: Plan, loop: LoopState, train: dict[str, Any], val: dict[str, Any] | None
-) -> EpochLog:
-    images = plan.dataset.train_images[plan.val_examples]
-    variables = loop.state.variables
-
-    def val_logits() -> np.ndarray:
-        return np.asarray(predict(variables, images, model=plan.model))
-
-    labels = plan.dataset.train_labels[plan.val_examples]
-    return EpochLog(
-        train["epoch"], train["step"], train, val, variables, images, labels, val_logits
-    )
 
 
 def _agree(signals: list[int], wants_stop: bool, is_due: bool) -> tuple[int, bool, bool]:

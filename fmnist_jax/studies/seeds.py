@@ -71,13 +71,8 @@ def fit_seeds(
       >>> result.report["seeds"], len(result.report["test_accuracy"]["values"])
       ([0, 1], 2)
     """
-    if isinstance(num_seeds, bool) or not (isinstance(num_seeds, int) and num_seeds >= 1):
-        raise ConfigError(f"num_seeds is {num_seeds!r}; it must be an integer of at least 1")
+    runs = seed_runs(run, num_seeds)
     hooks = [ConsoleProgress()] if hooks is None else hooks
-    runs = [
-        dataclasses.replace(run, seed=seed, workdir=run.workdir / f"seed-{seed}")
-        for seed in range(run.seed, run.seed + num_seeds)
-    ]
     executor(runs, dataset, hooks)
     results = [fit(one, dataset, hooks=()) for one in runs]  # they are finished
 
@@ -88,6 +83,16 @@ def fit_seeds(
         return report
 
     return SeedsResult(results, processes.on_first(write))
+
+
+def seed_runs(run: Run, num_seeds: int) -> list[Run]:
+    """Returns the runs that `fit_seeds` trains; raises its `ConfigError`."""
+    if isinstance(num_seeds, bool) or not (isinstance(num_seeds, int) and num_seeds >= 1):
+        raise ConfigError(f"num_seeds is {num_seeds!r}; it must be an integer of at least 1")
+    return [
+        dataclasses.replace(run, seed=seed, workdir=run.workdir / f"seed-{seed}")
+        for seed in range(run.seed, run.seed + num_seeds)
+    ]
 
 
 def summarize(workdirs: Sequence[Path]) -> dict[str, Any]:

@@ -56,13 +56,11 @@ def create_optimizer(name: OptimizerName) -> optax.GradientTransformationExtraAr
     def update(
         grads: optax.Updates,
         opt_state: Any,
-        params: optax.Params | None = None,
-        *,
-        learning_rate: float | jax.Array | None = None,
-        weight_decay: float | jax.Array | None = None,
+        params: optax.Params | None,
+        learning_rate: jax.Array,
+        weight_decay: float | jax.Array | None,
         **_: Any,
     ) -> tuple[optax.Updates, Any]:
-        learning_rate = _given_rate(name, learning_rate)
         updates, opt_state = rule(grads, opt_state, params, learning_rate)
         if weight_decay is not None:
             updates = jax.tree.map(
@@ -74,7 +72,7 @@ def create_optimizer(name: OptimizerName) -> optax.GradientTransformationExtraAr
             )
         return updates, opt_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _with_scalars(name, init, update)
 
 
 def with_learning_rate(
@@ -105,7 +103,8 @@ def with_learning_rate(
       >>> round(float(updates["w"]), 6)
       -0.1
     """
-    name, parameters = factory.__name__, set(inspect.signature(factory).parameters)
+    name = getattr(factory, "__name__", str(factory))  # a partial has none
+    parameters = set(inspect.signature(factory).parameters)
     if "learning_rate" not in parameters:
         raise ConfigError(f"{name} has no parameter learning_rate; expected one, as of optax.adam")
     traced = parameters & {"learning_rate", "weight_decay"}
@@ -116,19 +115,18 @@ def with_learning_rate(
     def update(
         grads: optax.Updates,
         opt_state: Any,
-        params: optax.Params | None = None,
-        *,
-        learning_rate: float | jax.Array | None = None,
-        weight_decay: float | jax.Array | None = None,
+        params: optax.Params | None,
+        learning_rate: jax.Array,
+        weight_decay: float | jax.Array | None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
-        given = {"learning_rate": _given_rate(name, learning_rate)}
+        given = {"learning_rate": learning_rate}
         if weight_decay is not None and "weight_decay" in traced:
             given["weight_decay"] = jnp.asarray(weight_decay, jnp.float32)
         opt_state = opt_state._replace(hyperparams=opt_state.hyperparams | given)
         return tx.update(grads, opt_state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(tx.init, update)
+    return _with_scalars(name, tx.init, update)
 
 
 def check_scalars_act(
@@ -186,13 +184,29 @@ def _effective_scalars(
     }
 
 
-def _given_rate(name: str, learning_rate: float | jax.Array | None) -> jax.Array:
-    if learning_rate is None:
-        raise ConfigError(
-            f"{name} has no learning rate; pass Hyperparams(learning_rate=1e-3), or "
-            "learning_rate=1e-3 to its update"
-        )
-    return jnp.asarray(learning_rate, jnp.float32)
+def _with_scalars(
+    name: str, init: Callable[..., Any], rule: Callable[..., Any]
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the transformation whose `update` passes learning rate and weight decay to a rule."""
+
+    def update(
+        grads: optax.Updates,
+        opt_state: Any,
+        params: optax.Params | None = None,
+        *,
+        learning_rate: float | jax.Array | None = None,
+        weight_decay: float | jax.Array | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        if learning_rate is None:
+            raise ConfigError(
+                f"{name} has no learning rate; pass Hyperparams(learning_rate=1e-3), or "
+                "learning_rate=1e-3 to its update"
+            )
+        rate = jnp.asarray(learning_rate, jnp.float32)
+        return rule(grads, opt_state, params, rate, weight_decay, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def create_schedule(name: ScheduleName) -> Schedule | None:

@@ -1,5 +1,7 @@
 """The optimizers against Keras, the schedules against optax."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -185,6 +187,7 @@ GRADS = jax.tree.map(lambda param: 0.3 * param + 0.1, PARAMS)
         (optax.adamw, {"mask": {"kernel": True, "bias": False}},
          {"learning_rate": 0.02, "weight_decay": 0.3}),
         (optax.lion, {}, {"learning_rate": 0.02}),
+        (functools.partial(optax.adamw, b1=0.5), {}, {"learning_rate": 0.02}),
     ],
 )  # fmt: skip
 def test_a_factory_of_optax_takes_traced_scalars(factory, options, scalars):
