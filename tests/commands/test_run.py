@@ -21,13 +21,18 @@ from tests.conftest import ROOT
 RUN = [sys.executable, str(ROOT / "experiments" / "run.py")]
 
 
-# tests/runs/test_verify.py trains he_stack and sprint_93.
-SLOW = ("same_3x3", "deep_augmented", "sprint_91", "resnet20")
+# tests/runs/test_verify.py trains sprint_93.
+SLOW = ("same_3x3", "he_stack", "deep_augmented", "sprint_91")
 
 
 @pytest.mark.parametrize(
     "arch",
-    ["small_dropout", "valid_2x2", *(pytest.param(arch, marks=pytest.mark.slow) for arch in SLOW)],
+    [
+        "small_dropout",
+        "valid_2x2",
+        *(pytest.param(arch, marks=pytest.mark.slow) for arch in SLOW),
+        pytest.param("resnet20", marks=pytest.mark.soak),  # it compiles for minutes
+    ],
 )
 def test_every_network_trains(arch, tmp_path, capsys):
     flags = ["--image-size", "48"] if arch == "deep_augmented" else []

@@ -79,7 +79,7 @@ def test_small_network_has_the_same_bits_on_every_layout():
 
 # sprint_94 is sprint_93 with other epochs.
 NAMES = [name for name in fm.RECIPES if name != "sprint_94"]
-SLOW = ("small_dropout", "sprint_93")
+SLOW = ("sprint_93",)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_a_signal_ends_the_trainings_too(tmp_path):
     assert subprocess.run(["pgrep", "-f", str(tmp_path)], check=False).returncode == 1
 
 
-SLOW = ("small_dropout", "he_stack", "sprint_93")
+SLOW = ("small_dropout", "sprint_93")
 
 
 @pytest.mark.parametrize(
