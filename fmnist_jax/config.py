@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args, get_origin
 
 from fmnist_jax.errors import ConfigError
+from fmnist_jax.paths import local_path
 
 OptimizerName = Literal["adam", "rmsprop", "sgd", "muon"]
 ScheduleName = Literal["constant", "cosine", "one_cycle", "linear"]
@@ -175,7 +176,8 @@ class Run:
 
     Attributes:
       recipe: how to train.
-      workdir: folder of the run's files; created if missing.
+      workdir: folder of the run's files on this machine, where `~` is the home folder; created
+        if missing.
       seed: root of every random stream, in [0, 2**32).
       exclude: training images left out of training and validation, by their positions in the
         published file. Compare validation accuracies only between runs with the same exclusions.
@@ -210,7 +212,7 @@ class Run:
     log_grad_norms: bool = _flag("log the norms of gradient, parameters and updates", False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "workdir", Path(self.workdir))
+        object.__setattr__(self, "workdir", local_path(self.workdir))
         object.__setattr__(self, "exclude", _positions(self.exclude))
         _check_fields(self)
         Interval.parse("checkpoint_every", self.checkpoint_every)

@@ -11,12 +11,17 @@ from typing import Any, NoReturn
 import fmnist_jax as fm
 from fmnist_jax import config, errors
 from fmnist_jax.digest import sha256_json
+from fmnist_jax.paths import local_path
 from fmnist_jax.recipes import find_recipe
 from fmnist_jax.studies.executors import Executor, RayExecutor, fit_in_turn
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports bad usage in one line."""
+    """A parser that reports bad usage in one line, and whose paths are local."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("type", Path, _path)
 
     def error(self, message: str) -> NoReturn:
         """Prints the message and exits with status 2."""
@@ -209,6 +214,13 @@ def _add_flag(
         help=help_text.replace("%", "%%"),
         **options,
     )
+
+
+def _path(text: str) -> Path:
+    try:
+        return local_path(text)
+    except errors.ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _read_positions(path: Path) -> list[int]:

@@ -157,18 +157,31 @@ def _json(picture: Picture, names: list[tuple[str, float]]) -> dict[str, Any]:
 def _files(paths: Sequence[Path]) -> tuple[list[Path], int]:
     """Returns the files themselves, the pictures in folders, and the number of other files there.
 
-    Folders are searched with their subfolders.
+    Folders are searched with their subfolders and with those that they link to, each once. A folder
+    or a link that cannot be read is returned as a picture, so that its error is shown.
     """
-    chosen, num_skipped = [], 0
+    chosen, unreadable, seen = [], [], set()
+    num_skipped = 0
+
+    def note(error: OSError) -> None:
+        unreadable.append(Path(error.filename))
+
     for path in paths:
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.is_file())
-            pictures = [file for file in found if file.name.lower().endswith(SUFFIXES)]
-            chosen += pictures
-            num_skipped += len(found) - len(pictures)
-        else:
+        if not path.is_dir():
             chosen.append(path)
-    return chosen, num_skipped
+            continue
+        found = []
+        for folder, subfolders, names in os.walk(path, onerror=note, followlinks=True):
+            identity = os.path.realpath(folder)
+            if identity in seen:
+                subfolders.clear()
+            else:
+                found += [Path(folder, name) for name in names]
+            seen.add(identity)
+        pictures = [file for file in found if file.name.lower().endswith(SUFFIXES)]
+        chosen += sorted(pictures)
+        num_skipped += len(found) - len(pictures)
+    return chosen + unreadable, num_skipped
 
 
 def _write_sheet(shown: Sequence[tuple[Picture, str]], arguments: argparse.Namespace) -> str:

@@ -18,7 +18,12 @@ def read_images(path: Path) -> np.ndarray:
     Raises:
       DataError: if the file cannot be read, is truncated or is not an IDX file of images.
     """
-    return _read(path, IMAGES_MAGIC, "images")
+    return parse_images(_content(path), path)
+
+
+def parse_images(content: bytes, path: Path) -> np.ndarray:
+    """Reads images from the content of a file, as `read_images` does; `path` is for errors."""
+    return _parse(content, path, IMAGES_MAGIC, "images")
 
 
 def read_labels(path: Path) -> np.ndarray:
@@ -27,35 +32,45 @@ def read_labels(path: Path) -> np.ndarray:
     Raises:
       DataError: if the file cannot be read, is truncated or is not an IDX file of labels.
     """
-    return _read(path, _LABELS_MAGIC, "labels")
+    return _parse(_content(path), path, _LABELS_MAGIC, "labels")
 
 
-def _read(path: Path, magic: int, noun: str) -> np.ndarray:
+def _content(path: Path) -> bytes:
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    if content[:2] == b"\x1f\x8b" or path.suffix == ".gz":
-        try:
-            # The last four bytes are the size. In a damaged file they are arbitrary and must not
-            # allocate gigabytes; a buffer that is too small grows. 31: gzip header and checksum.
-            size = min(int.from_bytes(content[-4:], "little"), 1 << 26)
-            content = zlib.decompress(content, wbits=31, bufsize=max(size, 1))
-        except zlib.error as error:
-            raise DataError(f"{path}: damaged gzip file ({error}); fetch it again") from error
+
+
+def _parse(content: bytes, path: Path, magic: int, noun: str) -> np.ndarray:
+    # By content, because servers and browsers unpack files and leave their names.
+    is_packed = content[:2] == b"\x1f\x8b"
     dimensions = magic & 0xFF
     header_size = 4 * (1 + dimensions)
-    header = np.frombuffer(content[: len(content[:header_size]) // 4 * 4], ">u4")
-    if len(header) == 0 or header[0] != magic:
-        found = f"{int(header[0]):#x}" if len(header) else "nothing"
+    unpacker = zlib.decompressobj(wbits=31)  # with gzip's header and checksum
+    try:
+        start = unpacker.decompress(content, header_size) if is_packed else content[:header_size]
+        header = np.frombuffer(start[: len(start) // 4 * 4], ">u4")
+        if len(header) == 0 or header[0] != magic:
+            found = f"{int(header[0]):#x}" if len(header) else "nothing"
+            raise DataError(
+                f"{path}: not an IDX file of {noun}: it starts with {found}, expected {magic:#x}"
+            )
+        shape = tuple(int(size) for size in header[1:])
+        expected = math.prod(shape)
+        if is_packed:  # not more than the header says, because any other file may be much larger
+            most = min(expected + 1, 1 << 40)
+            body = unpacker.decompress(unpacker.unconsumed_tail, most)
+            if not unpacker.eof and len(body) < most:
+                raise zlib.error("incomplete or truncated stream")
+        else:
+            body = content[header_size:]
+    except zlib.error as error:
+        raise DataError(f"{path}: damaged gzip file ({error}); fetch it again") from error
+    if len(shape) < dimensions or len(body) != expected:
+        found = f"{len(body):,}" if len(body) < expected else "more"
         raise DataError(
-            f"{path}: not an IDX file of {noun}: it starts with {found}, expected {magic:#x}"
+            f"{path}: its header says {expected:,} bytes of {noun}, but it holds {found}; fetch it "
+            "again"
         )
-    shape = tuple(int(size) for size in header[1:])
-    expected = math.prod(shape)
-    if len(shape) < dimensions or len(content) - header_size != expected:
-        raise DataError(
-            f"{path}: holds {max(len(content) - header_size, 0):,} bytes of {noun}, but its header "
-            f"says {expected:,}; fetch it again"
-        )
-    return np.frombuffer(content, np.uint8, offset=header_size).reshape(shape)
+    return np.frombuffer(body, np.uint8).reshape(shape)

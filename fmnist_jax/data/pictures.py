@@ -1,7 +1,11 @@
 """Pictures of articles, prepared like the images of Fashion-MNIST: light on black, 28 x 28."""
 
+import io
+import os
+import stat
 import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -10,12 +14,15 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fmnist_jax.data import idx
-from fmnist_jax.errors import DataError
+from fmnist_jax.errors import DataError, DataWarning
 
 SIZE = 28
 
 # Of files found in a folder; a file that is passed by name may have any suffix.
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".idx3-ubyte", ".gz")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", "idx3-ubyte", "idx3-ubyte.gz")
+
+# The images of the largest set in this format, EMNIST, have 0.55 GB.
+_MAX_BYTES = 1 << 30
 
 # A photo of 50 megapixels takes 0.2 GB in memory; a larger one may be a decompression bomb.
 _MAX_PIXELS = 50_000_000
@@ -28,6 +35,12 @@ _NOISE = 5.0
 
 # The article is located in a picture reduced to about this size, which has little noise.
 _REDUCED = 4 * SIZE
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+# A frame is a line of one grey around the picture. It is at most 3 pixels or this share of the
+# shorter side wide, and differs by more than this grey value from the background inside.
+_MAX_FRAME, _FRAME_CONTRAST = 0.02, 25
 
 # A row or column belongs to the article if this fraction of it differs from the background, or half
 # of the largest such fraction, if that is smaller.
@@ -50,29 +63,52 @@ class Picture(NamedTuple):
     is_original: bool
 
 
-def read_pictures(path: Path) -> Iterator[Picture]:
+def read_pictures(path: Path) -> Iterator[Picture | DataError]:
     """Reads one picture from a PNG, JPEG or WebP file, or all from an IDX file.
 
+    The path may be a pipe, such as /dev/stdin.
+
+    Yields:
+      A picture; or the error of an image in an IDX file that shows no article.
+
     Raises:
-      DataError: if the file has another format, or is empty, truncated or too large.
+      DataError: if the file has another format, or is empty, damaged, truncated or too large.
+        Damage to the pixels is found in PNG and gzipped IDX files, which have checksums.
     """
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror})") from error
-    if not start:
-        raise DataError("is empty")
-    if start[:2] == b"\x1f\x8b" or start == idx.IMAGES_MAGIC.to_bytes(4, "big"):
-        images = idx.read_images(path)
+    content = _content(path)
+    if content[:2] == b"\x1f\x8b" or content[:4] == idx.IMAGES_MAGIC.to_bytes(4, "big"):
+        images = idx.parse_images(content, path)
         if not images.size:
             raise DataError(f"holds no pixel: its header says {images.shape}")
         for number, image in enumerate(images):
             is_original = image.shape == (SIZE, SIZE)
-            prepared, inverted = (image, False) if is_original else prepare(image)
-            yield Picture(f"{path}[{number}]", prepared, inverted, is_original)
+            try:
+                prepared, inverted = (image, False) if is_original else prepare(image)
+            except DataError as error:
+                yield DataError(f"image {number} {error}")
+            else:
+                yield Picture(f"{path}[{number}]", prepared, inverted, is_original)
     else:
-        yield Picture(str(path), *prepare(_read_grey(path)), False)
+        yield Picture(str(path), *prepare(_read_grey(content, path)), False)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        # Without waiting: a pipe that nobody writes to is empty.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not (stat.S_ISREG(status.st_mode) or stat.S_ISFIFO(status.st_mode)):
+                raise DataError("is neither a file nor a pipe")
+            if status.st_size > _MAX_BYTES:
+                raise DataError(f"has {status.st_size:,} bytes; expected at most {_MAX_BYTES:,}")
+            os.set_blocking(descriptor, True)
+            content = file.read()
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})") from error
+    if not content:
+        raise DataError("is empty")
+    return content
 
 
 def prepare(grey: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -98,7 +134,7 @@ def prepare(grey: np.ndarray) -> tuple[np.ndarray, bool]:
       >>> image.shape, inverted, image[:, 5].max(), image[:, 14].min()
       ((28, 28), True, np.uint8(0), np.uint8(200))
     """
-    picture = Image.fromarray(grey.astype(np.float32))
+    picture = Image.fromarray(_without_frame(grey).astype(np.float32))
     factor = max(1, round(max(picture.size) / _REDUCED))
     reduced = np.asarray(picture.reduce(factor))
     border = np.concatenate([reduced[0], reduced[-1], reduced[:, 0], reduced[:, -1]])
@@ -129,18 +165,46 @@ def prepare(grey: np.ndarray) -> tuple[np.ndarray, bool]:
     return image, inverted
 
 
+def _without_frame(grey: np.ndarray) -> np.ndarray:
+    """Removes a frame, whose rings are of one grey, from around a background of another."""
+    most = max(3, int(_MAX_FRAME * min(grey.shape)))
+    if min(grey.shape) < 6 * most:
+        return grey
+    rings = [_ring(grey, k) for k in range(most + 2)]
+    levels = [float(np.median(ring)) for ring in rings]
+    deviations = [np.abs(ring - level) for ring, level in zip(rings, levels, strict=True)]
+    # All of a frame is of one grey, but an article may touch the border of the background.
+    is_frame = [np.quantile(each, 0.95) < _FRAME_CONTRAST / 2 for each in deviations]
+    is_plain = [np.median(each) < _FRAME_CONTRAST / 2 for each in deviations]
+    for width in range(most, 0, -1):
+        is_edge = abs(levels[width - 1] - levels[width]) > _FRAME_CONTRAST
+        inside = grey[width:-width, width:-width]
+        if is_edge and is_frame[0] and all(is_plain[: width + 2]) and np.ptp(inside) > 0:
+            return inside
+    return grey
+
+
+def _ring(grey: np.ndarray, depth: int) -> np.ndarray:
+    """Returns the pixels at a distance from the border, int16."""
+    inner = grey[depth : len(grey) - depth, depth : grey.shape[1] - depth].astype(np.int16)
+    return np.concatenate([inner[0], inner[-1], inner[:, 0], inner[:, -1]])
+
+
 def _extent(shares: np.ndarray, factor: int) -> tuple[int, int]:
     """Returns where the article starts and ends in a picture that was reduced by a factor."""
     found = np.flatnonzero(shares > min(_MIN_SHARE, shares.max() / 2))
     return int(found[0]) * factor, (int(found[-1]) + 1) * factor
 
 
-def _read_grey(path: Path) -> np.ndarray:
+def _read_grey(content: bytes, path: Path) -> np.ndarray:
     """Reads uint8[height, width], turned upright, without transparency."""
+    if content[:8] == _PNG:
+        content = _pixels_of_png(content)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(record=True) as noted:
+            warnings.simplefilter("always")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as picture:
+            with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as picture:
                 width, height = picture.size
                 if max(width, height) > _MAX_SIDE or width * height > _MAX_PIXELS:
                     raise DataError(
@@ -148,7 +212,7 @@ def _read_grey(path: Path) -> np.ndarray:
                         f"at most {_MAX_SIDE:,} in a row"
                     )
                 picture.load()
-                return _grey(ImageOps.exif_transpose(picture))
+                grey = _grey(ImageOps.exif_transpose(picture))
     except UnidentifiedImageError as error:
         raise DataError("is not a PNG, JPEG, WebP or IDX file") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -158,6 +222,25 @@ def _read_grey(path: Path) -> np.ndarray:
         if isinstance(error, DataError):
             raise
         raise DataError(f"is damaged: {error}") from error
+    for note in noted:
+        warnings.warn(f"{path}: {note.message}", DataWarning, stacklevel=2)
+    return grey
+
+
+def _pixels_of_png(content: bytes) -> bytes:
+    """Verifies the checksums of a PNG, which Pillow ignores, and removes texts, which it limits."""
+    kept, start = [_PNG], len(_PNG)
+    while start < len(content):
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        chunk = content[start:end]
+        if chunk[4:8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            if zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:], "big"):
+                raise DataError("is damaged: a checksum is wrong, or it is truncated")
+            kept.append(chunk)
+        if chunk[4:8] == b"IEND":
+            break
+        start = end
+    return b"".join(kept)
 
 
 def _grey(picture: Image.Image) -> np.ndarray:

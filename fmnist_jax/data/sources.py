@@ -4,7 +4,6 @@ Every source gives the arrays of the published files, in their order: images uin
 values 0 (background) to 255, labels int32[n].
 """
 
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from fmnist_jax.data import tfds as tfds_source
 from fmnist_jax.data.dataset import Dataset, combined_sha256
 from fmnist_jax.digest import sha256_array, sha256_bytes
 from fmnist_jax.errors import DataError, DataWarning
+from fmnist_jax.paths import local_path, user_folder
 
 # SHA-256 of train images, train labels, test images and test labels, from files whose checksums are
 # those recorded in TensorFlow Datasets.
@@ -36,6 +36,8 @@ SAMPLE_SHA256 = (
 
 _FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 _SAMPLE_DIR = Path(__file__).parent / "sample"
+# Below the root that a user passes to torchvision.
+_TORCHVISION = "FashionMNIST/raw"
 # MNIST has the same file names and sizes, but other class counts.
 _MNIST_TRAIN_COUNTS = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
 
@@ -65,7 +67,7 @@ def load_fashion_mnist(data_dir: str | Path | None = None, *, sample: bool = Fal
     if sample:
         return _load_sample()
     if data_dir is not None:
-        return _load_directory(Path(data_dir).expanduser())
+        return _load_directory(local_path(data_dir))
     for place in standard_places():
         try:
             return _load_directory(place)
@@ -74,7 +76,7 @@ def load_fashion_mnist(data_dir: str | Path | None = None, *, sample: bool = Fal
         except DataError as error:  # a damaged copy
             warnings.warn(f"skipped: {error}", DataWarning, stacklevel=2)
     try:
-        return _load_prepared(tfds_source.prepare(_tfds_dir()))
+        return _load_prepared(tfds_source.prepare(_tfds_dir() or Path("tensorflow_datasets")))
     except DataError as error:
         warnings.warn(
             f"Fashion-MNIST was not found on this machine, and {error}. USING THE EMBEDDED SAMPLE "
@@ -89,11 +91,14 @@ def load_fashion_mnist(data_dir: str | Path | None = None, *, sample: bool = Fal
 
 def standard_places() -> Iterator[Path]:
     """Yields the folders that `load_fashion_mnist` tries, in order."""
-    yield _tfds_dir()
+    if tfds_dir := _tfds_dir():
+        yield tfds_dir
     yield Path("/usr/share/datasets/fashion-mnist")
-    yield Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser() / "datasets/fashion-mnist"
-    for root in (Path("data"), Path("~/data").expanduser(), Path()):
-        yield root / "FashionMNIST/raw"
+    if keras := user_folder("KERAS_HOME", "~/.keras"):
+        yield keras / "datasets/fashion-mnist"
+    for root in (Path("data"), user_folder("", "~/data"), Path()):
+        if root is not None:
+            yield root / _TORCHVISION
 
 
 class _NotFoundError(DataError):
@@ -110,6 +115,8 @@ def _load_directory(directory: Path) -> Dataset:
 def _read_directory(directory: Path) -> Dataset:
     if not directory.is_dir():
         raise _NotFoundError(f"{directory}: not a folder; expected one with the four IDX files")
+    if (directory / _TORCHVISION).is_dir():
+        directory = directory / _TORCHVISION
     prepared = tfds_source.find_prepared(directory)
     if prepared is not None:
         return _load_prepared(prepared)
@@ -158,7 +165,10 @@ def _load_prepared(prepared: Path) -> Dataset:
 
 
 def _cached(name: str, read: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
-    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fmnist_jax"
+    cache = user_folder("XDG_CACHE_HOME", "~/.cache")
+    if cache is None:
+        return read()
+    folder = cache / "fmnist_jax"
     try:
         with np.load(folder / name) as stored:
             arrays = [stored[array] for array in stored.files]
@@ -205,5 +215,5 @@ def _verified(arrays: list[np.ndarray], source: str, *, sample: bool = False) ->
     )  # fmt: skip
 
 
-def _tfds_dir() -> Path:
-    return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+def _tfds_dir() -> Path | None:
+    return user_folder("TFDS_DATA_DIR", "~/tensorflow_datasets")

@@ -5,6 +5,7 @@ import io
 import socket
 import struct
 import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,9 +129,13 @@ def prepare(data_dir: Path) -> Path:
 def _check_reachable(url: str) -> None:
     # If packets are dropped, TFDS retries for minutes; this fails within seconds.
     parts = urllib.parse.urlsplit(url)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if proxy and not urllib.request.proxy_bypass(parts.hostname or ""):  # as TFDS would connect
+        parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     try:
         socket.create_connection((parts.hostname or "", parts.port or 80), _TIMEOUT_SECONDS).close()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter for a port that is no number
         raise DataError(f"{parts.hostname} cannot be reached ({error})") from error
 
 

@@ -36,6 +36,8 @@ class Classifier:
         if the run has none for this checkpoint.
       recipe: the recipe of the run.
       step: number of steps of the training.
+      image_shape: height and width of the training images; None if version 0.2 or an earlier one
+        trained the network.
 
     Example:
       >>> import tempfile, fmnist_jax as fm
@@ -58,6 +60,7 @@ class Classifier:
     temperature: float
     recipe: Recipe
     step: int
+    image_shape: tuple[int, int] | None = None
 
     def __repr__(self) -> str:
         arch, num_classes = self.recipe.arch, len(self.class_names)
@@ -78,6 +81,8 @@ class Classifier:
           ValueError: if their shape is another, or not that of the training images.
         """
         images = checked_images(images)
+        if self.image_shape not in (None, images.shape[1:3]):
+            raise self._other_size(images)
         # Few images are not padded to the size at which many are fastest. Powers of two, so that
         # six programs serve all.
         size = 1 << max(len(images) - 1, 0).bit_length()
@@ -86,10 +91,14 @@ class Classifier:
             logits = predict(self.variables, images, model=self.model, batch_size=batch_size)
             return np.asarray(logits)
         except ScopeParamShapeError as error:
-            raise ValueError(
-                f"images have shape {images.shape}, but {self.recipe.arch} was trained on images "
-                "of another size"
-            ) from error
+            raise self._other_size(images) from error
+
+    def _other_size(self, images: Any) -> ValueError:
+        size = " x ".join(map(str, self.image_shape or ())) or "another size"
+        return ValueError(
+            f"images have shape {images.shape}, but {self.recipe.arch} was trained on images of "
+            f"{size}"
+        )
 
     def probabilities(self, images: Any) -> np.ndarray:
         """Computes the probabilities of the classes, float32[n, num_classes]; as `logits`."""
@@ -138,7 +147,11 @@ def load_classifier(
                 f"{files.REPORT} says; one of the two files was replaced"
             )
         temperature = report["calibration"]["temperature"] or 1.0
-    return Classifier(model, variables, class_names, temperature, recipe, checkpoint.step)
+    shape = checkpoint.meta.get("image_shape")
+    return Classifier(
+        model, variables, class_names, temperature, recipe, checkpoint.step,
+        None if shape is None else (shape[0], shape[1]),
+    )  # fmt: skip
 
 
 def _variables(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -209,7 +222,7 @@ def _read(
     for path in paths:
         try:
             for picture in read_pictures(path):
-                yield picture, None
+                yield (path, picture) if isinstance(picture, DataError) else (picture, None)
         except DataError as error:
             yield path, error
         on_file()

@@ -92,7 +92,11 @@ class Saver:
             values = {"params_sha256": params_sha256(loop.state.params)}
             processes.check_same(f"parameters at step {loop.step:,}", values, VerificationError)
         tree = {"state": loop.state, "metrics": loop.metrics}
-        meta = {"epoch_seconds": loop.epoch_seconds, "history": loop.history}
+        meta = {
+            "epoch_seconds": loop.epoch_seconds,
+            "history": loop.history,
+            "image_shape": self._plan.dataset.train_images.shape[1:],
+        }
         try:
             processes.on_first(
                 lambda: self._checkpoints.save(loop.step, tree, meta, loop.val_accuracy)

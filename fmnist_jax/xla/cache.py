@@ -11,8 +11,10 @@ from pathlib import Path
 
 import jax
 
+from fmnist_jax.paths import user_folder
 
-def enable_compilation_cache(directory: Path | None = None) -> Path:
+
+def enable_compilation_cache(directory: Path | None = None) -> Path | None:
     """Enables JAX's persistent compilation cache for this process.
 
     JAX keys an entry by program, compiler options and device. The directory adds the versions of
@@ -24,13 +26,16 @@ def enable_compilation_cache(directory: Path | None = None) -> Path:
         `~/.cache`. A cache directory that JAX has already (`JAX_COMPILATION_CACHE_DIR`) is kept.
 
     Returns:
-      The cache directory.
+      The cache directory; None without a home folder, where nothing is cached.
     """
     present = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if present:
         return Path(present)
     if directory is None:
-        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmnist_jax"
+        cache = user_folder("XDG_CACHE_HOME", "~/.cache")
+        if cache is None:
+            return None
+        directory = cache / "fmnist_jax"
     folder = directory / f"compiled-{machine_sha256()[:16]}"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # A run compiles dozens of small programs, which together take as long as the training loop.

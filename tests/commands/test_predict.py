@@ -1,8 +1,12 @@
 """Pictures are classified from the command line."""
 
+import errno
+import gzip
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,3 +114,37 @@ def test_folders_without_pictures_or_run_are_refused(finished, tmp_path, error_l
     assert "no picture was found" in error_line()
     assert predict_command.main([str(tmp_path), str(tmp_path)]) == 2
     assert "is not the folder of a run" in error_line()
+
+
+def test_nothing_in_a_folder_vanishes(finished, pictures, tmp_path, capsys):
+    folder = tmp_path / "all"
+    folder.mkdir()
+    (folder / "linked").symlink_to(pictures / "sub")
+    (folder / "again").symlink_to(folder)
+    (folder / "gone.png").symlink_to(tmp_path / "nothing.png")
+    content = gzip.decompress((pictures / "images-idx3-ubyte.gz").read_bytes())
+    (folder / "t10k-images-idx3-ubyte").write_bytes(content)
+    (folder / "backup.tar.gz").write_bytes(gzip.compress(b"other"))
+    os.mkfifo(folder / "pipe")
+    assert predict_command.main([str(finished), str(folder)]) == 1
+    captured = capsys.readouterr()
+    assert "classified: 5; unreadable files: 1; files of other types, skipped: 2." in captured.out
+    assert captured.err.startswith(f"error: {folder}/gone.png: cannot be read (No such file")
+
+
+def test_a_folder_that_cannot_be_read_is_reported(
+    finished, pictures, tmp_path, monkeypatch, capsys
+):
+    scandir, closed = os.scandir, pictures / "sub"
+
+    def refuse(path):
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    sheet = tmp_path / "sheet.png"
+    assert predict_command.main([str(finished), str(pictures), "--sheet", str(sheet)]) == 1
+    captured = capsys.readouterr()
+    assert "classified: 3; unreadable files: 1;" in captured.out
+    assert captured.err.startswith(f"error: {closed}: ")

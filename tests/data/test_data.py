@@ -4,6 +4,7 @@ import errno
 import functools
 import gzip
 import shutil
+import socket
 import struct
 import warnings
 from pathlib import Path
@@ -119,11 +120,11 @@ def flip_pixel(path):
     ("damage", "message"),
     [
         (truncate, "damaged gzip file"),
-        (corrupt, "damaged gzip file"),
-        (empty, "damaged gzip file"),
-        (not_gzip, "damaged gzip file"),
+        (corrupt, "damaged gzip file|it holds more"),
+        (empty, "it starts with nothing"),
+        (not_gzip, "it starts with 0x3c68746d"),
         (swap_magic, "it starts with 0x801, expected 0x803"),
-        (cut_payload, "holds 4,703,995 bytes of images, but its header says 4,704,000"),
+        (cut_payload, "its header says 4,704,000 bytes of images, but it holds 4,703,995"),
         (flip_pixel, "train-images-idx3 differ from the published"),
         (Path.unlink, "train-images-idx3-ubyte.gz not found"),
     ],
@@ -202,6 +203,28 @@ def test_without_data_and_network_the_sample_is_used_loudly(monkeypatch, sample)
         dataset = fm.load_fashion_mnist()
     assert dataset.sample
     assert_same(dataset, sample)
+
+
+def test_a_proxy_is_reached_in_place_of_the_host(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        port = proxy.getsockname()[1]
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
+        tfds._check_reachable("http://data.invalid/x")
+        monkeypatch.setenv("no_proxy", "data.invalid")
+        with pytest.raises(fm.errors.DataError, match=r"data\.invalid cannot be reached"):
+            tfds._check_reachable("http://data.invalid/x")
+    monkeypatch.delenv("no_proxy")
+    with pytest.raises(fm.errors.DataError, match=r"127\.0\.0\.1 cannot be reached"):
+        tfds._check_reachable("http://data.invalid/x")
+
+
+@pytest.mark.usefixtures("sample_as_published")
+def test_the_root_that_torchvision_takes_is_found(idx_dir, tmp_path, sample):
+    raw = tmp_path / "root" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in idx_dir.glob("*.gz"):
+        path.rename(raw / path.name)
+    assert_same(fm.load_fashion_mnist(tmp_path / "root"), sample)
 
 
 def write_tfds(directory, sample):

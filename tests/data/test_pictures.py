@@ -1,14 +1,19 @@
 """Pictures are brought to the format of Fashion-MNIST, whatever they look like."""
 
+import gzip
+import os
+import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from fmnist_jax.data import idx
 from fmnist_jax.data.pictures import prepare, read_pictures
-from fmnist_jax.errors import DataError
+from fmnist_jax.errors import DataError, DataWarning
 from tests.data.idx_files import write_idx
 
 
@@ -135,7 +140,7 @@ def test_a_transparent_background_is_that_which_the_article_differs_from(
 def test_images_of_an_idx_file_are_left_as_they_are(sample, tmp_path):
     path = tmp_path / "images.gz"
     write_idx(path, sample.test_images[:3])
-    pictures = list(read_pictures(path))
+    pictures: list = list(read_pictures(path))
     np.testing.assert_array_equal([p.image for p in pictures], sample.test_images[:3])
     assert pictures[2].name == f"{path}[2]"
 
@@ -178,3 +183,92 @@ def test_a_file_that_is_not_a_picture_is_refused(name, message, tmp_path):
     assert read(tmp_path / "good.png")
     with pytest.raises(DataError, match=message):
         read(tmp_path / name)
+
+
+def test_every_flipped_bit_of_the_pixels_of_a_png_is_found(article, tmp_path):
+    path = tmp_path / "shirt.png"
+    Image.fromarray(255 - framed(article)).save(path)
+    content = path.read_bytes()
+    start = content.index(b"IDAT") + 4
+    end = start + int.from_bytes(content[start - 8 : start - 4], "big")
+    for position in range(start, end, 7):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match="is damaged: a checksum is wrong"):
+            read(path)
+
+
+def test_long_texts_and_profiles_of_a_png_are_no_damage(article, tmp_path):
+    info = PngInfo()
+    info.add_text("prompt", "x" * 3_000_000, zip=True)
+    plain, noted = tmp_path / "plain.png", tmp_path / "noted.png"
+    Image.fromarray(framed(article)).save(plain)
+    Image.fromarray(framed(article)).save(noted, pnginfo=info, icc_profile=bytes(2_000_000))
+    np.testing.assert_array_equal(read(noted).image, read(plain).image)
+
+
+def test_a_warning_of_pillow_names_the_file(tmp_path):
+    exif = b"Exif\0\0II*\0\x08\0\0\0\xff\0"  # 255 entries, and none follows
+    Image.fromarray(np.eye(50, dtype=np.uint8) * 255).save(tmp_path / "a.jpg", exif=exif)
+    with pytest.warns(DataWarning, match=r"a\.jpg: Corrupt EXIF data"):
+        read(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("background", [0, 255])
+@pytest.mark.parametrize("margin", [0, 40])
+def test_a_frame_is_removed(width, background, margin, article):
+    picture = framed(article, background, margin)
+    expected, inverted = prepare(picture)
+    image, frame_inverted = prepare(np.pad(picture, width, constant_values=255 - background))
+    assert frame_inverted == inverted
+    assert difference(image, expected) < 3
+
+
+def test_a_plain_bag_in_a_narrow_margin_is_no_frame():
+    picture = np.pad(np.full((100, 100), 90, np.uint8), 2, constant_values=255)
+    image, inverted = prepare(picture)
+    assert inverted
+    assert (image == 165).mean() > 0.9
+
+
+def test_a_blank_image_does_not_hide_the_rest_of_its_file(tmp_path):
+    images = np.zeros((5, 30, 30), np.uint8)
+    images[[0, 1, 3, 4], 10:20, 10:20] = 200
+    write_idx(tmp_path / "five-idx3-ubyte", images)
+    found = list(read_pictures(tmp_path / "five-idx3-ubyte"))
+    assert [isinstance(each, DataError) for each in found] == [False, False, True, False, False]
+    assert str(found[2]).startswith("image 2 shows no article")
+
+
+def test_an_idx_file_is_recognised_by_its_content(sample, tmp_path):
+    write_idx(tmp_path / "plain", sample.test_images[:3])
+    (tmp_path / "plain").rename(tmp_path / "images.gz")  # unpacked by a browser
+    np.testing.assert_array_equal(idx.read_images(tmp_path / "images.gz"), sample.test_images[:3])
+
+
+def test_a_gzip_file_is_not_unpacked_further_than_its_header_says(tmp_path):
+    path = tmp_path / "backup.tar.gz"
+    path.write_bytes(gzip.compress(bytes(50_000_000)))
+    tracemalloc.start()
+    with pytest.raises(DataError, match="not an IDX file"):
+        list(read_pictures(path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
+def test_pipes_are_read_and_without_a_writer_empty(article, tmp_path):
+    Image.fromarray(framed(article)).save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="is empty"):
+        read(tmp_path / "pipe")
+    read_end, write_end = os.pipe()
+    with os.fdopen(write_end, "wb") as file:
+        file.write((tmp_path / "a.png").read_bytes())
+    picture = read(Path(f"/dev/fd/{read_end}"))
+    os.close(read_end)
+    np.testing.assert_array_equal(picture.image, read(tmp_path / "a.png").image)
+    with pytest.raises(DataError, match="is neither a file nor a pipe"):
+        read(Path("/dev/zero"))

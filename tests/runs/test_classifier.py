@@ -71,7 +71,8 @@ def test_a_folder_that_is_no_run_is_refused(workdir):
     [
         (np.zeros((2, 28, 28), np.float32), TypeError, "expected uint8"),
         (np.zeros((28, 28), np.uint8), ValueError, "expected \\[n, height, width\\]"),
-        (np.zeros((2, 32, 32), np.uint8), ValueError, "images of another size"),
+        (np.zeros((2, 32, 32), np.uint8), ValueError, "trained on images of 28 x 28"),
+        (np.zeros((2, 27, 27), np.uint8), ValueError, "trained on images of 28 x 28"),
     ],
 )
 def test_other_arrays_are_refused(images, error, message, classifier):

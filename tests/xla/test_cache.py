@@ -71,7 +71,9 @@ def folder(tmp_path):
 
     def call() -> Path:
         jax.config.update("jax_compilation_cache_dir", None)
-        return enable_compilation_cache(tmp_path)
+        folder = enable_compilation_cache(tmp_path)
+        assert folder is not None
+        return folder
 
     return call
 
