@@ -23,6 +23,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFor
 from scipy.special import softmax
 
 from fmnist_jax.analysis import calibration
+from fmnist_jax.errors import ConfigError
 
 INK, GRID = "#1f2937", "#e5e7eb"
 # Two hues that color-blind readers can tell apart: training and validation, or before and after.
@@ -54,9 +55,19 @@ def style() -> Iterator[None]:
     """Replaces the user's matplotlib settings, for a `with` statement or as a decorator.
 
     Saving belongs inside, because matplotlib creates ticks and grid lines on saving.
+
+    Raises:
+      ConfigError: in place of an error of matplotlib, such as of a font.
     """
-    with mpl.style.context(_STYLE, after_reset=True):
-        yield
+    try:
+        with mpl.style.context(_STYLE, after_reset=True):
+            yield
+    except LookupError:  # the data miss a value
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"a figure cannot be drawn; the results are kept ({type(error).__name__}: {error})"
+        ) from error
 
 
 @style()

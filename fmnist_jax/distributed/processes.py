@@ -7,6 +7,7 @@ other.
 import json
 import os
 import pickle
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,7 +35,8 @@ def start(heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
         the others.
 
     Raises:
-      ConfigError: if no launcher is detected, or the variables are not numbers.
+      ConfigError: if no launcher is detected, a variable has another form, or another program uses
+        the port of the first process.
     """
     numbers: dict[str, int] = {}
     for name in ("num_processes", "process_id"):
@@ -43,6 +45,9 @@ def start(heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
             if not text.isdecimal():
                 raise errors.ConfigError(f"JAX_{name.upper()} is {text!r}; expected an integer")
             numbers[name] = int(text)
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address is not None:
+        _check_address(address, is_served_here=numbers.get("process_id") == 0)
     # Its handler would replace the action of SIGTERM, which here stops all processes (`fit`).
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -56,6 +61,23 @@ def start(heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
             f"the processes cannot be connected: {error} Start them by mpirun, srun or Kubernetes, "
             "or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from error
+
+
+def _check_address(address: str, *, is_served_here: bool) -> None:
+    """Refuses what JAX answers with an IndexError or a segmentation fault."""
+    _, _, port = address.rpartition(":")
+    if not (port.isdecimal() and 0 < int(port) < 2**16 and ":" in address):
+        raise errors.ConfigError(
+            f"JAX_COORDINATOR_ADDRESS is {address!r}; expected host:port of the first process"
+        )
+    if is_served_here:
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            raise errors.ConfigError(
+                f"JAX_COORDINATOR_ADDRESS is {address!r}, but the port cannot be used: "
+                f"{os.strerror(error.errno or 0)}; choose another port for all processes"
+            ) from error
 
 
 def is_first() -> bool:

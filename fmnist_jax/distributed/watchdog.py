@@ -1,5 +1,6 @@
 """`Watchdog`: ends a process that makes no progress while others wait for it."""
 
+import contextlib
 import ctypes
 import faulthandler
 import os
@@ -21,8 +22,9 @@ def end_lost(message: str) -> None:
 
     A regular exit would wait for the other processes.
     """
-    print(f"{message}; the same command resumes the run", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # the output may be closed
+        print(f"{message}; the same command resumes the run", file=sys.stderr, flush=True)
+        sys.stdout.flush()
     os._exit(LOST_STATUS)
 
 

@@ -1,6 +1,7 @@
 """`TensorBoardHook`: the log of a run as event files, without TensorFlow."""
 
 import io
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from PIL import Image
 
 from fmnist_jax.analysis import plots
 from fmnist_jax.analysis.scores import score
-from fmnist_jax.errors import ConfigError
+from fmnist_jax.errors import ConfigError, EnvironmentWarning
 from fmnist_jax.train.hooks import EpochLog, Hook
 
 _NUM_SHOWN = 20  # misclassified images per epoch
@@ -64,11 +65,13 @@ class TensorBoardHook(Hook):
         if log.val is not None:
             logits = log.val_logits()
             matrix = score(logits, log.val_labels, self._class_names).confusion_matrix
-            self._add_figure("confusion", plots.confusion_matrix(matrix, self._class_names), log)
-            figure = plots.misclassified(
-                log.val_images, log.val_labels, logits, self._class_names, _NUM_SHOWN
-            )
-            self._add_figure("misclassified", figure, log)
+            images, labels, names = log.val_images, log.val_labels, self._class_names
+            try:
+                self._add_figure("confusion", plots.confusion_matrix(matrix, names), log)
+                figure = plots.misclassified(images, labels, logits, names, _NUM_SHOWN)
+                self._add_figure("misclassified", figure, log)
+            except ConfigError as error:  # a figure is not worth the training
+                warnings.warn(str(error), EnvironmentWarning, stacklevel=2)
         self._events.flush()
 
     def finish(self, *, report: Mapping[str, Any]) -> None:

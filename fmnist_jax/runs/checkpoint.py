@@ -19,9 +19,11 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -126,17 +128,22 @@ class Checkpoints:
             temporary.mkdir()
             arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(tree).items()}
             _check_free_space(temporary, sum(array.nbytes for array in arrays.values()))
+            described = {
+                name: {"dtype": str(array.dtype), "shape": list(array.shape)}
+                for name, array in arrays.items()
+            }
             _write_arrays(temporary / _ARRAYS, arrays)
+            # Before older checkpoints are removed.
+            read = _read_arrays(temporary / _ARRAYS, described)
+            if any(array.tobytes() != read[name].tobytes() for name, array in arrays.items()):
+                raise ValueError("Orbax reads other values than it has written")
             body = {
                 "format": FORMAT,
                 "step": step,
                 "score": score,
                 "settings": self._settings,
                 "meta": dict(meta),
-                "arrays": {
-                    name: {"dtype": str(array.dtype), "shape": list(array.shape)}
-                    for name, array in arrays.items()
-                },
+                "arrays": described,
                 "files": {
                     path.relative_to(temporary).as_posix(): sha256_file(path)
                     for path in sorted((temporary / _ARRAYS).rglob("*"))
@@ -369,8 +376,8 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     ocp = _orbax()
     # Orbax cannot save arrays without elements; the manifest describes them in full.
     filled = {name: array for name, array in arrays.items() if array.size}
-    with _checkpointer() as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(filled))
+    with _checkpointer() as checkpointer, _plain(path) as plain:
+        checkpointer.save(plain, args=ocp.args.PyTreeSave(filled))
 
 
 def _read_arrays(path: Path, described: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -381,9 +388,21 @@ def _read_arrays(path: Path, described: dict[str, Any]) -> dict[str, np.ndarray]
         for name, array in arrays.items()
         if array.size
     }
-    with _checkpointer() as checkpointer:
+    with _checkpointer() as checkpointer, _plain(path) as plain:
         args = ocp.args.PyTreeRestore(restore_args=restore_args)
-        return arrays | checkpointer.restore(path, args=args)
+        return arrays | checkpointer.restore(plain, args=args)
+
+
+@contextlib.contextmanager
+def _plain(path: Path) -> Iterator[Path]:
+    """Yields a path through a link, if Orbax would read a pattern in it or cannot encode it."""
+    if re.fullmatch(r"[\w./-]+", str(path), re.ASCII):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as place:
+        link = Path(place) / "link"
+        link.symlink_to(path.parent, target_is_directory=True)
+        yield link / path.name
 
 
 def _checkpointer() -> Any:

@@ -24,7 +24,9 @@ DECISIVE = ("source", "versions", "device", "processor", "num_threads", "setting
 # Settings of JAX that change what a run computes, and their defaults.
 _DEFAULTS = {
     "jax_default_matmul_precision": None,
+    "jax_disable_jit": False,
     "jax_enable_x64": False,
+    "jax_random_seed_offset": 0,
     "jax_threefry_partitionable": True,
 }
 

@@ -1,12 +1,14 @@
 """The files of a run, written atomically."""
 
 import contextlib
+import errno
 import io
 import json
 import os
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,9 @@ def write_bytes(path: Path, content: bytes) -> None:
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk has none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -62,6 +67,10 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems, such as CIFS, cannot do this for folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -111,16 +120,16 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Locks a folder for this process; it is unlocked when the process ends.
 
     Args:
       folder: an existing folder.
-      wait: whether to wait for another process that has locked it.
+      on_wait: called before waiting for another process that has locked it; None does not wait.
 
     Raises:
-      ConfigError: if another process has locked it, unless `wait`.
-      OSError: if the folder cannot be written.
+      ConfigError: if another process has locked it, unless `on_wait` is given.
+      OSError: if the folder cannot be written or locked.
 
     Example:
       >>> import tempfile
@@ -128,13 +137,32 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
       ...     print("locked")
       locked
     """
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
     try:
-        with filelock.FileLock(folder / ".lock", timeout=-1 if wait else 0):
-            yield
+        lock.acquire()
     except filelock.Timeout:
-        raise ConfigError(
-            f"workdir {folder} is in use by another process; wait for it, or use another folder"
-        ) from None
+        _check_locks(folder)
+        if on_wait is None:
+            raise ConfigError(
+                f"workdir {folder} is in use by another process; wait for it, or use another folder"
+            ) from None
+        on_wait()
+        lock.acquire(timeout=-1)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _check_locks(folder: Path) -> None:
+    """Raises OSError if no file can be locked, which `filelock` takes for a lock of another."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".lock-") as file:
+        try:
+            with filelock.FileLock(file.name, timeout=0):
+                pass
+        except filelock.Timeout:
+            message = "files cannot be locked there, by its file system or a security policy"
+            raise OSError(errno.EACCES, message, str(folder)) from None
 
 
 def _parsed(path: Path, content: bytes) -> Any:

@@ -38,6 +38,11 @@ from fmnist_jax.train.step import TrainState
 _CALL_SECONDS = 0.5
 
 
+# A call that takes this many times as long as the one before and as the target was suspended, as by
+# Ctrl-Z; this is not counted as training time.
+_SUSPENDED = 20
+
+
 class Result(NamedTuple):
     """A finished run.
 
@@ -67,8 +72,9 @@ def fit(run: Run, dataset: Dataset, *, hooks: Sequence[Hook] | None = None) -> R
     """Trains and evaluates a run and writes its files; resumes where an earlier call stopped.
 
     After each epoch it evaluates the validation split and saves a checkpoint. The test images are
-    evaluated once, at the end. The first SIGINT or SIGTERM saves the state and stops, after the
-    current compiled call or evaluation; a second one stops at once.
+    evaluated once, at the end. The first signal of `runs.signals.STOPPING`, such as SIGINT, saves
+    the state and stops, after the current compiled call or evaluation; a second SIGINT or SIGTERM
+    stops at once.
 
     A resumed run is bitwise identical to one that was never stopped. A damaged checkpoint is
     skipped in favour of the one before it. If a checkpoint cannot be written, for instance because
@@ -259,11 +265,14 @@ def train_calls(
         state, inputs, plan.run.recipe.epochs, metrics, config=plan.config,
         next_num_steps=next_num_steps,
     )  # fmt: skip
-    step, start = int(state.step), time.perf_counter()
+    step, pace, start = int(state.step), math.inf, time.perf_counter()
     for state, metrics in calls:
         sums = jax.device_get(metrics)  # waits for the end of the call
         seconds = time.perf_counter() - start
         num_steps, step = int(state.step) - step, int(state.step)
+        if seconds > max(_SUSPENDED * pace * num_steps, _SUSPENDED * _CALL_SECONDS):
+            seconds = pace * num_steps
+        pace = seconds / num_steps
         _check_finite(plan, step, sums)
         for hook in hooks:
             hook.update(

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM wait until the state is saved."""
+"""Signals that ask a run to stop wait until the state is saved."""
 
 import contextlib
 import signal
@@ -6,14 +6,23 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+# A second one acts at once. The others do not, because a closed terminal sends SIGHUP twice.
+_URGENT = {signal.SIGINT, signal.SIGTERM}
+
+# What a closed session (HUP), a scheduler (USR1, USR2, and XCPU at a limit of processor time), a
+# timer (ALRM) and a failing power supply (PWR) send. Windows has none of them.
+_NAMES = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM", "SIGPWR")
+STOPPING = _URGENT | {getattr(signal, name) for name in _NAMES if hasattr(signal, name)}
+
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[list[int]]:
-    """Records the first SIGINT or SIGTERM instead of acting on it.
+    """Records the signals of `STOPPING` instead of acting on them.
 
-    The former handlers are restored by the first signal, so that a second one acts at once. Python
-    runs handlers between compiled calls. Ignored signals stay ignored. Outside the main thread,
-    where Python handles no signals, this does nothing.
+    The first one restores the former handlers of SIGINT and SIGTERM, so that these act at once.
+    Python runs handlers between compiled calls. Ignored signals stay ignored, and those other than
+    SIGINT and SIGTERM keep a handler of the user's. Outside the main thread, where Python handles
+    no signals, this does nothing.
 
     Yields:
       The numbers of the recorded signals; empty until one arrives.
@@ -29,26 +38,27 @@ def deferred_signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
     # None is a handler that was not installed from Python and cannot be restored.
     handlers = {
         number: handler
         for number, handler in handlers.items()
-        if handler not in (None, signal.SIG_IGN)
+        if handler == signal.SIG_DFL
+        or (number in _URGENT and handler not in (None, signal.SIG_IGN))
     }
 
-    def restore() -> None:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    def restore(numbers: set[signal.Signals]) -> None:
+        for number in numbers & handlers.keys():
+            signal.signal(number, handlers[number])
 
     def record(number: int, frame: FrameType | None) -> None:
         del frame
         received.append(number)
-        restore()
+        restore(_URGENT)
 
     for number in handlers:
         signal.signal(number, record)
     try:
         yield received
     finally:
-        restore()
+        restore(STOPPING)

@@ -4,6 +4,9 @@
 folders, with the same bits for every executor.
 """
 
+import dataclasses
+import socket
+import urllib.parse
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +15,8 @@ import jax
 
 from fmnist_jax.config import Run
 from fmnist_jax.data.dataset import Dataset
-from fmnist_jax.errors import ConfigError
+from fmnist_jax.errors import ConfigError, Interrupted
+from fmnist_jax.runs import files
 from fmnist_jax.runs.fit import fit
 from fmnist_jax.train.hooks import EpochLog, Hook, say
 from fmnist_jax.xla.cache import enable_compilation_cache
@@ -21,6 +25,8 @@ Executor = Callable[[Sequence[Run], Dataset, Sequence[Hook]], None]
 
 # A resumed run repeats at most one checkpoint interval, so a retry is cheap.
 _MAX_RETRIES = 10
+
+_TIMEOUT_SECONDS = 10.0
 
 # Seconds between two looks at the messages of the tasks.
 _POLL_SECONDS = 0.5
@@ -62,8 +68,14 @@ class RayExecutor:
         except ImportError as error:
             raise ConfigError("Ray is not installed; pip install 'fmnist_jax[ray]'") from error
         self._ray: Any = ray
-        self._options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_retries": _MAX_RETRIES}
+        self._options = {
+            "num_cpus": num_cpus,
+            "num_gpus": num_gpus,
+            "max_retries": _MAX_RETRIES,
+            "retry_exceptions": [Interrupted],  # by a signal to the worker
+        }
         if not ray.is_initialized():
+            _check_reachable(address)
             try:
                 with warnings.catch_warnings():
                     # JAX warns of forks; Ray replaces the program of its forks at once.
@@ -75,6 +87,8 @@ class RayExecutor:
     def __call__(self, runs: Sequence[Run], dataset: Dataset, hooks: Sequence[Hook]) -> None:
         """Trains the runs; raises the error of the first that fails."""
         ray = self._ray
+        # The workers have other current folders.
+        runs = [dataclasses.replace(run, workdir=run.workdir.absolute()) for run in runs]
         mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
         shared = ray.put(dataset)
         uses_cache = bool(jax.config.jax_compilation_cache_dir)  # type: ignore[attr-defined]
@@ -94,6 +108,22 @@ class RayExecutor:
                     raise ConfigError(f"a run failed on Ray: {error}") from error
         for message in ray.get(mailbox.take.remote()):
             say(hooks, message)
+        for run in runs:
+            if not (run.workdir / files.REPORT).exists():
+                raise ConfigError(
+                    f"{run.workdir} has no {files.REPORT} here, although a worker finished the "
+                    "run; all nodes need the same file system"
+                )
+
+
+def _check_reachable(address: str | None) -> None:
+    # Ray tries for minutes, in which it handles no signal.
+    parts = urllib.parse.urlsplit(f"//{(address or '').removeprefix('ray://')}")
+    try:
+        if parts.port is not None:
+            socket.create_connection((parts.hostname or "", parts.port), _TIMEOUT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the Ray cluster {address!r} cannot be reached: {error}") from error
 
 
 def _fit_remotely(run: Run, dataset: Dataset, mailbox: Any, uses_cache: bool) -> None:

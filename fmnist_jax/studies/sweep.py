@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import sqlite3
 import typing
 import warnings
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from fmnist_jax.config import Recipe, Run
 from fmnist_jax.data.dataset import Dataset
 from fmnist_jax.differences import differences_message
-from fmnist_jax.errors import ConfigError, DivergedError, Interrupted
+from fmnist_jax.errors import ConfigError, DamagedFileError, DivergedError, Interrupted
 from fmnist_jax.runs import files
 from fmnist_jax.runs.console import ConsoleProgress
 from fmnist_jax.runs.fit import train_calls
@@ -149,18 +150,22 @@ def sweep(
         trial that was stopped and continues.
     """
     hooks = [ConsoleProgress()] if hooks is None else hooks
+    lock = functools.partial(
+        files.locked, run.workdir,
+        on_wait=lambda: say(hooks, "Waiting for another process that uses the folder ..."),
+    )  # fmt: skip
     optuna = _optuna()
     plan = _checked_plan(run, dataset, space, num_trials, num_seeds)
     files.make_folder(run.workdir)
-    with files.locked(run.workdir, wait=True):
+    with lock():
         _write_settings(plan, space)
-    best, trials = _search(run, dataset, space, num_trials, hooks, optuna)
+    best, trials = _search(run, dataset, space, num_trials, hooks, optuna, lock())
     recipe = dataclasses.replace(run.recipe, **best.params)
     fresh = dataclasses.replace(
         run, recipe=recipe, seed=run.seed + 1, workdir=run.workdir / f"best-{best.number}"
     )
     say(hooks, f"The best is trial {best.number}. Training it from {num_seeds} fresh seeds:")
-    with files.locked(run.workdir, wait=True):  # others that share the sweep come here too
+    with lock():  # others that share the sweep come here too
         seeds = fit_seeds(fresh, dataset, num_seeds, hooks=hooks).report
     val = seeds["val_accuracy"]
     report = {
@@ -187,7 +192,7 @@ def sweep(
             for trial in trials
         ],
     }
-    with files.locked(run.workdir, wait=True):
+    with lock():
         files.write_json(run.workdir / SWEEP, report)
     return report
 
@@ -220,10 +225,11 @@ def _search(
     num_trials: int,
     hooks: Sequence[Hook],
     optuna: Any,
+    lock: contextlib.AbstractContextManager[None],
 ) -> tuple[Any, list[Any]]:
     """Trains the missing trials; returns the best trial and all of them."""
     states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-    with _open_study(run.workdir, optuna) as study, deferred_signals() as signals:
+    with _open_study(run.workdir, optuna, lock) as study, deferred_signals() as signals:
 
         def objective(trial: Any) -> float:
             try:
@@ -305,45 +311,54 @@ def load_study(workdir: Path) -> Iterator[Any]:
 
     Raises:
       ConfigError: if Optuna is not installed, or the folder holds no sweep.
+      DamagedFileError: if the study cannot be read.
     """
     if not (workdir / STORAGE).exists():
         raise ConfigError(f"{workdir} holds no sweep: it has no {STORAGE}")
-    with _open_study(workdir, _optuna()) as study:
+    with _open_study(workdir, _optuna(), files.locked(workdir, on_wait=lambda: None)) as study:
         yield study
 
 
 @contextlib.contextmanager
-def _open_study(workdir: Path, optuna: Any) -> Iterator[Any]:
+def _open_study(
+    workdir: Path, optuna: Any, lock: contextlib.AbstractContextManager[None]
+) -> Iterator[Any]:
     import sqlalchemy  # a dependency of Optuna
 
-    path = workdir / STORAGE
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(files.locked(workdir, wait=True))  # the tables are created once
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        storage = optuna.storages.RDBStorage(
-            "sqlite://",
-            # A URL would read characters such as ? and % of a path.
-            engine_kwargs={
-                "creator": lambda: sqlite3.connect(path, check_same_thread=False, timeout=60),
-                "poolclass": sqlalchemy.pool.NullPool,
-            },
-            heartbeat_interval=_HEARTBEAT_SECONDS,
-            grace_period=_GRACE_SECONDS,
-            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
-        )
-        study = optuna.create_study(
-            study_name="sweep",
-            storage=storage,
-            direction="maximize",
-            pruner=optuna.pruners.MedianPruner(**_PRUNER),
-            load_if_exists=True,
-        )
+    path, storage = workdir / STORAGE, None
     try:
+        with lock, warnings.catch_warnings():  # the tables are created once
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            storage = optuna.storages.RDBStorage(
+                "sqlite://",
+                # A URL would read characters such as ? and % of a path.
+                engine_kwargs={
+                    "creator": lambda: sqlite3.connect(path, check_same_thread=False, timeout=60),
+                    "poolclass": sqlalchemy.pool.NullPool,
+                },
+                heartbeat_interval=_HEARTBEAT_SECONDS,
+                grace_period=_GRACE_SECONDS,
+                heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
+            )
+            study = optuna.create_study(
+                study_name="sweep",
+                storage=storage,
+                direction="maximize",
+                pruner=optuna.pruners.MedianPruner(**_PRUNER),
+                load_if_exists=True,
+            )
         yield study
+    except (
+        sqlalchemy.exc.SQLAlchemyError,
+        optuna.exceptions.StorageInternalError,
+        sqlite3.Error,
+    ) as error:
+        cause = str(error.__cause__ or error).partition("\n")[0]
+        raise DamagedFileError(f"{path} cannot be used: {cause}") from error
     finally:
-        storage.remove_session()
-        storage.engine.dispose()
+        if storage is not None:
+            storage.remove_session()
+            storage.engine.dispose()
 
 
 def _suggest(trial: Any, name: str, domain: Domain) -> Any:

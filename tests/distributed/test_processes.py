@@ -204,3 +204,19 @@ def _kill_under_mpirun(group, workdir, generator):
     output, _ = engine.communicate(timeout=TIMEOUT)
     assert engine.returncode in (0, LOST_STATUS, 128 + signal.SIGKILL), output
     return engine.returncode != 0
+
+
+@pytest.mark.parametrize("address", ["localhost", "localhost:", "localhost:x", "localhost:99999"])
+def test_an_address_without_a_port_is_refused(address, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
+    with pytest.raises(fm.errors.ConfigError, match=f"is '{address}'; expected host:port"):
+        processes.start()
+
+
+def test_a_port_in_use_is_refused(monkeypatch):
+    with socket.create_server(("", 0)) as other:
+        monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"localhost:{other.getsockname()[1]}")
+        monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+        monkeypatch.setenv("JAX_PROCESS_ID", "0")
+        with pytest.raises(fm.errors.ConfigError, match="the port cannot be used: Address already"):
+            processes.start()

@@ -4,10 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fmnist_jax as fm
+from fmnist_jax.errors import ConfigError, EnvironmentWarning
 from fmnist_jax.nn import models
+from fmnist_jax.report.run import write_report
 from fmnist_jax.report.tensorboard import TensorBoardHook
 from fmnist_jax.runs import files
 from tests.small import Small
@@ -77,3 +80,16 @@ def test_norms_are_part_of_the_settings(run, sample):
     other = dataclasses.replace(run, log_grad_norms=False)
     with pytest.raises(fm.errors.ConfigError, match="log_grad_norms: True"):
         fm.fit(other, sample, hooks=())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_figure_that_cannot_be_drawn_costs_no_training(run, sample, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.warns(EnvironmentWarning, match="a figure cannot be drawn.*no font"):
+        result = fm.fit(run, sample, hooks=[TensorBoardHook(run.workdir / "tensorboard")])
+    assert result.report["steps"]
+    with pytest.raises(ConfigError, match="a figure cannot be drawn; the results are kept"):
+        write_report(run.workdir)

@@ -440,3 +440,24 @@ def test_a_full_disk_is_found_before_anything_is_written(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device"):
         checkpoints.save(2, trees(2)[2], {"step": 2}, score=0.5)
     assert names(tmp_path) == {"1"}
+
+
+@pytest.mark.parametrize("name", ["x[1]", "a*b?", "{a,b}", os.fsdecode(b"\xff")])
+def test_a_folder_may_have_any_name(name, tmp_path):
+    checkpoints = save(tmp_path / name, 1, 2)
+    tree, meta = restore(checkpoints, trees(2)[2])
+    chex.assert_trees_all_equal(tree, trees(2)[2])
+    assert meta == {"step": 2}
+
+
+def test_older_checkpoints_stay_if_a_new_one_cannot_be_read_back(tmp_path, monkeypatch):
+    checkpoints = save(tmp_path, 1, 2)
+    read = checkpoint_lib._read_arrays
+
+    def other(path, described):
+        return {name: array + 1 for name, array in read(path, described).items()}
+
+    monkeypatch.setattr(checkpoint_lib, "_read_arrays", other)
+    with pytest.raises(CheckpointError, match="Orbax reads other values than it has written"):
+        checkpoints.save(3, trees(3)[3], {})
+    assert checkpoints.steps() == [1, 2]

@@ -135,7 +135,11 @@ def test_five_hundred_kills(seed, harness):
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGHUP)),
+    ],
 )
 def test_a_signal_saves_and_stops(number, harness, tmp_path):
     process = harness.start(tmp_path / "run", "never", "--epochs", "1000")

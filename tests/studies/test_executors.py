@@ -52,3 +52,9 @@ def test_a_missing_ray_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="Ray is not installed; pip install"):
         RayExecutor()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "127.0.0.1:x"])
+def test_a_cluster_that_cannot_be_reached_is_refused_at_once(address):
+    with pytest.raises(ConfigError, match=f"the Ray cluster '{address}' cannot be reached"):
+        RayExecutor(address)

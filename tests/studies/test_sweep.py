@@ -3,15 +3,17 @@
 import dataclasses
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 
 import fmnist_jax as fm
-from fmnist_jax.errors import ConfigError, Interrupted
+from fmnist_jax.errors import ConfigError, DamagedFileError, Interrupted
 from fmnist_jax.nn import models
 from fmnist_jax.report.sweep import write_sweep_report
 from fmnist_jax.runs import files
@@ -198,3 +200,40 @@ def test_a_signal_stops_the_sweep_and_its_trial_is_repeated(run, sample):
     states = [trial["state"] for trial in report["trials"]]
     assert states == ["COMPLETE", "FAIL", "COMPLETE"]
     assert report["trials"][2]["params"] == report["trials"][1]["params"]
+
+
+@pytest.mark.parametrize("fault", ["damaged", "locked"])
+def test_a_study_that_cannot_be_used_is_named(fault, tmp_path, monkeypatch):
+    path = tmp_path / "study.db"
+    path.write_bytes(b"not a database" * 100)
+    if fault == "locked":
+        path.unlink()
+        path.touch()
+        connect = sqlite3.connect
+        other = connect(path, isolation_level=None)
+        other.execute("BEGIN EXCLUSIVE")
+        monkeypatch.setattr(sqlite3, "connect", lambda path, **options: connect(path, timeout=0.1))
+    message = {"damaged": "file is not a database", "locked": "database is locked"}[fault]
+    with (
+        pytest.raises(DamagedFileError, match=rf"study\.db cannot be used: .*{message}"),
+        load_study(tmp_path),
+    ):
+        pass
+
+
+def test_a_process_says_that_it_waits_for_another(run, sample):
+    class Release(fm.Hook):
+        def message(self, text):
+            texts.append(text)
+            if text.startswith("Waiting"):
+                lock.release()
+
+    texts: list[str] = []
+    run.workdir.mkdir(exist_ok=True)
+    lock = filelock.FileLock(run.workdir / ".lock")
+    lock.acquire()
+    space = {"learning_rate": Domain(1e-3, 1e-2)}
+    with pytest.raises(ConfigError, match="num_trials"):
+        fm.sweep(run, sample, space, 0, hooks=[Release()])
+    fm.sweep(run, sample, space, 1, num_seeds=2, hooks=[Release()])
+    assert texts[0] == "Waiting for another process that uses the folder ..."
