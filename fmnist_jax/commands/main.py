@@ -1,6 +1,7 @@
 """Starts a command: `fmnist-jax COMMAND`, or a script in `experiments/`."""
 
 import importlib
+import os
 import signal
 import sys
 from importlib.metadata import version
@@ -28,6 +29,9 @@ def main(command: str | None = None) -> NoReturn:
     # shell starts background jobs with SIGINT ignored, which stays.
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if os.getpid() == 1:  # in a container, where the kernel ignores signals without a handler
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _frame: os._exit(128 + number))
     arguments = sys.argv[1:]
     if command is None:
         command, *arguments = arguments or ["--help"]
@@ -37,6 +41,7 @@ def main(command: str | None = None) -> NoReturn:
         if command not in COMMANDS:
             sys.exit(_usage(command))
         sys.argv[0] = f"fmnist-jax {command}"  # for the usage line of the command
+    os.environ.pop("MPLBACKEND", None)  # no window is opened, and a notebook's may be missing
     # Here, because JAX takes seconds to import.
     sys.exit(importlib.import_module(f"fmnist_jax.commands.{command}").main(arguments))
 

@@ -1,12 +1,15 @@
 """How a command runs: console, warnings, errors as one line, exit statuses."""
 
 import argparse
+import contextlib
+import errno
+import io
 import os
 import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -25,7 +28,7 @@ _WARNINGS = (errors.DataWarning, errors.CheckpointWarning, errors.EnvironmentWar
 
 
 class CommandConsole(Console):
-    """Prints text without markup; keeps running if its output is closed, as by `| head`."""
+    """Prints text without markup; keeps running if its output cannot be written any longer."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
@@ -33,7 +36,42 @@ class CommandConsole(Console):
     def on_broken_pipe(self) -> None:
         """Discards all further output."""
         self.quiet = True
-        _discard_output()
+        _discard_output(self.file.fileno())
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError) and error.errno != errno.EPIPE and not self.stderr:
+            warnings.warn(
+                f"the output cannot be written ({error.strerror}) and is discarded from here on",
+                errors.EnvironmentWarning,
+                stacklevel=2,
+            )
+
+
+class _Stream:
+    """A text stream whose failures, as on a closed terminal or a full disk, are broken pipes."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for names that it cannot encode
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with _failures_as_broken_pipe():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with _failures_as_broken_pipe():
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def _failures_as_broken_pipe() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BrokenPipeError(error.errno, error.strerror) from error
 
 
 def run(
@@ -55,27 +93,28 @@ def run(
 
     def show_warning(message: Any, *_args: Any, **_kwargs: Any) -> None:
         remove_unreadable_entry(str(message))
-        error_console.print(f"warning: {message}", style="bold yellow", highlight=False)
+        error_console.print(
+            f"warning: {message}", style="bold yellow", highlight=False, soft_wrap=True
+        )
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _streams_and_settings():
         for category in _WARNINGS:
             warnings.simplefilter("always", category)
         warnings.showwarning = show_warning
         is_distributed = getattr(arguments, "distributed", False)
         try:
-            _choose_devices(getattr(arguments, "devices", None), is_distributed)
-            if is_distributed:
-                processes.start()
-                end_when_aborted()
-                if not processes.is_first():
-                    console.quiet = True
+            _start_jax(getattr(arguments, "devices", None), is_distributed)
+            if not processes.is_first():
+                console.quiet = True
             jax.config.update("jax_enable_compilation_cache", not arguments.no_cache)
             if not arguments.no_cache:
                 enable_compilation_cache()
             return command(arguments, console)
-        except BrokenPipeError:  # standard output was closed
-            _discard_output()
-            return 128 + signal.SIGPIPE
+        except BrokenPipeError as error:  # print() could not write
+            _discard_output(sys.stdout.fileno())
+            if error.errno == errno.EPIPE:
+                return 128 + signal.SIGPIPE
+            message, status = f"error: the output cannot be written: {error.strerror}", 2
         # CheckpointError is an OSError.
         except (errors.ConfigError, errors.DataError, errors.DamagedFileError, OSError) as error:
             message, status = f"error: {_error_text(error)}", 2
@@ -87,7 +126,7 @@ def run(
             message, status = str(stop), 128 + (stop.signal_number or signal.SIGINT)
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             # JAX's errors begin with a status such as UNAVAILABLE.
-            first_line = str(error).partition("\n")[0]
+            first_line = _first_line(error)
             if first_line.startswith("RESOURCE_EXHAUSTED"):
                 hint = "a smaller batch, microbatch or image size needs less memory"
                 message, status = f"error: out of memory; {hint} ({first_line})", 2
@@ -101,8 +140,26 @@ def run(
     return status
 
 
-def _discard_output() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+@contextlib.contextmanager
+def _streams_and_settings() -> Iterator[None]:
+    """Sets what users may have set otherwise, for a `with` statement."""
+    with contextlib.ExitStack() as stack:
+        if sys.stdout is not None:  # None where the descriptor is closed
+            stack.enter_context(contextlib.redirect_stdout(_Stream(sys.stdout)))
+        if sys.stderr is not None:
+            stack.enter_context(contextlib.redirect_stderr(_Stream(sys.stderr)))
+        # Checks for debugging, which change no result.
+        stack.enter_context(jax.numpy_dtype_promotion("standard"))
+        stack.enter_context(jax.transfer_guard("allow"))
+        yield
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _discard_output(descriptor: int) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _error_text(error: Exception) -> str:
@@ -111,11 +168,22 @@ def _error_text(error: Exception) -> str:
     return str(error)
 
 
-def _choose_devices(devices: str | None, is_distributed: bool) -> None:
-    """Makes JAX divide the CPU into as many devices as the flag asks for."""
+def _start_jax(devices: str | None, is_distributed: bool) -> None:
+    """Starts JAX with all processes, or with as many CPU devices as the flag asks for."""
+    if is_distributed:
+        end_when_aborted()
+        print("Connecting the processes; JAX waits up to five minutes ...", file=sys.stderr)
+        processes.start()
     # A larger number is refused, because there are too few devices.
-    if devices is not None and re.fullmatch("[0-9]{1,4}", devices) and not is_distributed:
+    elif devices is not None and re.fullmatch("[0-9]{1,4}", devices):
         jax.config.update("jax_num_cpu_devices", int(devices))
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        raise errors.ConfigError(
+            f"JAX finds no device, with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: "
+            f"{_first_line(error) or 'JAX is not installed for this platform'}"
+        ) from error
 
 
 def print_facts(
