@@ -1,5 +1,8 @@
 """Every error and warning class of the package. Standard library only."""
 
+import importlib
+from typing import Any
+
 
 class ConfigError(ValueError):
     """A setting is invalid. The message names the value, what is accepted and what to do."""
@@ -47,3 +50,17 @@ class CheckpointWarning(UserWarning):
 
 class EnvironmentWarning(UserWarning):
     """The environment changed since a run began, or its compiler lacks an option."""
+
+
+def import_optional(name: str, extra: str) -> Any:
+    """Imports a package; if it is missing, raises `ConfigError` with the command to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        message = f"{name.partition('.')[0]} is not installed; pip install 'fmnist_jax[{extra}]'"
+        raise ConfigError(message) from error
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's text, or the name of its class if it has none."""
+    return str(error).partition("\n")[0] or type(error).__name__

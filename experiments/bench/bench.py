@@ -27,11 +27,10 @@ import competitors
 import numpy as np
 from competitors import COMPETITORS, OURS, Child, CompetitorError
 from rich.console import Console
-from summary import draw_results, print_result
+from summary import print_result
 from worker import AUGMENTED, NETWORKS, Case
 
 import fmnist_jax as fm
-from fmnist_jax.analysis.plots import encode
 from fmnist_jax.runs import environment, files
 
 # With fewer steps the loss of some networks may still be above the first one.
@@ -151,8 +150,6 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
                 results.append(measure(Case(arch, batch_size), data, arguments, console))
                 report = {"machine": environment.describe(), "results": results}
                 files.write_json(arguments.workdir / "bench.json", report)
-                picture = encode(draw_results(results))
-                files.write_bytes(arguments.workdir / "bench.png", picture)
                 print_result(results[-1], console)
     console.print(f"The results are in {arguments.workdir}.")
     return 0

@@ -1,4 +1,4 @@
-"""Ratios, tables and charts of the benchmark's results."""
+"""Ratios, tables and curves of the benchmark's results."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from worker import Case
 
-from fmnist_jax.analysis.plots import INK, PALE, PRIMARY, style
+from fmnist_jax.analysis.plots import INK, style
 
 _SECONDS = (10, 20, 50, 100, 200, 500)
 
@@ -57,32 +57,6 @@ def print_result(result: dict[str, Any], console: Console) -> None:
         "Largest difference of ten steps from those of a plain network: "
         "{loss:.1e} of the loss, {update:.1e} of the update.".format(**result["difference"])
     )
-
-
-@style()
-def draw_results(results: Sequence[dict[str, Any]]) -> Figure:
-    """Draws a bar chart per case: images/s relative to the best peer."""
-    heights = [1 + 0.3 * len(result["competitors"]) for result in results]
-    figure = Figure(figsize=(8, sum(heights)), layout="constrained")
-    charts = figure.subplots(len(results), squeeze=False, height_ratios=heights)[:, 0]
-    for chart, result in zip(charts, results, strict=True):
-        medians = {name: median(speeds(result, name)) for name in result["competitors"]}
-        names = sorted(medians, key=lambda name: medians[name])
-        unit = max((medians[name] for name in names if name != OURS), default=medians[OURS])
-        bars = chart.barh(
-            names,
-            [medians[name] / unit for name in names],
-            color=[PRIMARY if name == OURS else PALE for name in names],
-            height=0.7,
-        )
-        chart.bar_label(bars, [f"{medians[name]:,.0f}" for name in names], padding=4)
-        chart.set_title(str(Case(**result["case"])), loc="left", fontweight="bold")
-        chart.axvline(1, color=INK, linewidth=0.8, linestyle=":")
-        chart.margins(x=0.12)
-        chart.grid(visible=False, axis="y")
-        chart.tick_params(axis="y", length=0)
-    charts[-1].set_xlabel("speed relative to the best peer; numbers are images/s")
-    return figure
 
 
 @style()

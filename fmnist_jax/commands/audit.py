@@ -6,7 +6,6 @@ folder. Exit status: 0 done, 2 bad usage or bad input.
 
 import argparse
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,9 @@ from rich.progress import track
 
 import fmnist_jax as fm
 from fmnist_jax.commands import flags, shell
-from fmnist_jax.errors import ConfigError
 from fmnist_jax.report.audit import write_audit
 from fmnist_jax.runs import files
 from fmnist_jax.studies.audit import Track, audit_images, audit_labels
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs the command line and returns the exit status."""
-    return shell.run(_run, create_parser().parse_args(argv))
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -51,10 +44,7 @@ def create_parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     fm.create_streams(arguments.seed)  # refuses an invalid seed before any work
     workdir = arguments.workdir
-    try:
-        files.make_folder(workdir)
-    except OSError as error:
-        raise ConfigError(f"workdir {workdir} cannot be used: {error}") from error
+    files.make_folder(workdir)
     dataset = flags.load_data(arguments)
     console.print(f"Data: {dataset.source}", highlight=False, soft_wrap=True)
     labels: dict[str, Any] | None = None
@@ -83,3 +73,6 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     page = write_audit(workdir, audit, dataset, distances)
     console.print(f"The report is {page}.", highlight=False, soft_wrap=True)
     return 0
+
+
+main = shell.main_of(_run, create_parser)

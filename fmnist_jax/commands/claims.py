@@ -28,11 +28,6 @@ from fmnist_jax.runs.plan import create_plan
 _HEADINGS = ("network", "claim", "n", "mean (95% interval)", "one more run", "verdict")
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the command line and returns the exit status."""
-    return shell.run(_run, create_parser().parse_args(argv))
-
-
 def create_parser() -> argparse.ArgumentParser:
     """Creates the parser of the command line."""
     parser = flags.Parser(description="Tests the claims of the Keras projects.")
@@ -134,3 +129,6 @@ def _markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines = [_HEADINGS, ["---"] * len(_HEADINGS), *map(_cells, rows)]
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     return f"{table}\n{shell.SAMPLE_NOTE}\n" if rows[0]["sample"] else table
+
+
+main = shell.main_of(_run, create_parser)

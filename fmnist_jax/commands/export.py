@@ -9,18 +9,12 @@ Exit status: 0 done, 1 an export differs from the network, 2 bad usage or bad in
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from fmnist_jax.commands import flags, shell
 from fmnist_jax.export.formats import FORMATS
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs the command line and returns the exit status."""
-    return shell.run(_run, create_parser().parse_args(argv))
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -46,3 +40,6 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
             soft_wrap=True,
         )
     return 0
+
+
+main = shell.main_of(_run, create_parser)

@@ -35,11 +35,6 @@ MAX_SHOWN = 60
 NUM_TOP = 3
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the command line and returns the exit status."""
-    return shell.run(_run, create_parser().parse_args(argv))
-
-
 def create_parser() -> argparse.ArgumentParser:
     """Creates the parser of the command line."""
     parser = flags.Parser(description="Classifies pictures with a trained network.")
@@ -200,3 +195,6 @@ def _write_sheet(shown: Sequence[tuple[Picture, str]], arguments: argparse.Names
         return f"The contact sheet was not written: {path}: {error.strerror}."
     first = f" of the first {MAX_SHOWN} pictures" if len(shown) == MAX_SHOWN else ""
     return f"{path} shows the input of the network{first}."
+
+
+main = shell.main_of(_run, create_parser)

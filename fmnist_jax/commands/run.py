@@ -10,6 +10,7 @@ saved, 3 diverged, 75 another process was lost, 130 or 143 interrupted.
 import argparse
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,13 +27,8 @@ from fmnist_jax.recipes import CLAIMS
 from fmnist_jax.runs import files
 from fmnist_jax.runs.fit import fit_plan
 from fmnist_jax.runs.plan import Plan, create_plan, loop_cost
-from fmnist_jax.runs.verify import sha256_item, verify_resume
+from fmnist_jax.runs.verify import verify_resume
 from fmnist_jax.studies.executors import Executor
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs the command line and returns the exit status."""
-    return shell.run(_run, create_parser().parse_args(argv))
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -168,21 +164,11 @@ def _verify_resume(arguments: argparse.Namespace, console: Console) -> int:
     expected, found = verify_resume(
         arguments.arch, ["--no-cache"] if arguments.no_cache else [], say
     )
-    groups: dict[str, list[str]] = {}
-    for name in {**expected, **found}:
-        groups.setdefault(name.partition(":")[0], []).append(name)
-    table = Table("file", "items", "SHA-256, uninterrupted", "SHA-256, interrupted")
-    for group, names in groups.items():
-        pair = [
-            sha256_item([items.get(name, "missing") for name in names])[:16]
-            for items in (expected, found)
-        ]
-        style = None if pair[0] == pair[1] else "bold red"
-        table.add_row(group, str(len(names)), *pair, style=style)
-    console.print(table)
     different = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     for name in different:
         console.print(f"different: {name}", style="bold red")
+    groups = Counter(name.partition(":")[0] for name in expected)
+    say(", ".join(f"{group}: {number}" for group, number in groups.items()))
     verdict = "DIFFERENT" if different else "Bitwise identical"
     say(
         f"{verdict}: {len(expected)} items compared after three interruptions, in "
@@ -256,3 +242,6 @@ def _format_recipe(recipe: fm.Recipe) -> list[str]:
         for name, value in dataclasses.asdict(recipe).items()
         if name != "arch" and value is not None
     ]
+
+
+main = shell.main_of(_run, create_parser)

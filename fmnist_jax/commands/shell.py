@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -58,20 +58,24 @@ class _Stream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        with _failures_as_broken_pipe():
-            return self._stream.write(text)
+        return self._attempt(self._stream.write, text)
 
     def flush(self) -> None:
-        with _failures_as_broken_pipe():
-            self._stream.flush()
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except OSError as error:
+            raise BrokenPipeError(error.errno, error.strerror) from error
 
 
-@contextlib.contextmanager
-def _failures_as_broken_pipe() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise BrokenPipeError(error.errno, error.strerror) from error
+def main_of(
+    command: Callable[[argparse.Namespace, Console], int],
+    create_parser: Callable[[], argparse.ArgumentParser],
+) -> Callable[[Sequence[str]], int]:
+    """Returns a function that runs a command line and returns the exit status."""
+    return lambda argv: run(command, create_parser().parse_args(argv))
 
 
 def run(
@@ -126,7 +130,7 @@ def run(
             message, status = str(stop), 128 + (stop.signal_number or signal.SIGINT)
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             # JAX's errors begin with a status such as UNAVAILABLE.
-            first_line = _first_line(error)
+            first_line = errors.first_line(error)
             if first_line.startswith("RESOURCE_EXHAUSTED"):
                 hint = "a smaller batch, microbatch or image size needs less memory"
                 message, status = f"error: out of memory; {hint} ({first_line})", 2
@@ -154,10 +158,6 @@ def _streams_and_settings() -> Iterator[None]:
         yield
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
 def _discard_output(descriptor: int) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
@@ -181,8 +181,8 @@ def _start_jax(devices: str | None, is_distributed: bool) -> None:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
         raise errors.ConfigError(
-            f"JAX finds no device, with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: "
-            f"{_first_line(error) or 'JAX is not installed for this platform'}"
+            f"JAX finds no device, with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}; unset it, "
+            f"or install JAX for this platform ({errors.first_line(error)})"
         ) from error
 
 

@@ -13,7 +13,6 @@ Exit status: 0 done, 2 bad usage or bad input, 3 the best setting diverged from 
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,6 @@ from fmnist_jax.errors import ConfigError
 from fmnist_jax.runs import files
 from fmnist_jax.runs.plan import Plan, create_plan
 from fmnist_jax.studies.sweep import format_params, parse_domain, sweep
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs the command line and returns the exit status."""
-    return shell.run(_run, create_parser().parse_args(argv))
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -118,3 +112,6 @@ def _find(plan: Plan, workdir: Path, console: Console) -> None:
     files.write_bytes(path, encode(rate_curve(curve), sample=dataset.sample))
     facts = {"suggested learning rate": f"{curve.suggestion:.2g}", "curve": str(path)}
     shell.print_facts(console, facts, sample=dataset.sample)
+
+
+main = shell.main_of(_run, create_parser)

@@ -166,28 +166,21 @@ def prepare(grey: np.ndarray) -> tuple[np.ndarray, bool]:
 
 
 def _without_frame(grey: np.ndarray) -> np.ndarray:
-    """Removes a frame, whose rings are of one grey, from around a background of another."""
+    """Removes a frame of one grey from around a background of another."""
     most = max(3, int(_MAX_FRAME * min(grey.shape)))
     if min(grey.shape) < 6 * most:
         return grey
-    rings = [_ring(grey, k) for k in range(most + 2)]
-    levels = [float(np.median(ring)) for ring in rings]
-    deviations = [np.abs(ring - level) for ring, level in zip(rings, levels, strict=True)]
-    # All of a frame is of one grey, but an article may touch the border of the background.
-    is_frame = [np.quantile(each, 0.95) < _FRAME_CONTRAST / 2 for each in deviations]
-    is_plain = [np.median(each) < _FRAME_CONTRAST / 2 for each in deviations]
+    inner = [grey[k : len(grey) - k, k : grey.shape[1] - k].astype(float) for k in range(most + 2)]
+    rings = [np.concatenate([each[0], each[-1], each[:, 0], each[:, -1]]) for each in inner]
+    levels = [np.median(ring) for ring in rings]
+    # All of a frame is of one grey, but an article may touch the border of the background inside.
+    is_frame = np.quantile(np.abs(rings[0] - levels[0]), 0.95) < _FRAME_CONTRAST / 2
     for width in range(most, 0, -1):
         is_edge = abs(levels[width - 1] - levels[width]) > _FRAME_CONTRAST
-        inside = grey[width:-width, width:-width]
-        if is_edge and is_frame[0] and all(is_plain[: width + 2]) and np.ptp(inside) > 0:
-            return inside
+        is_plain = np.median(np.abs(rings[width + 1] - levels[width])) < _FRAME_CONTRAST / 2
+        if is_frame and is_edge and is_plain and np.ptp(inner[width]) > 0:
+            return grey[width:-width, width:-width]
     return grey
-
-
-def _ring(grey: np.ndarray, depth: int) -> np.ndarray:
-    """Returns the pixels at a distance from the border, int16."""
-    inner = grey[depth : len(grey) - depth, depth : grey.shape[1] - depth].astype(np.int16)
-    return np.concatenate([inner[0], inner[-1], inner[:, 0], inner[:, -1]])
 
 
 def _extent(shares: np.ndarray, factor: int) -> tuple[int, int]:

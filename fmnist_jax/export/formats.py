@@ -8,7 +8,6 @@ deserialized export gives other bits than the one in memory. Nothing is written 
 
 import dataclasses
 import hashlib
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from jax import export
 from fmnist_jax.data.batches import scale
 from fmnist_jax.data.sources import load_fashion_mnist
 from fmnist_jax.digest import params_sha256
-from fmnist_jax.errors import ConfigError, VerificationError
+from fmnist_jax.errors import ConfigError, VerificationError, import_optional
 from fmnist_jax.runs import files
 from fmnist_jax.runs.classifier import Classifier
 from fmnist_jax.version import __version__
@@ -45,7 +44,7 @@ def export_stablehlo(classifier: Classifier, folder: Path) -> Path:
     takes uint8[batch, 28, 28] with any batch size, and returns logits and probabilities. It
     includes the weights. `model.json` has its SHA-256, because JAX does not verify the content.
     """
-    _import("flatbuffers")
+    import_optional("flatbuffers", "export")
     exported = export.export(jax.jit(_function(classifier)), platforms=PLATFORMS)(_images())
     content = bytes(exported.serialize())
     loaded = export.deserialize(bytearray(content))
@@ -73,8 +72,8 @@ def export_onnx(classifier: Classifier, folder: Path) -> Path:
 
     The input is uint8[batch, 28, 28] with any batch size. The metadata has class names and recipe.
     """
-    _import("onnx")
-    runtime = _import("onnxruntime")
+    import_optional("onnx", "export")
+    runtime = import_optional("onnxruntime", "export")
     from fmnist_jax.export.onnx_graph import to_onnx
 
     metadata = {name: json.dumps(value) for name, value in _metadata(classifier).items()}
@@ -90,7 +89,7 @@ def export_safetensors(classifier: Classifier, folder: Path) -> Path:
     Kernels of convolutions are float32[height, width, input, output]. The metadata has one entry,
     "fmnist_jax": JSON with class names, temperature and recipe.
     """
-    safetensors = _import("safetensors.numpy")
+    safetensors = import_optional("safetensors.numpy", "export")
     leaves, treedef = jax.tree.flatten_with_path(classifier.variables)
     arrays = {
         jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
@@ -174,12 +173,3 @@ def _write(path: Path, content: bytes) -> Path:
     files.make_folder(path.parent)
     files.write_bytes(path, content)
     return path
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f"{name.partition('.')[0]} is not installed; pip install 'fmnist_jax[export]'"
-        ) from error

@@ -23,7 +23,7 @@ def write_report(workdir: Path) -> Path:
     Raises:
       DamagedFileError: if the run is not finished, or one of its files cannot be read.
     """
-    report = read_results(workdir / files.REPORT)
+    report = files.read_results(workdir / files.REPORT)
     history = read_history(workdir)
     predictions = files.read_arrays(workdir / files.PREDICTIONS)
     examples = files.read_arrays(workdir / files.EXAMPLES)
@@ -74,18 +74,6 @@ def write_replay(
     )
     path.write_bytes(plots.encode(figure, sample=sample))
     return path
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """Reads the JSON file of a finished run or study.
-
-    Raises:
-      DamagedFileError: if it is missing or damaged.
-    """
-    results = files.read_json(path)
-    if not isinstance(results, dict):
-        raise DamagedFileError(f"{path} is missing or damaged; finish the run first")
-    return results
 
 
 def read_history(workdir: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fmnist_jax.analysis import plots
 from fmnist_jax.report.render import missing_values_as_damage, write_page
-from fmnist_jax.report.run import read_history, read_results
+from fmnist_jax.report.run import read_history
 from fmnist_jax.runs import files
 
 
@@ -14,7 +14,7 @@ def write_seeds_report(workdir: Path) -> Path:
     Raises:
       DamagedFileError: if `fit_seeds` has not finished there, or a file cannot be read.
     """
-    summary = read_results(workdir / files.SEEDS)
+    summary = files.read_results(workdir / files.SEEDS)
     with missing_values_as_damage(workdir):
         histories = [read_history(workdir / run) for run in summary["runs"]]
         split = "train" if summary["val_accuracy"] is None else "val"

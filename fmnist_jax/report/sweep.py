@@ -4,7 +4,6 @@ from pathlib import Path
 
 from fmnist_jax.analysis import plots
 from fmnist_jax.report.render import missing_values_as_damage, write_page
-from fmnist_jax.report.run import read_results
 from fmnist_jax.runs import files
 from fmnist_jax.studies.sweep import SWEEP, load_study
 
@@ -16,7 +15,7 @@ def write_sweep_report(workdir: Path) -> Path:
       ConfigError: if Optuna is not installed.
       DamagedFileError: if `sweep` has not finished there, or a file cannot be read.
     """
-    report = read_results(workdir / SWEEP)
+    report = files.read_results(workdir / SWEEP)
     with missing_values_as_damage(workdir):
         trials, space, sample = report["trials"], report["space"], report["sample"]
         figures = {

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fmnist_jax.analysis import plots
 from fmnist_jax.analysis.scores import score
-from fmnist_jax.errors import ConfigError, EnvironmentWarning
+from fmnist_jax.errors import ConfigError, EnvironmentWarning, import_optional
 from fmnist_jax.train.hooks import EpochLog, Hook
 
 _NUM_SHOWN = 20  # misclassified images per epoch
@@ -39,13 +39,7 @@ class TensorBoardHook(Hook):
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            import tensorboardX
-        except ImportError as error:
-            raise ConfigError(
-                "tensorboardX is not installed; pip install 'fmnist_jax[tensorboard]'"
-            ) from error
-        self._package: Any = tensorboardX
+        self._package = import_optional("tensorboardX", "tensorboard")
         self._folder = folder
         self._events: Any = None
         self._class_names: list[str] = []

@@ -33,7 +33,7 @@ import numpy as np
 
 from fmnist_jax.differences import differences_message
 from fmnist_jax.digest import sha256_file, sha256_json
-from fmnist_jax.errors import CheckpointError, CheckpointWarning
+from fmnist_jax.errors import CheckpointError, CheckpointWarning, first_line
 from fmnist_jax.runs import files
 
 # Increased when an earlier version could not read what is written here.
@@ -162,7 +162,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(
                 f"the checkpoint of step {step} was not written to {self._directory}: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from error
         self._remove_old()
 
@@ -359,7 +359,7 @@ def _read(path: Path, content: dict[str, Any]) -> Checkpoint:
         arrays = _read_arrays(path / _ARRAYS, described)
     except Exception as error:  # Orbax has no error class of its own
         raise CheckpointError(
-            f"the checkpoint {path} is undamaged, but Orbax cannot read it: {_first_line(error)}"
+            f"the checkpoint {path} is undamaged, but Orbax cannot read it: {first_line(error)}"
         ) from error
     return Checkpoint(
         content["step"], arrays, content["meta"], content["settings"], content["score"]
@@ -434,7 +434,3 @@ def _free(path: Path) -> Path:
     """Returns the path, or the first free one with a number appended."""
     numbered = (path.with_name(f"{path.name}.{count}") for count in itertools.count(1))
     return next(free for free in itertools.chain([path], numbered) if not free.exists())
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__

@@ -15,6 +15,7 @@ from typing import Any
 import filelock
 import numpy as np
 
+from fmnist_jax.differences import differences_message
 from fmnist_jax.errors import ConfigError, DamagedFileError
 
 CONFIG = "config.json"
@@ -87,6 +88,35 @@ def read_json(path: Path) -> Any:
       DamagedFileError: if it is not JSON.
     """
     return _parsed(path, path.read_bytes()) if path.exists() else None
+
+
+def check_config(workdir: Path, settings: Mapping[str, Any], noun: str) -> bool:
+    """Returns whether a folder has a config.json.
+
+    Raises:
+      ConfigError: if it has other settings; the message lists the differences.
+    """
+    found = read_json(workdir / CONFIG)
+    message = found and differences_message(
+        f"workdir {workdir} holds another {noun}; use another folder. The settings differ:",
+        found,
+        settings,
+    )
+    if message:
+        raise ConfigError(message)
+    return found is not None
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Reads the JSON file of a finished run or study.
+
+    Raises:
+      DamagedFileError: if it is missing or damaged.
+    """
+    results = read_json(path)
+    if not isinstance(results, dict):
+        raise DamagedFileError(f"{path} is missing or damaged; finish the run first")
+    return results
 
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -15,7 +15,6 @@ import numpy as np
 
 from fmnist_jax.config import Run
 from fmnist_jax.data.dataset import Dataset
-from fmnist_jax.differences import differences_message
 from fmnist_jax.distributed import processes
 from fmnist_jax.errors import CheckpointError, ConfigError, DivergedError
 from fmnist_jax.runs import environment, files
@@ -371,17 +370,7 @@ def _read_report(workdir: Path, settings: dict[str, Any]) -> dict[str, Any] | No
       ConfigError: if the folder holds another run.
     """
     try:
-        found = files.read_json(workdir / files.CONFIG)
-        report = files.read_json(workdir / files.REPORT)
+        is_run = files.check_config(workdir, settings, "run")
+        return files.read_json(workdir / files.REPORT) if is_run else None
     except OSError as error:
         raise ConfigError(f"workdir {workdir} cannot be used: {error.strerror or error}") from error
-    if found is None:
-        return None
-    message = differences_message(
-        f"workdir {workdir} holds another run; use another folder. The settings differ:",
-        found,
-        settings,
-    )
-    if message:
-        raise ConfigError(message)
-    return report

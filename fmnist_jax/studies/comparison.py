@@ -9,7 +9,6 @@ import numpy as np
 from fmnist_jax.differences import differences_message, list_differences
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.runs import files
-from fmnist_jax.studies.seeds import read_report
 
 
 def compare(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> dict[str, Any]:
@@ -112,7 +111,7 @@ def _by_seed(workdirs: Sequence[Path]) -> dict[int, _Run]:
 
 
 def _read(workdir: Path) -> _Run:
-    report = read_report(workdir)
+    report = files.read_results(workdir / files.REPORT)
     settings = dict(files.read_json(workdir / files.CONFIG) or {})
     settings.pop("seed", None)
     predictions = files.read_arrays(workdir / files.PREDICTIONS)

@@ -15,7 +15,7 @@ import jax
 
 from fmnist_jax.config import Run
 from fmnist_jax.data.dataset import Dataset
-from fmnist_jax.errors import ConfigError, Interrupted
+from fmnist_jax.errors import ConfigError, Interrupted, import_optional
 from fmnist_jax.runs import files
 from fmnist_jax.runs.fit import fit
 from fmnist_jax.train.hooks import EpochLog, Hook, say
@@ -63,11 +63,7 @@ class RayExecutor:
     def __init__(
         self, address: str | None = None, *, num_cpus: float = 1, num_gpus: float = 0
     ) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise ConfigError("Ray is not installed; pip install 'fmnist_jax[ray]'") from error
-        self._ray: Any = ray
+        ray = self._ray = import_optional("ray", "ray")
         self._options = {
             "num_cpus": num_cpus,
             "num_gpus": num_gpus,

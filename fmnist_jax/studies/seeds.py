@@ -10,7 +10,7 @@ import numpy as np
 from fmnist_jax.config import Run
 from fmnist_jax.data.dataset import Dataset
 from fmnist_jax.distributed import processes
-from fmnist_jax.errors import ConfigError, DamagedFileError
+from fmnist_jax.errors import ConfigError
 from fmnist_jax.runs import files
 from fmnist_jax.runs.console import ConsoleProgress
 from fmnist_jax.runs.fit import Result, fit
@@ -112,7 +112,7 @@ def summarize(workdirs: Sequence[Path]) -> dict[str, Any]:
     # Imported here, because scikit-learn takes a second.
     from fmnist_jax.analysis import calibration, scores, stats
 
-    reports = [read_report(workdir) for workdir in workdirs]
+    reports = [files.read_results(workdir / files.REPORT) for workdir in workdirs]
     summary = {name: reports[0][name] for name in ("sample", "arch", "recipe", "data")}
     for name in FIGURES:
         values = [report[name] for report in reports]
@@ -148,15 +148,3 @@ def ensemble_logits(logits: Sequence[np.ndarray]) -> np.ndarray:
     stacked = np.stack(logits).astype(np.float64)
     log_probabilities = stacked - np.logaddexp.reduce(stacked, axis=2, keepdims=True)
     return np.logaddexp.reduce(log_probabilities, axis=0) - np.log(len(logits))
-
-
-def read_report(workdir: Path) -> dict[str, Any]:
-    """Reads the report of a finished run.
-
-    Raises:
-      DamagedFileError: if the run is not finished, or the file cannot be read.
-    """
-    report = files.read_json(workdir / files.REPORT)
-    if report is None:
-        raise DamagedFileError(f"{workdir} has no {files.REPORT}; the run is not finished")
-    return report

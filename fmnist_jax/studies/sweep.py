@@ -12,8 +12,13 @@ from typing import Any, NamedTuple
 
 from fmnist_jax.config import Recipe, Run
 from fmnist_jax.data.dataset import Dataset
-from fmnist_jax.differences import differences_message
-from fmnist_jax.errors import ConfigError, DamagedFileError, DivergedError, Interrupted
+from fmnist_jax.errors import (
+    ConfigError,
+    DamagedFileError,
+    DivergedError,
+    Interrupted,
+    import_optional,
+)
 from fmnist_jax.runs import files
 from fmnist_jax.runs.console import ConsoleProgress
 from fmnist_jax.runs.fit import train_calls
@@ -374,21 +379,11 @@ def _write_settings(plan: Plan, space: Mapping[str, Domain]) -> None:
         "space": {name: [domain.low, domain.high, domain.log, list(domain.choices)]
                   for name, domain in space.items()}
     }  # fmt: skip
-    found = files.read_json(workdir / files.CONFIG)
-    message = found and differences_message(
-        f"workdir {workdir} holds another sweep; use another folder. The settings differ:",
-        found,
-        settings,
-    )
-    if message:
-        raise ConfigError(message)
+    files.check_config(workdir, settings, "sweep")
     files.write_json(workdir / files.CONFIG, settings)
 
 
 def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as error:
-        raise ConfigError("Optuna is not installed; pip install 'fmnist_jax[sweep]'") from error
+    optuna = import_optional("optuna", "sweep")
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # it logs errors that are raised
     return optuna

@@ -64,7 +64,6 @@ def test_small_benchmark(bench, sample, tmp_path, monkeypatch, capsys):
     # The layers take 0.37, 2.36 and 0.59 MFLOP forward, and twice that backward, less the gradient
     # of the images. Other operations come on top.
     assert 9.6e6 < result["flops_per_step"] / 8 < 13e6
-    assert (tmp_path / "bench.png").stat().st_size > 5000
     assert "fmnist_jax over it" in capsys.readouterr().out
 
 

@@ -117,5 +117,5 @@ def test_invalid_comparisons_are_named(sides, tmp_path):
         fm.compare(folders["a"], [folders["b"][0], folders["b"][0]])
     with pytest.raises(ConfigError, match="have different settings"):
         fm.compare(folders["a"], [folders["b"][0], folders["a"][1]])
-    with pytest.raises(DamagedFileError, match="not finished"):
+    with pytest.raises(DamagedFileError, match="finish the run first"):
         fm.compare(folders["a"], [tmp_path])

@@ -50,7 +50,7 @@ def test_a_killed_ray_worker_is_retried_and_no_bit_changes(tmp_path):
 
 def test_a_missing_ray_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match="Ray is not installed; pip install"):
+    with pytest.raises(ConfigError, match="ray is not installed; pip install"):
         RayExecutor()
 
 

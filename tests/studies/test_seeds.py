@@ -107,7 +107,9 @@ def test_added_seeds_keep_the_finished_ones(workdir, tiny, tmp_path):
 
 
 def test_an_unfinished_seed_is_named(workdir, tmp_path):
-    with pytest.raises(DamagedFileError, match=rf"{tmp_path} .* the run is not finished"):
+    with pytest.raises(
+        DamagedFileError, match=rf"{tmp_path}/report.json is missing .*; finish the run"
+    ):
         seeds.summarize([workdir / "seed-5", tmp_path])
 
 

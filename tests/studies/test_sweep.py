@@ -171,7 +171,7 @@ def test_bad_input_is_refused(run, sample, monkeypatch):
     with pytest.raises(ConfigError, match="val_fraction is 0"):
         fm.sweep(dataclasses.replace(run, recipe=recipe), sample, SPACE, 1)
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ConfigError, match="Optuna is not installed"):
+    with pytest.raises(ConfigError, match="optuna is not installed"):
         fm.sweep(run, sample, SPACE, 1)
 
 
