@@ -6,7 +6,6 @@ import pytest
 
 from fmnist_jax import errors
 
-
 CLASSES = [
     each
     for each in vars(errors).values()

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import sqlite3
 import typing
 import warnings
@@ -155,22 +154,18 @@ def sweep(
         trial that was stopped and continues.
     """
     hooks = [ConsoleProgress()] if hooks is None else hooks
-    lock = functools.partial(
-        files.locked, run.workdir,
-        on_wait=lambda: say(hooks, "Waiting for another process that uses the folder ..."),
-    )  # fmt: skip
     optuna = _optuna()
     plan = _checked_plan(run, dataset, space, num_trials, num_seeds)
     files.make_folder(run.workdir)
-    with lock():
+    with _locked(run.workdir, hooks):
         _write_settings(plan, space)
-    best, trials = _search(run, dataset, space, num_trials, hooks, optuna, lock())
+    best, trials = _search(run, dataset, space, num_trials, hooks, optuna)
     recipe = dataclasses.replace(run.recipe, **best.params)
     fresh = dataclasses.replace(
         run, recipe=recipe, seed=run.seed + 1, workdir=run.workdir / f"best-{best.number}"
     )
     say(hooks, f"The best is trial {best.number}. Training it from {num_seeds} fresh seeds:")
-    with lock():  # others that share the sweep come here too
+    with _locked(run.workdir, hooks):  # others that share the sweep come here too
         seeds = fit_seeds(fresh, dataset, num_seeds, hooks=hooks).report
     val = seeds["val_accuracy"]
     report = {
@@ -197,7 +192,7 @@ def sweep(
             for trial in trials
         ],
     }
-    with lock():
+    with _locked(run.workdir, hooks):
         files.write_json(run.workdir / SWEEP, report)
     return report
 
@@ -230,11 +225,10 @@ def _search(
     num_trials: int,
     hooks: Sequence[Hook],
     optuna: Any,
-    lock: contextlib.AbstractContextManager[None],
 ) -> tuple[Any, list[Any]]:
     """Trains the missing trials; returns the best trial and all of them."""
     states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-    with _open_study(run.workdir, optuna, lock) as study, deferred_signals() as signals:
+    with _open_study(run.workdir, optuna, hooks) as study, deferred_signals() as signals:
 
         def objective(trial: Any) -> float:
             try:
@@ -310,6 +304,11 @@ def _train(plan: Plan, hooks: Sequence[Hook], signals: Sequence[int]) -> Iterato
                 yield result.means()["accuracy"]
 
 
+def _locked(workdir: Path, hooks: Sequence[Hook]) -> contextlib.AbstractContextManager[None]:
+    text = "Waiting for another process that uses the folder ..."
+    return files.locked(workdir, on_wait=lambda: say(hooks, text))
+
+
 @contextlib.contextmanager
 def load_study(workdir: Path) -> Iterator[Any]:
     """Opens the Optuna study in the folder of a sweep, for a `with` statement.
@@ -320,19 +319,17 @@ def load_study(workdir: Path) -> Iterator[Any]:
     """
     if not (workdir / STORAGE).exists():
         raise ConfigError(f"{workdir} holds no sweep: it has no {STORAGE}")
-    with _open_study(workdir, _optuna(), files.locked(workdir, on_wait=lambda: None)) as study:
+    with _open_study(workdir, _optuna(), ()) as study:
         yield study
 
 
 @contextlib.contextmanager
-def _open_study(
-    workdir: Path, optuna: Any, lock: contextlib.AbstractContextManager[None]
-) -> Iterator[Any]:
+def _open_study(workdir: Path, optuna: Any, hooks: Sequence[Hook]) -> Iterator[Any]:
     import sqlalchemy  # a dependency of Optuna
 
     path, storage = workdir / STORAGE, None
     try:
-        with lock, warnings.catch_warnings():  # the tables are created once
+        with _locked(workdir, hooks), warnings.catch_warnings():  # the tables are created once
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             storage = optuna.storages.RDBStorage(
                 "sqlite://",
@@ -353,11 +350,7 @@ def _open_study(
                 load_if_exists=True,
             )
         yield study
-    except (
-        sqlalchemy.exc.SQLAlchemyError,
-        optuna.exceptions.StorageInternalError,
-        sqlite3.Error,
-    ) as error:
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         cause = str(error.__cause__ or error).partition("\n")[0]
         raise DamagedFileError(f"{path} cannot be used: {cause}") from error
     finally:

@@ -203,7 +203,7 @@ def test_a_signal_stops_the_sweep_and_its_trial_is_repeated(run, sample):
 
 
 @pytest.mark.parametrize("fault", ["damaged", "locked"])
-def test_a_study_that_cannot_be_used_is_named(fault, tmp_path, monkeypatch):
+def test_a_study_that_cannot_be_used_is_named(fault, tmp_path, monkeypatch, request):
     path = tmp_path / "study.db"
     path.write_bytes(b"not a database" * 100)
     if fault == "locked":
@@ -213,6 +213,7 @@ def test_a_study_that_cannot_be_used_is_named(fault, tmp_path, monkeypatch):
         other = connect(path, isolation_level=None)
         other.execute("BEGIN EXCLUSIVE")
         monkeypatch.setattr(sqlite3, "connect", lambda path, **options: connect(path, timeout=0.1))
+        request.addfinalizer(other.close)
     message = {"damaged": "file is not a database", "locked": "database is locked"}[fault]
     with (
         pytest.raises(DamagedFileError, match=rf"study\.db cannot be used: .*{message}"),
