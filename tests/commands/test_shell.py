@@ -37,6 +37,7 @@ def test_training_ends_although_the_disk_of_the_log_is_full(tmp_path):
     assert (tmp_path / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_training_ends_although_its_terminal_is_closed(tmp_path):
     leader, follower = pty.openpty()
     ignoring = ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh"]  # SIGHUP, as nohup does
@@ -103,6 +104,7 @@ def test_settings_for_debugging_do_not_end_a_command(tmp_path):
         assert run.main([*SMALL, "--arch", "valid_2x2", "--workdir", str(tmp_path)]) == 0
 
 
+@pytest.mark.slow
 def test_a_backend_of_matplotlib_that_is_missing_has_no_effect(tmp_path):
     process = subprocess.run(
         [*RUN, "--workdir", str(tmp_path), "--quiet"], capture_output=True, text=True, check=False,
