@@ -41,9 +41,15 @@ def main(command: str | None = None) -> NoReturn:
         if command not in COMMANDS:
             sys.exit(_usage(command))
         sys.argv[0] = f"fmnist-jax {command}"  # for the usage line of the command
-    os.environ.pop("MPLBACKEND", None)  # no window is opened, and a notebook's may be missing
-    # Here, because JAX takes seconds to import.
-    sys.exit(importlib.import_module(f"fmnist_jax.commands.{command}").main(arguments))
+    # The figures have their own settings, and the user's may be unreadable.
+    os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
+    try:
+        # Here, because JAX takes seconds to import.
+        module = importlib.import_module(f"fmnist_jax.commands.{command}")
+    except ValueError as error:  # of a variable of JAX
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(module.main(arguments))
 
 
 def _usage(argument: str) -> int:

@@ -1,8 +1,11 @@
 """The IDX files in which Fashion-MNIST is published."""
 
+import gzip
+import io
 import math
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,13 +46,12 @@ def _content(path: Path) -> bytes:
 
 
 def _parse(content: bytes, path: Path, magic: int, noun: str) -> np.ndarray:
-    # By content, because servers and browsers unpack files and leave their names.
-    is_packed = content[:2] == b"\x1f\x8b"
     dimensions = magic & 0xFF
-    header_size = 4 * (1 + dimensions)
-    unpacker = zlib.decompressobj(wbits=31)  # with gzip's header and checksum
+    file: Any = io.BytesIO(content)
+    if content[:2] == b"\x1f\x8b":  # not by name: servers and browsers unpack files and keep it
+        file = gzip.GzipFile(fileobj=file)
     try:
-        start = unpacker.decompress(content, header_size) if is_packed else content[:header_size]
+        start = file.read(4 * (1 + dimensions))
         header = np.frombuffer(start[: len(start) // 4 * 4], ">u4")
         if len(header) == 0 or header[0] != magic:
             found = f"{int(header[0]):#x}" if len(header) else "nothing"
@@ -57,15 +59,11 @@ def _parse(content: bytes, path: Path, magic: int, noun: str) -> np.ndarray:
                 f"{path}: not an IDX file of {noun}: it starts with {found}, expected {magic:#x}"
             )
         shape = tuple(int(size) for size in header[1:])
-        expected = math.prod(shape)
-        if is_packed:  # not more than the header says, because any other file may be much larger
-            most = min(expected + 1, 1 << 40)
-            body = unpacker.decompress(unpacker.unconsumed_tail, most)
-            if not unpacker.eof and len(body) < most:
-                raise zlib.error("incomplete or truncated stream")
-        else:
-            body = content[header_size:]
-    except zlib.error as error:
+        expected, body = math.prod(shape), b""
+        # Not further than the header says: another file may unpack to gigabytes.
+        while len(body) <= expected and (part := file.read(1 << 26)):
+            body += part
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged gzip file ({error}); fetch it again") from error
     if len(shape) < dimensions or len(body) != expected:
         found = f"{len(body):,}" if len(body) < expected else "more"

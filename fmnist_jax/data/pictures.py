@@ -38,8 +38,8 @@ _REDUCED = 4 * SIZE
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
-# A frame is a line of one grey around the picture. It is at most 3 pixels or this share of the
-# shorter side wide, and differs by more than this grey value from the background inside.
+# A frame is of one grey. It is at most 3 pixels or this share of the shorter side wide, and differs
+# by more than this grey value from the background inside.
 _MAX_FRAME, _FRAME_CONTRAST = 0.02, 25
 
 # A row or column belongs to the article if this fraction of it differs from the background, or half
@@ -172,15 +172,19 @@ def _without_frame(grey: np.ndarray) -> np.ndarray:
         return grey
     inner = [grey[k : len(grey) - k, k : grey.shape[1] - k].astype(float) for k in range(most + 2)]
     rings = [np.concatenate([each[0], each[-1], each[:, 0], each[:, -1]]) for each in inner]
-    levels = [np.median(ring) for ring in rings]
+    levels = np.array([np.median(ring) for ring in rings])
+    width = int(np.argmax(np.abs(np.diff(levels[:-1])))) + 1
+    background = levels[width + 1]
+    # Lossy formats blur the frame into the next row.
+    width += bool(abs(levels[width] - background) > _FRAME_CONTRAST / 3)
     # All of a frame is of one grey, but an article may touch the border of the background inside.
-    is_frame = np.quantile(np.abs(rings[0] - levels[0]), 0.95) < _FRAME_CONTRAST / 2
-    for width in range(most, 0, -1):
-        is_edge = abs(levels[width - 1] - levels[width]) > _FRAME_CONTRAST
-        is_plain = np.median(np.abs(rings[width + 1] - levels[width])) < _FRAME_CONTRAST / 2
-        if is_frame and is_edge and is_plain and np.ptp(inner[width]) > 0:
-            return grey[width:-width, width:-width]
-    return grey
+    is_frame = (
+        abs(levels[0] - background) > _FRAME_CONTRAST
+        and np.quantile(np.abs(rings[0] - levels[0]), 0.95) < _FRAME_CONTRAST
+        and np.median(np.abs(rings[width] - background)) < _FRAME_CONTRAST / 2
+        and np.ptp(inner[width]) > _FRAME_CONTRAST
+    )
+    return grey[width:-width, width:-width] if is_frame else grey
 
 
 def _extent(shares: np.ndarray, factor: int) -> tuple[int, int]:

@@ -56,7 +56,7 @@ def start(heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
             heartbeat_timeout_seconds=heartbeat_seconds,
             shutdown_timeout_seconds=heartbeat_seconds,
         )
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # the latter for numbers that are too large
         raise errors.ConfigError(
             f"the processes cannot be connected: {error} Start them by mpirun, srun or Kubernetes, "
             "or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
@@ -65,19 +65,19 @@ def start(heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
 
 def _check_address(address: str, *, is_served_here: bool) -> None:
     """Refuses what JAX answers with an IndexError or a segmentation fault."""
-    _, _, port = address.rpartition(":")
-    if not (port.isdecimal() and 0 < int(port) < 2**16 and ":" in address):
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
         raise errors.ConfigError(
             f"JAX_COORDINATOR_ADDRESS is {address!r}; expected host:port of the first process"
         )
-    if is_served_here:
-        try:
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+        if is_served_here:
             socket.create_server(("", int(port))).close()
-        except OSError as error:
-            raise errors.ConfigError(
-                f"JAX_COORDINATOR_ADDRESS is {address!r}, but the port cannot be used: "
-                f"{os.strerror(error.errno or 0)}; choose another port for all processes"
-            ) from error
+    except OSError as error:
+        raise errors.ConfigError(
+            f"JAX_COORDINATOR_ADDRESS is {address!r}, which cannot be used: {error}"
+        ) from error
 
 
 def is_first() -> bool:

@@ -21,6 +21,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -395,14 +396,20 @@ def _read_arrays(path: Path, described: dict[str, Any]) -> dict[str, np.ndarray]
 
 @contextlib.contextmanager
 def _plain(path: Path) -> Iterator[Path]:
-    """Yields a path through a link, if Orbax would read a pattern in it or cannot encode it."""
+    """Yields another path of a file, if Orbax would read a pattern in it or cannot encode it."""
     if re.fullmatch(r"[\w./-]+", str(path), re.ASCII):
         yield path
-        return
-    with tempfile.TemporaryDirectory() as place:
-        link = Path(place) / "link"
-        link.symlink_to(path.parent, target_is_directory=True)
-        yield link / path.name
+    elif sys.platform == "linux":
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            yield Path(f"/proc/self/fd/{descriptor}") / path.name
+        finally:
+            os.close(descriptor)
+    else:
+        with tempfile.TemporaryDirectory() as place:
+            link = Path(place) / "link"
+            link.symlink_to(path.parent, target_is_directory=True)
+            yield link / path.name
 
 
 def _checkpointer() -> Any:

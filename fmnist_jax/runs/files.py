@@ -47,7 +47,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.replace(path)
         sync(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk has none
+        error.filename = str(path)  # in place of the temporary one, or of none for a full disk
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -19,10 +19,9 @@ STOPPING = _URGENT | {getattr(signal, name) for name in _NAMES if hasattr(signal
 def deferred_signals() -> Iterator[list[int]]:
     """Records the signals of `STOPPING` instead of acting on them.
 
-    The first one restores the former handlers of SIGINT and SIGTERM, so that these act at once.
-    Python runs handlers between compiled calls. Ignored signals stay ignored, and those other than
-    SIGINT and SIGTERM keep a handler of the user's. Outside the main thread, where Python handles
-    no signals, this does nothing.
+    A second SIGINT or SIGTERM acts at once. Python runs handlers between compiled calls. Ignored
+    signals stay ignored, and those other than SIGINT and SIGTERM keep a handler of the user's.
+    Outside the main thread, where Python handles no signals, this does nothing.
 
     Yields:
       The numbers of the recorded signals; empty until one arrives.
@@ -53,8 +52,10 @@ def deferred_signals() -> Iterator[list[int]]:
 
     def record(number: int, frame: FrameType | None) -> None:
         del frame
+        if number in _URGENT and not _URGENT.isdisjoint(received):
+            restore(_URGENT)
+            signal.raise_signal(number)
         received.append(number)
-        restore(_URGENT)
 
     for number in handlers:
         signal.signal(number, record)

@@ -5,6 +5,7 @@ folders, with the same bits for every executor.
 """
 
 import dataclasses
+import os
 import socket
 import urllib.parse
 import warnings
@@ -71,12 +72,12 @@ class RayExecutor:
             "retry_exceptions": [Interrupted],  # by a signal to the worker
         }
         if not ray.is_initialized():
-            _check_reachable(address)
+            _check_reachable(address or "local")
             try:
                 with warnings.catch_warnings():
                     # JAX warns of forks; Ray replaces the program of its forks at once.
                     warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
-                    ray.init(address, log_to_driver=False, include_dashboard=False)
+                    ray.init(address or "local", log_to_driver=False, include_dashboard=False)
             except (ConnectionError, ValueError) as error:
                 raise ConfigError(f"the Ray cluster {address!r} cannot be used: {error}") from error
 
@@ -112,12 +113,15 @@ class RayExecutor:
                 )
 
 
-def _check_reachable(address: str | None) -> None:
+def _check_reachable(address: str) -> None:
     # Ray tries for minutes, in which it handles no signal.
-    parts = urllib.parse.urlsplit(f"//{(address or '').removeprefix('ray://')}")
+    target = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    scheme, _, place = target.rpartition("://")
+    parts = urllib.parse.urlsplit(f"//{place}")
     try:
-        if parts.port is not None:
-            socket.create_connection((parts.hostname or "", parts.port), _TIMEOUT_SECONDS).close()
+        port = parts.port or (10001 if scheme == "ray" else None)  # Ray's default
+        if port is not None:
+            socket.create_connection((parts.hostname or "", port), _TIMEOUT_SECONDS).close()
     except (OSError, ValueError) as error:
         raise ConfigError(f"the Ray cluster {address!r} cannot be reached: {error}") from error
 

@@ -328,6 +328,8 @@ def _open_study(workdir: Path, optuna: Any, hooks: Sequence[Hook]) -> Iterator[A
     import sqlalchemy  # a dependency of Optuna
 
     path, storage = workdir / STORAGE, None
+    if (workdir / SWEEP).exists() and not (path.exists() and path.stat().st_size):
+        raise DamagedFileError(f"{path} is missing or empty, but {SWEEP} has results of the sweep")
     try:
         with _locked(workdir, hooks), warnings.catch_warnings():  # the tables are created once
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

@@ -99,16 +99,28 @@ def test_a_platform_without_a_device_is_named(platform, tmp_path):
     assert len(process.stderr.splitlines()) == 1
 
 
+def test_a_variable_of_jax_that_has_no_such_value_is_named(tmp_path):
+    process = subprocess.run(
+        [*RUN, "--workdir", str(tmp_path)], capture_output=True, text=True, check=False,
+        env=environment(JAX_ENABLE_X64="garbage"),
+    )  # fmt: skip
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: ")
+    assert len(process.stderr.splitlines()) == 1
+
+
 def test_settings_for_debugging_do_not_end_a_command(tmp_path):
     with jax.numpy_dtype_promotion("strict"), jax.transfer_guard("disallow"):
         assert run.main([*SMALL, "--arch", "valid_2x2", "--workdir", str(tmp_path)]) == 0
 
 
 @pytest.mark.slow
-def test_a_backend_of_matplotlib_that_is_missing_has_no_effect(tmp_path):
+def test_a_backend_and_settings_of_matplotlib_have_no_effect(tmp_path):
+    unreadable = tmp_path / "matplotlibrc"
+    unreadable.write_bytes(b"font.size: \xff\xfe")
     process = subprocess.run(
         [*RUN, "--workdir", str(tmp_path), "--quiet"], capture_output=True, text=True, check=False,
-        env=environment(MPLBACKEND="missing"),
+        env=environment(MPLBACKEND="missing", MATPLOTLIBRC=str(unreadable)),
     )  # fmt: skip
     assert (process.returncode, process.stderr) == (0, "")
     assert (tmp_path / "report.html").exists()

@@ -226,6 +226,13 @@ def test_a_frame_is_removed(width, background, margin, article):
     assert difference(image, expected) < 3
 
 
+@pytest.mark.parametrize(("suffix", "quality"), [("jpg", 75), ("webp", 80)])
+def test_a_frame_is_removed_from_a_lossy_picture(suffix, quality, article, tmp_path):
+    picture = np.pad(framed(article, 255), 2, constant_values=90)
+    Image.fromarray(picture).save(tmp_path / f"a.{suffix}", quality=quality)
+    assert difference(read(tmp_path / f"a.{suffix}").image, article) < 6
+
+
 def test_a_plain_bag_in_a_narrow_margin_is_no_frame():
     picture = np.pad(np.full((100, 100), 90, np.uint8), 2, constant_values=255)
     image, inverted = prepare(picture)
@@ -243,9 +250,21 @@ def test_a_blank_image_does_not_hide_the_rest_of_its_file(tmp_path):
 
 
 def test_an_idx_file_is_recognised_by_its_content(sample, tmp_path):
-    write_idx(tmp_path / "plain", sample.test_images[:3])
-    (tmp_path / "plain").rename(tmp_path / "images.gz")  # unpacked by a browser
+    path = tmp_path / "images.gz"
+    write_idx(path, sample.test_images[:3])
+    path.write_bytes(gzip.decompress(path.read_bytes()))  # as browsers do
     np.testing.assert_array_equal(idx.read_images(tmp_path / "images.gz"), sample.test_images[:3])
+
+
+def test_a_gzip_file_of_several_members_is_read_whole(sample, tmp_path):
+    write_idx(tmp_path / "images.gz", sample.test_images[:3])
+    content = gzip.decompress((tmp_path / "images.gz").read_bytes())
+    members = gzip.compress(content[:20]) + gzip.compress(content[20:])
+    (tmp_path / "images.gz").write_bytes(members)
+    np.testing.assert_array_equal(idx.read_images(tmp_path / "images.gz"), sample.test_images[:3])
+    (tmp_path / "images.gz").write_bytes(members + gzip.compress(content))
+    with pytest.raises(DataError, match="but it holds more"):
+        idx.read_images(tmp_path / "images.gz")
 
 
 def test_a_gzip_file_is_not_unpacked_further_than_its_header_says(tmp_path):

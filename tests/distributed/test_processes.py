@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -143,7 +142,7 @@ def test_processes_with_different_settings_are_refused(group, tmp_path):
 def test_an_engine_is_needed(group, tmp_path):
     statuses, errors = group.run(tmp_path / "run", ["never"], "--distributed")
     assert statuses == [2]
-    assert re.match("error: the processes cannot be connected", errors[0])
+    assert "\nerror: the processes cannot be connected" in errors[0]
 
 
 @pytest.mark.soak
@@ -206,7 +205,9 @@ def _kill_under_mpirun(group, workdir, generator):
     return engine.returncode != 0
 
 
-@pytest.mark.parametrize("address", ["localhost", "localhost:", "localhost:x", "localhost:99999"])
+@pytest.mark.parametrize(
+    "address", ["localhost", ":4567", "localhost:", "localhost:x", "localhost:99999"]
+)
 def test_an_address_without_a_port_is_refused(address, monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
     with pytest.raises(fm.errors.ConfigError, match=f"is '{address}'; expected host:port"):
@@ -218,5 +219,7 @@ def test_a_port_in_use_is_refused(monkeypatch):
         monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"localhost:{other.getsockname()[1]}")
         monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
         monkeypatch.setenv("JAX_PROCESS_ID", "0")
-        with pytest.raises(fm.errors.ConfigError, match="the port cannot be used: Address already"):
+        with pytest.raises(
+            fm.errors.ConfigError, match=r"cannot be used: .*Address already in use"
+        ):
             processes.start()

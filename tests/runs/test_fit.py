@@ -141,6 +141,15 @@ def test_the_second_signal_of_a_closed_terminal_does_not_end_the_process():
     assert received == [signal.SIGHUP, signal.SIGHUP]
 
 
+def test_a_second_interrupt_acts_at_once_after_any_other_signal():
+    with deferred_signals() as received:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGUSR1, signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_a_suspension_is_not_training_time(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(fit_lib, "_CALL_SECONDS", 0.0)
     clock = types.SimpleNamespace(now=0.0)

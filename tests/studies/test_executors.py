@@ -58,3 +58,9 @@ def test_a_missing_ray_is_reported(monkeypatch):
 def test_a_cluster_that_cannot_be_reached_is_refused_at_once(address):
     with pytest.raises(ConfigError, match=f"the Ray cluster '{address}' cannot be reached"):
         RayExecutor(address)
+
+
+def test_the_cluster_of_the_environment_is_checked(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(ConfigError, match="the Ray cluster 'auto' cannot be reached"):
+        RayExecutor("auto")

@@ -222,6 +222,13 @@ def test_a_study_that_cannot_be_used_is_named(fault, tmp_path, monkeypatch, requ
         pass
 
 
+def test_a_study_that_was_emptied_is_not_begun_again(tmp_path):
+    (tmp_path / "study.db").touch()
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(DamagedFileError, match="is missing or empty"), load_study(tmp_path):
+        pass
+
+
 def test_a_process_says_that_it_waits_for_another(run, sample):
     class Release(fm.Hook):
         def message(self, text):
