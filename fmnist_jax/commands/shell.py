@@ -70,17 +70,18 @@ class _Stream:
             raise BrokenPipeError(error.errno, error.strerror) from error
 
 
+# Prints to the console and returns the exit status.
+Command = Callable[[argparse.Namespace, Console], int]
+
+
 def main_of(
-    command: Callable[[argparse.Namespace, Console], int],
-    create_parser: Callable[[], argparse.ArgumentParser],
+    command: Command, create_parser: Callable[[], argparse.ArgumentParser]
 ) -> Callable[[Sequence[str]], int]:
     """Returns a function that runs a command line and returns the exit status."""
     return lambda argv: run(command, create_parser().parse_args(argv))
 
 
-def run(
-    command: Callable[[argparse.Namespace, Console], int], arguments: argparse.Namespace
-) -> int:
+def run(command: Command, arguments: argparse.Namespace) -> int:
     """Runs a command and prints errors and warnings in one line each.
 
     Args:
@@ -107,7 +108,7 @@ def run(
         warnings.showwarning = show_warning
         is_distributed = getattr(arguments, "distributed", False)
         try:
-            _start_jax(getattr(arguments, "devices", None), is_distributed)
+            _start_jax(arguments, is_distributed)
             if not processes.is_first():
                 console.quiet = True
             jax.config.update("jax_enable_compilation_cache", not arguments.no_cache)
@@ -168,11 +169,13 @@ def _error_text(error: Exception) -> str:
     return str(error)
 
 
-def _start_jax(devices: str | None, is_distributed: bool) -> None:
+def _start_jax(arguments: argparse.Namespace, is_distributed: bool) -> None:
     """Starts JAX with all processes, or with as many CPU devices as the flag asks for."""
+    devices = getattr(arguments, "devices", None)
     if is_distributed:
         end_when_aborted()
-        print("Connecting the processes; JAX waits up to five minutes ...", file=sys.stderr)
+        if not arguments.quiet:
+            print("Connecting the processes; JAX waits up to five minutes ...", file=sys.stderr)
         processes.start()
     # A larger number is refused, because there are too few devices.
     elif devices is not None and re.fullmatch("[0-9]{1,4}", devices):

@@ -15,18 +15,13 @@ IMAGES_MAGIC = 0x803  # unsigned bytes in three dimensions
 _LABELS_MAGIC = 0x801  # unsigned bytes in one
 
 
-def read_images(path: Path) -> np.ndarray:
-    """Reads uint8[count, height, width] from an IDX file, gzipped or not.
+def read_images(path: Path, content: bytes | None = None) -> np.ndarray:
+    """Reads uint8[count, height, width] from an IDX file, or from its content, gzipped or not.
 
     Raises:
       DataError: if the file cannot be read, is truncated or is not an IDX file of images.
     """
-    return parse_images(_content(path), path)
-
-
-def parse_images(content: bytes, path: Path) -> np.ndarray:
-    """Reads images from the content of a file, as `read_images` does; `path` is for errors."""
-    return _parse(content, path, IMAGES_MAGIC, "images")
+    return _parse(_content(path) if content is None else content, path, IMAGES_MAGIC, "images")
 
 
 def read_labels(path: Path) -> np.ndarray:

@@ -77,7 +77,7 @@ def read_pictures(path: Path) -> Iterator[Picture | DataError]:
     """
     content = _content(path)
     if content[:2] == b"\x1f\x8b" or content[:4] == idx.IMAGES_MAGIC.to_bytes(4, "big"):
-        images = idx.parse_images(content, path)
+        images = idx.read_images(path, content)
         if not images.size:
             raise DataError(f"holds no pixel: its header says {images.shape}")
         for number, image in enumerate(images):
