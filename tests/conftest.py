@@ -36,8 +36,10 @@ ONE_PER_NETWORK = [
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("sprint_93", "resnet20")),
 ]
 
-# A background job is started with SIGINT ignored, and so would be the processes of the tests.
+# A background job is started with SIGINT ignored, and under nohup with SIGHUP ignored. So would be
+# the processes of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Implicit rank promotion is an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")
