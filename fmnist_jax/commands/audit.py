@@ -14,8 +14,8 @@ from rich.progress import track
 
 import fmnist_jax as fm
 from fmnist_jax.commands import flags, shell
-from fmnist_jax.report.audit import write_audit
 from fmnist_jax.errors import ConfigError
+from fmnist_jax.report.audit import write_audit
 from fmnist_jax.runs import files
 from fmnist_jax.studies.audit import Track, audit_images, audit_labels
 
