@@ -27,13 +27,13 @@ def local_path(path: str | Path) -> Path:
         raise ConfigError(f"{path} is in a home folder that cannot be found") from error
 
 
-def user_folder(variable: str, default: str) -> Path | None:
-    """Returns the folder that an environment variable or else `default` names.
+def user_folder(default: str, variable: str = "") -> Path | None:
+    """Returns the folder that an environment variable, if any, or else `default` names.
 
     None if it is in a home folder and there is none, as for a user without HOME and without a name.
 
     Example:
-      >>> user_folder("A_VARIABLE_THAT_IS_NOT_SET", "~/data") == Path.home() / "data"
+      >>> user_folder("~/data") == Path.home() / "data"
       True
     """
     try:

@@ -14,7 +14,6 @@ from rich.progress import track
 
 import fmnist_jax as fm
 from fmnist_jax.commands import flags, shell
-from fmnist_jax.errors import ConfigError
 from fmnist_jax.report.audit import write_audit
 from fmnist_jax.runs import files
 from fmnist_jax.studies.audit import Track, audit_images, audit_labels
@@ -45,10 +44,8 @@ def create_parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     fm.create_streams(arguments.seed)  # refuses an invalid seed before any work
     workdir = arguments.workdir
-    try:
+    with files.usable(workdir):
         files.make_folder(workdir)
-    except OSError as error:
-        raise ConfigError(f"workdir {workdir} cannot be used: {error}") from error
     dataset = flags.load_data(arguments)
     console.print(f"Data: {dataset.source}", highlight=False, soft_wrap=True)
     labels: dict[str, Any] | None = None

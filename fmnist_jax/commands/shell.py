@@ -90,8 +90,8 @@ def run(command: Command, arguments: argparse.Namespace) -> int:
 
     Returns:
       The exit status: that of the command, or 1 if a verification failed, 2 for bad input or if
-      the state could not be saved or memory ran out, 3 if training diverged, 130 or 143 if it was
-      interrupted, 141 if standard output was closed.
+      the state or the output could not be written or memory ran out, 3 if training diverged, 128
+      plus the number of the signal if it was interrupted, 141 if standard output was closed.
     """
     console = CommandConsole(quiet=arguments.quiet)
     error_console = CommandConsole(stderr=True)

@@ -94,9 +94,9 @@ def standard_places() -> Iterator[Path]:
     if tfds_dir := _tfds_dir():
         yield tfds_dir
     yield Path("/usr/share/datasets/fashion-mnist")
-    if keras := user_folder("KERAS_HOME", "~/.keras"):
+    if keras := user_folder("~/.keras", "KERAS_HOME"):
         yield keras / "datasets/fashion-mnist"
-    for root in (Path("data"), user_folder("", "~/data"), Path()):
+    for root in (Path("data"), user_folder("~/data"), Path()):
         if root is not None:
             yield root / _TORCHVISION
 
@@ -165,7 +165,7 @@ def _load_prepared(prepared: Path) -> Dataset:
 
 
 def _cached(name: str, read: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
-    cache = user_folder("XDG_CACHE_HOME", "~/.cache")
+    cache = user_folder("~/.cache", "XDG_CACHE_HOME")
     if cache is None:
         return read()
     folder = cache / "fmnist_jax"
@@ -216,4 +216,4 @@ def _verified(arrays: list[np.ndarray], source: str, *, sample: bool = False) ->
 
 
 def _tfds_dir() -> Path | None:
-    return user_folder("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    return user_folder("~/tensorflow_datasets", "TFDS_DATA_DIR")

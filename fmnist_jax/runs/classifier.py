@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import ScopeParamShapeError
 
 from fmnist_jax.config import Recipe, from_dict
 from fmnist_jax.data.batches import checked_images
@@ -35,7 +36,8 @@ class Classifier:
         if the run has none for this checkpoint.
       recipe: the recipe of the run.
       step: number of steps of the training.
-      image_shape: height and width of the training images.
+      image_shape: height and width of the training images; None if version 0.2, which did not
+        record them, trained the network.
 
     Example:
       >>> import tempfile, fmnist_jax as fm
@@ -58,7 +60,7 @@ class Classifier:
     temperature: float
     recipe: Recipe
     step: int
-    image_shape: tuple[int, int]
+    image_shape: tuple[int, int] | None
 
     def __repr__(self) -> str:
         arch, num_classes = self.recipe.arch, len(self.class_names)
@@ -79,17 +81,22 @@ class Classifier:
           ValueError: if their shape is another, or not that of the training images.
         """
         images = checked_images(images)
-        if images.shape[1:] != self.image_shape:
-            raise ValueError(
-                f"images have shape {images.shape}, but {self.recipe.arch} was trained on images "
-                f"of {self.image_shape[0]} x {self.image_shape[1]}"
-            )
+        trained_on = " x ".join(map(str, self.image_shape or ())) or "another size"
+        refusal = ValueError(
+            f"images have shape {images.shape}, but {self.recipe.arch} was trained on images of "
+            f"{trained_on}"
+        )
+        if self.image_shape not in (None, images.shape[1:]):
+            raise refusal
         # Few images are not padded to the size at which many are fastest. Powers of two, so that
         # six programs serve all.
         size = 1 << max(len(images) - 1, 0).bit_length()
         batch_size = size if size <= _FEW else None
-        logits = predict(self.variables, images, model=self.model, batch_size=batch_size)
-        return np.asarray(logits)
+        try:
+            logits = predict(self.variables, images, model=self.model, batch_size=batch_size)
+            return np.asarray(logits)
+        except ScopeParamShapeError as error:
+            raise refusal from error
 
     def probabilities(self, images: Any) -> np.ndarray:
         """Computes the probabilities of the classes, float32[n, num_classes]; as `logits`."""
@@ -138,11 +145,11 @@ def load_classifier(
                 f"{files.REPORT} says; one of the two files was replaced"
             )
         temperature = report["calibration"]["temperature"] or 1.0
-    # Version 0.2 trained Fashion-MNIST only, and did not record the shape.
-    height, width = checkpoint.meta.get("image_shape", (SIZE, SIZE))
+    shape = checkpoint.meta.get("image_shape")
     return Classifier(
-        model, variables, class_names, temperature, recipe, checkpoint.step, (height, width)
-    )
+        model, variables, class_names, temperature, recipe, checkpoint.step,
+        shape and (shape[0], shape[1]),
+    )  # fmt: skip
 
 
 def _variables(checkpoint: Checkpoint) -> dict[str, Any]:

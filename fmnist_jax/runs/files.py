@@ -119,6 +119,15 @@ def read_results(path: Path) -> dict[str, Any]:
     return results
 
 
+@contextlib.contextmanager
+def usable(workdir: Path) -> Iterator[None]:
+    """Raises ConfigError, which names the folder, in place of an OSError of the block."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"workdir {workdir} cannot be used: {error.strerror or error}") from error
+
+
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Writes one JSON object per line."""
     write_bytes(path, "".join(json.dumps(line) + "\n" for line in lines).encode())

@@ -16,7 +16,7 @@ import numpy as np
 from fmnist_jax.config import Run
 from fmnist_jax.data.dataset import Dataset
 from fmnist_jax.distributed import processes
-from fmnist_jax.errors import CheckpointError, ConfigError, DivergedError
+from fmnist_jax.errors import CheckpointError, DivergedError
 from fmnist_jax.runs import environment, files
 from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.runs.console import ConsoleProgress
@@ -35,7 +35,6 @@ from fmnist_jax.train.step import TrainState
 # Target duration of one compiled call. Progress is shown and signals are handled between calls.
 # The length of a call does not change the result.
 _CALL_SECONDS = 0.5
-
 
 # A call that takes this many times as long as the one before and as the target was suspended, as by
 # Ctrl-Z; this is not counted as training time.
@@ -351,15 +350,11 @@ def _agree(signals: list[int], wants_stop: bool, is_due: bool) -> tuple[int, boo
 def _exclusive(workdir: Path, settings: dict[str, Any]) -> Iterator[None]:
     """Creates and locks the folder and writes the settings."""
     with contextlib.ExitStack() as stack:
-        try:
+        with files.usable(workdir):
             files.make_folder(workdir)
             stack.enter_context(files.locked(workdir))
             _read_report(workdir, settings)  # another process may have written it meanwhile
             files.write_json(workdir / files.CONFIG, settings)
-        except OSError as error:
-            raise ConfigError(
-                f"workdir {workdir} cannot be used: {error.strerror or error}"
-            ) from error
         yield
 
 
@@ -369,8 +364,6 @@ def _read_report(workdir: Path, settings: dict[str, Any]) -> dict[str, Any] | No
     Raises:
       ConfigError: if the folder holds another run.
     """
-    try:
+    with files.usable(workdir):
         is_run = files.check_config(workdir, settings, "run")
         return files.read_json(workdir / files.REPORT) if is_run else None
-    except OSError as error:
-        raise ConfigError(f"workdir {workdir} cannot be used: {error.strerror or error}") from error

@@ -46,7 +46,7 @@ def outcome(workdir: Path) -> dict[str, str]:
     for name in (files.PREDICTIONS, files.EXAMPLES):
         arrays = files.read_arrays(workdir / name)
         items |= {f"{name}: {key}": array for key, array in arrays.items()}
-    return {name: sha256_item(item) for name, item in items.items()}
+    return {name: _sha256_item(item) for name, item in items.items()}
 
 
 def verify_resume(
@@ -107,7 +107,7 @@ def verify_resume(
         return outcome(straight), outcome(killed)
 
 
-def sha256_item(item: Any) -> str:
+def _sha256_item(item: Any) -> str:
     """SHA-256 of an array with its dtype and shape, or of a JSON value."""
     if isinstance(item, np.ndarray):
         return sha256_json([str(item.dtype), item.shape, sha256_array(item)])

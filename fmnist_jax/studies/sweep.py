@@ -16,6 +16,7 @@ from fmnist_jax.errors import (
     DamagedFileError,
     DivergedError,
     Interrupted,
+    first_line,
     import_optional,
 )
 from fmnist_jax.runs import files
@@ -156,9 +157,10 @@ def sweep(
     hooks = [ConsoleProgress()] if hooks is None else hooks
     optuna = _optuna()
     plan = _checked_plan(run, dataset, space, num_trials, num_seeds)
-    files.make_folder(run.workdir)
-    with _locked(run.workdir, hooks):
-        _write_settings(plan, space)
+    with files.usable(run.workdir):
+        files.make_folder(run.workdir)
+        with _locked(run.workdir, hooks):
+            _write_settings(plan, space)
     best, trials = _search(run, dataset, space, num_trials, hooks, optuna)
     recipe = dataclasses.replace(run.recipe, **best.params)
     fresh = dataclasses.replace(
@@ -329,7 +331,9 @@ def _open_study(workdir: Path, optuna: Any, hooks: Sequence[Hook]) -> Iterator[A
 
     path, storage = workdir / STORAGE, None
     if (workdir / SWEEP).exists() and not (path.exists() and path.stat().st_size):
-        raise DamagedFileError(f"{path} is missing or empty, but {SWEEP} has results of the sweep")
+        raise DamagedFileError(
+            f"{path} is missing or empty, but {SWEEP} has its results; use another folder"
+        )
     try:
         with _locked(workdir, hooks), warnings.catch_warnings():  # the tables are created once
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -353,8 +357,8 @@ def _open_study(workdir: Path, optuna: Any, hooks: Sequence[Hook]) -> Iterator[A
             )
         yield study
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        cause = str(error.__cause__ or error).partition("\n")[0]
-        raise DamagedFileError(f"{path} cannot be used: {cause}") from error
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise DamagedFileError(f"{path} cannot be used: {first_line(cause)}") from error
     finally:
         if storage is not None:
             storage.remove_session()

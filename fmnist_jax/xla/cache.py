@@ -32,7 +32,7 @@ def enable_compilation_cache(directory: Path | None = None) -> Path | None:
     if present:
         return Path(present)
     if directory is None:
-        cache = user_folder("XDG_CACHE_HOME", "~/.cache")
+        cache = user_folder("~/.cache", "XDG_CACHE_HOME")
         if cache is None:
             return None
         directory = cache / "fmnist_jax"

@@ -1,4 +1,4 @@
-"""A command goes on where its output fails, and one line says what is wrong."""
+"""Commands survive failing output and report each error in one line."""
 
 import argparse
 import os

@@ -1,17 +1,13 @@
 """A run: its files, resuming, stopping, and invalid settings."""
 
 import dataclasses
-import errno
-import fcntl
 import itertools
 import json
 import os
 import shutil
 import signal
-import stat
 import time
 import types
-from pathlib import Path
 
 import chex
 import jax
@@ -33,7 +29,7 @@ from fmnist_jax.runs import environment, files, saver
 from fmnist_jax.runs import fit as fit_lib
 from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.runs.plan import create_plan
-from fmnist_jax.runs.signals import STOPPING, deferred_signals
+from fmnist_jax.runs.signals import STOPPING
 from fmnist_jax.train.predict import predict_tta
 from tests.small import Small
 
@@ -134,22 +130,6 @@ def test_a_signal_that_the_user_handles_does_not_stop(handler, tmp_path, tiny):
     assert result.report["steps"] == 9
 
 
-def test_the_second_signal_of_a_closed_terminal_does_not_end_the_process():
-    with deferred_signals() as received:
-        os.kill(os.getpid(), signal.SIGHUP)
-        os.kill(os.getpid(), signal.SIGHUP)
-    assert received == [signal.SIGHUP, signal.SIGHUP]
-
-
-def test_a_second_interrupt_acts_at_once_after_any_other_signal():
-    with deferred_signals() as received:
-        os.kill(os.getpid(), signal.SIGUSR1)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert received == [signal.SIGUSR1, signal.SIGINT]
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 def test_a_suspension_is_not_training_time(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(fit_lib, "_CALL_SECONDS", 0.0)
     clock = types.SimpleNamespace(now=0.0)
@@ -171,52 +151,6 @@ def test_a_suspension_is_not_training_time(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(fit_lib, "time", fake)
     result = fm.fit(make_run(tmp_path), tiny, hooks=[Suspend()])
     assert result.report["train_seconds"] < 1
-
-
-def test_file_systems_that_cannot_sync_folders_are_used(tmp_path, monkeypatch):
-    sync = os.fsync
-
-    def refuse(descriptor):
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "Invalid argument")
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    files.write_json(tmp_path / "a.json", [1])
-    assert files.read_json(tmp_path / "a.json") == [1]
-    files.sync(tmp_path)
-
-
-def test_other_failures_to_sync_a_folder_are_errors(tmp_path, monkeypatch):
-    def fail(_):
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="Input/output error"):
-        files.sync(tmp_path)
-
-
-@pytest.mark.parametrize("on_wait", [None, lambda: None])
-def test_a_file_system_that_refuses_locks_is_named(on_wait, tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with (
-        pytest.raises(OSError, match="files cannot be locked there"),
-        files.locked(tmp_path, on_wait=on_wait),
-    ):
-        pass
-
-
-def test_a_full_disk_is_reported_with_the_file(tmp_path, monkeypatch):
-    def refuse(_path, _content):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", refuse)
-    with pytest.raises(OSError, match="No space left") as caught:
-        files.write_json(tmp_path / "a.json", [1])
-    assert caught.value.filename == str(tmp_path / "a.json")
 
 
 class StopAfterEpoch(fm.Hook):
