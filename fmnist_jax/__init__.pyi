@@ -24,6 +24,7 @@ from .runs.replay import replay as replay
 from .studies.comparison import compare as compare
 from .studies.seeds import fit_seeds as fit_seeds
 from .studies.sweep import sweep as sweep
+from .train.hooks import EarlyStopping as EarlyStopping
 from .train.hooks import EpochLog as EpochLog
 from .train.hooks import Hook as Hook
 from .train.loop import TrainInputs as TrainInputs

@@ -5,6 +5,7 @@ command-line flag. Standard library only.
 """
 
 import dataclasses
+import json
 import math
 import operator
 import re
@@ -19,9 +20,18 @@ OptimizerName = Literal["adam", "rmsprop", "sgd", "muon"]
 ScheduleName = Literal["constant", "cosine", "one_cycle", "linear"]
 DtypeName = Literal["float32", "bfloat16"]
 AugmentationName = Literal["none", "keras", "geometric", "shift", "shift_erase"]
+LossName = Literal["cross_entropy"]
 
-# Fields of a run that have no effect on its training.
-_NO_EFFECT = ("workdir", "checkpoint_every", "keep_every", "tta", "devices")
+# Fields of a recipe that name its parts; each has a field of options, such as `arch_options`.
+PARTS = ("arch", "optimizer", "loss", "augmentation", "schedule")
+
+# Fields of a run that have no effect on its training, or are recorded by name.
+_NO_EFFECT = ("workdir", "checkpoint_every", "keep_every", "tta", "devices", "parts")
+
+# Fields of a recipe that earlier versions did not have, with the values that they had in effect.
+_ADDED = {"shards": 1, "loss": "cross_entropy", "patience": None} | {
+    f"{part}_options": None for part in PARTS
+}
 
 
 class _Range(NamedTuple):
@@ -44,14 +54,77 @@ def _flag(text: str, default: Any = dataclasses.MISSING, expected: _Range | None
     return dataclasses.field(default=default, metadata={"help": text, "range": expected})
 
 
+def _part(text: str, default: str, names: Any) -> Any:
+    choices = get_args(names)
+    text += f": {', '.join(choices)}, or package.module:Name or file.py:Name"
+    return dataclasses.field(default=default, metadata={"help": text, "names": choices})
+
+
+def _options(part: str) -> Any:
+    return dataclasses.field(default=None, metadata={"help": f"arguments of the {part}"})
+
+
+class Options(dict[str, Any]):
+    """Keyword arguments of a part, ready for JSON; hashable, because a recipe is."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True))
+
+
+def parse_value(text: str) -> Any:
+    """Reads the value of an option: JSON, or else the text itself.
+
+    Example:
+      >>> parse_value("0.5"), parse_value("[1, 2]"), parse_value("relu")
+      (0.5, [1, 2], 'relu')
+    """
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def short_name(part: str) -> str:
+    """Returns the name of a part without its module or file.
+
+    Example:
+      >>> short_name("package.nets:Net"), short_name("adam")
+      ('Net', 'adam')
+    """
+    return part.rpartition(":")[2]
+
+
+def _set_parts(recipe: "Recipe") -> None:
+    """Makes the paths of files absolute and the options hashable."""
+    for part in PARTS:
+        name, options = getattr(recipe, part), getattr(recipe, f"{part}_options")
+        place, _, attribute = str(name).rpartition(":")
+        if place.endswith(".py"):
+            object.__setattr__(recipe, part, f"{local_path(place).absolute()}:{attribute}")
+        try:
+            if options is not None:
+                options = Options(json.loads(json.dumps(dict(options), allow_nan=False))) or None
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{part}_options is {options!r}; expected names with numbers, texts, booleans or "
+                "lists of them"
+            ) from error
+        object.__setattr__(recipe, f"{part}_options", options)
+
+
 def _check_fields(settings: Any) -> None:
-    """Checks each field with a range or choices; None stands where it is the default."""
+    """Checks each field with a range or choices; None stands where its type allows it."""
     for field in dataclasses.fields(settings):
         value, expected = getattr(settings, field.name), field.metadata.get("range")
         choices = get_args(field.type) if get_origin(field.type) is Literal else ()
-        if choices and value not in choices:
-            raise ConfigError(f"{field.name} is {value!r}; choose one of {', '.join(choices)}")
-        if expected is None or (value is None and field.default is None):
+        names = field.metadata.get("names", ())
+        if (choices and value not in choices) or (
+            names and value not in names and not re.fullmatch(".+:.+", str(value))
+        ):
+            path = ", or an import path such as package.module:Name" if names else ""
+            known = ", ".join(choices or names)
+            raise ConfigError(f"{field.name} is {value!r}; choose one of {known}{path}")
+        if expected is None or (value is None and type(None) in get_args(field.type)):
             continue
         is_number = isinstance(value, expected.kind) and not isinstance(value, bool)
         if not (is_number and expected.is_inside(value)):
@@ -62,8 +135,14 @@ def _check_fields(settings: Any) -> None:
 class Recipe:
     """How one network is trained.
 
+    `arch`, `optimizer`, `loss`, `augmentation` and `schedule` are names of the package, or import
+    paths: "package.module:Name", or "nets.py:Name" for a file. "Your own parts" in the
+    documentation says what each must be.
+
     Attributes:
-      arch: name of the network, a key of `fmnist_jax.ARCHS`.
+      arch: the network, a key of `fmnist_jax.ARCHS` or an import path.
+      arch_options: arguments of the network; likewise of the other parts. Numbers, texts, booleans
+        and lists; None is none.
       epochs: passes over the training split, at least 1.
       batch_size: examples per step, at least 1.
       microbatch_size: examples that go through the network at once; with batch normalization, which
@@ -72,19 +151,26 @@ class Recipe:
         divides the batch size. Each has its own dropout key and batch normalization. The number of
         shards determines the bits of the training, the number of devices does not.
       optimizer: "adam", "rmsprop" or "sgd" (momentum 0.9), in Keras' formulas, or "muon".
-      learning_rate: peak of the schedule, above 0.
+      optimizer_options: see `arch_options`.
+      learning_rate: peak of the schedule, above 0; None for an optimizer with its own.
       schedule: "constant", "cosine", "one_cycle" or "linear" (to zero), over the whole run.
+      schedule_options: see `arch_options`.
+      loss: "cross_entropy" or an import path.
+      loss_options: see `arch_options`.
       weight_decay: decoupled, on kernels only, at least 0; None is none.
       dropout: one rate in [0, 1) for all dropout layers; None keeps the rate of each layer.
       label_smoothing: fraction of the target spread over all classes, in [0, 1); None is none.
       augmentation: "none", "keras" (as Keras' `ImageDataGenerator`), "geometric", "shift" (by at
         most one pixel, and mirrored in every second epoch), or "shift_erase" (a random rectangle as
         well).
+      augmentation_options: see `arch_options`; for a name, its attributes that differ.
       augmentation_strength: scales every range of the augmentation, at least 0; None is 1.
       dtype: "float32", or "bfloat16" for accelerators; the network computes in it during training.
         Parameters and evaluation are float32.
       image_size: side to which images are resized, in pixels; None keeps their own.
       val_fraction: fraction of the training images held out for validation, in [0, 1).
+      patience: training ends after this many epochs without a better validation accuracy; None
+        trains all epochs.
 
     Raises:
       ConfigError: if a value is outside its range.
@@ -98,29 +184,39 @@ class Recipe:
     """
 
     arch: str
+    arch_options: Mapping[str, Any] | None = _options("network")
     epochs: int = _flag("passes over the training images", expected=_COUNT)
     batch_size: int = _flag("examples per step", 128, _COUNT)
     microbatch_size: int | None = _flag(
         "examples that go through the network at once", None, _COUNT
     )
     shards: int = _flag("parts of a batch that devices can share, a power of two", 1)
-    optimizer: OptimizerName = _flag("optimizer", "adam")
-    learning_rate: float = _flag("peak of the schedule", 1e-3, _RATE)
-    schedule: ScheduleName = _flag("learning rate schedule over the whole run", "constant")
+    optimizer: str = _part("optimizer", "adam", OptimizerName)
+    optimizer_options: Mapping[str, Any] | None = _options("optimizer")
+    learning_rate: float | None = _flag("peak of the schedule", 1e-3, _RATE)
+    schedule: str = _part("learning rate over the whole run", "constant", ScheduleName)
+    schedule_options: Mapping[str, Any] | None = _options("schedule")
+    loss: str = _part("loss of an example", "cross_entropy", LossName)
+    loss_options: Mapping[str, Any] | None = _options("loss")
     weight_decay: float | None = _flag("decoupled weight decay of the kernels", None, _SCALE)
     dropout: float | None = _flag("one rate for all dropout layers, in [0, 1)", None, _FRACTION)
     label_smoothing: float | None = _flag(
         "fraction of the target spread over all classes", None, _FRACTION
     )
-    augmentation: AugmentationName = _flag("augmentation of the training images", "none")
+    augmentation: str = _part("augmentation of training images", "none", AugmentationName)
+    augmentation_options: Mapping[str, Any] | None = _options("augmentation")
     augmentation_strength: float | None = _flag(
         "scales the ranges of the augmentation", None, _SCALE
     )
     dtype: DtypeName = _flag("dtype of the network in training", "float32")
     image_size: int | None = _flag("side to which images are resized, in pixels", None, _COUNT)
     val_fraction: float = _flag("fraction held out for validation, in [0, 1)", 0.1, _FRACTION)
+    patience: int | None = _flag(
+        "end after so many epochs without a better validation accuracy", None, _COUNT
+    )
 
     def __post_init__(self) -> None:
+        _set_parts(self)
         _check_fields(self)
         check_shards(self.shards, self.batch_size)
         size, shard_size = self.microbatch_size, self.batch_size // self.shards
@@ -133,6 +229,10 @@ class Recipe:
             raise ConfigError(
                 f"augmentation_strength is {self.augmentation_strength}, but augmentation is "
                 "'none'; choose an augmentation or leave the strength out"
+            )
+        if self.patience is not None and self.val_fraction == 0:
+            raise ConfigError(
+                f"patience is {self.patience}, but val_fraction is 0; it needs validation images"
             )
 
 
@@ -193,6 +293,7 @@ class Run:
       devices: how many devices share the shards of each batch, or "all"; their number must divide
         `recipe.shards`. None is one device, or all if there are several processes.
       log_grad_norms: whether metrics.jsonl has the mean norms of gradient, parameters and updates.
+      parts: objects of the parts that the recipe names; set by the functions that take them.
 
     Raises:
       ConfigError: if a value is outside its range.
@@ -210,6 +311,7 @@ class Run:
     )
     devices: str | int | None = _flag("devices that share the shards of each batch, or all", None)
     log_grad_norms: bool = _flag("log the norms of gradient, parameters and updates", False)
+    parts: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "workdir", local_path(self.workdir))
@@ -234,12 +336,14 @@ def to_dict(run: Run) -> dict[str, Any]:
       >>> to_dict(Run(recipe=Recipe(arch="same_3x3", epochs=10), workdir=Path("w")))["seed"]
       0
     """
-    settings = dataclasses.asdict(run)
-    for name in _NO_EFFECT:
-        del settings[name]
-    # Left out, so that runs of versions without these settings can resume.
-    if run.recipe.shards == 1:
-        del settings["recipe"]["shards"]
+    names = [field.name for field in dataclasses.fields(run) if field.name not in _NO_EFFECT]
+    settings: dict[str, Any] = {name: getattr(run, name) for name in names}
+    # Settings of this version at their defaults are left out, so that earlier runs can resume.
+    settings["recipe"] = {
+        name: value
+        for name, value in dataclasses.asdict(run.recipe).items()
+        if not (name in _ADDED and value == _ADDED[name])
+    }
     if not run.log_grad_norms:
         del settings["log_grad_norms"]
     settings["stream_seeds"] = {}  # version 0.2 could set them
@@ -257,7 +361,7 @@ def from_dict(settings: Mapping[str, Any], workdir: Path) -> Run:
       >>> from_dict(to_dict(run), Path("w")) == run
       True
     """
-    names = {field.name for field in dataclasses.fields(Run)}
+    names = {field.name for field in dataclasses.fields(Run)} - {"parts"}
     given = {name: value for name, value in settings.items() if name in names}
     try:
         return Run(**given | {"recipe": Recipe(**settings["recipe"])}, workdir=workdir)

@@ -122,6 +122,8 @@ CLAIMS: Mapping[str, Claim] = MappingProxyType(
 def find_recipe(name: str) -> Recipe:
     """Returns the recipe of this name, or the first one of the network of this name.
 
+    An import path of a network, such as "nets.py:Net", gets the settings of "small_dropout".
+
     Raises:
       ConfigError: if there is neither.
 
@@ -131,6 +133,8 @@ def find_recipe(name: str) -> Recipe:
     """
     if name in RECIPES:
         return RECIPES[name]
+    if ":" in name:
+        return dataclasses.replace(RECIPES["small_dropout"], arch=name)
     networks = {recipe.arch: recipe for recipe in [*RECIPES.values()][::-1]}
     if name in networks:
         return networks[name]

@@ -4,6 +4,8 @@ import flax.linen as nn
 
 from fmnist_jax.nn.layers import Conv, Dense, Dropout, flatten
 
+SMALL, LINEAR = "tests.small:Small", "tests.small:Linear"
+
 
 class Small(nn.Module):
     """A network with convolution, pooling and dropout that compiles in a second."""

@@ -16,7 +16,15 @@ PACKAGE = ROOT / "fmnist_jax"
 
 # Only these modules may import that package.
 OWNERS = {
-    "flax": {"nn/layers", "nn/models", "nn/resnet", "nn/sprint", "runs/classifier"},
+    "flax": {
+        "nn/adapters",
+        "nn/layers",
+        "nn/models",
+        "nn/resnet",
+        "nn/sprint",
+        "runs/classifier",
+        "runs/contract",
+    },
     "orbax": {"runs/checkpoint"},
     "tensorflow_datasets": {"data/tfds"},
     "onnx": {"export/onnx_graph"},

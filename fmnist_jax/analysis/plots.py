@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import FancyBboxPatch
 from matplotlib.rcsetup import cycler
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from scipy.special import softmax
@@ -28,7 +29,7 @@ from fmnist_jax.errors import ConfigError
 INK, GRID = "#1f2937", "#e5e7eb"
 # Two hues that color-blind readers can tell apart: training and validation, or before and after.
 PRIMARY, SECONDARY = "#2563eb", "#ea7317"
-PALE = "#93b4f5"
+PALE, FILL = "#93b4f5", "#eff4fe"
 
 # Characters that fit over an image of a contact sheet.
 _MAX_LINE = 18
@@ -340,6 +341,41 @@ def importances(values: Mapping[str, float]) -> Figure:
 
 
 @style()
+def network(layers: Sequence[Mapping[str, Any]]) -> Figure:
+    """The layers of `nn.summary.summarize` from the images down to the logits, and their sizes."""
+    layers = [layer for layer in layers if layer["layer"] != "unused"]
+    figure = Figure(figsize=(9, 0.5 + 0.4 * len(layers)), layout="constrained")
+    boxes, *charts = figure.subplots(1, 3, sharey=True, width_ratios=(2, 1, 1))
+    boxes.set(xlim=(-0.1, 1.01), ylim=(len(layers) - 0.6, -0.4))
+    boxes.set_title("layer", loc="left", x=0.12, fontsize=10)
+    boxes.set_title("output shape", loc="right", x=0.96, fontsize=10)
+    for row, layer in enumerate(layers):
+        corners = "round,pad=0,rounding_size=0.02"
+        box = FancyBboxPatch((0, row - 0.3), 1, 0.6, corners, mutation_aspect=8, fc=FILL, ec=PALE)
+        boxes.add_patch(box)
+        boxes.text(0.03, row, _shorten(layer["layer"], 34), va="center", fontsize=9)
+        shape = " x ".join(map(str, layer["shape"]))
+        boxes.text(0.97, row, shape, va="center", ha="right", fontsize=9)
+        for source in layer["inputs"]:
+            ends = ((0.5, row - 0.3), (0.5, source + 0.3))
+            arrow = {"arrowstyle": "-|>", "color": INK, "lw": 0.8, "shrinkA": 0, "shrinkB": 0}
+            if source != row - 1:  # past other layers
+                ends = ((0, row - 0.15), (0, source + 0.15))
+                arrow["connectionstyle"] = f"arc3,rad={0.6 * abs(row - source) ** -0.5}"
+            boxes.annotate("", *ends, arrowprops=arrow)
+    titles = {"params": ("parameters", PRIMARY), "flops": ("FLOP per image", SECONDARY)}
+    for axes, (key, (title, color)) in zip(charts, titles.items(), strict=True):
+        values = [layer[key] for layer in layers]
+        bars = axes.barh(range(len(layers)), values, 0.5, color=color)
+        axes.bar_label(bars, [f"{v:,}" if v else "" for v in values], padding=3, fontsize=8)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.margins(x=0.45)
+    for axes in (boxes, *charts):
+        axes.axis("off")
+    return figure
+
+
+@style()
 def distance_histogram(distances: Mapping[str, np.ndarray], threshold: float) -> Figure:
     """Histogram of the relative distances of the "test" and "train" images, and the threshold."""
     figure, axes = _figure(5.6, 3.2)
@@ -425,9 +461,9 @@ def _predictions(
     return _titled_images(images / 255, titles, columns=5, side=1.8)
 
 
-def _shorten(line: str) -> str:
+def _shorten(line: str, length: int = _MAX_LINE) -> str:
     line = line.encode(errors="replace").decode()  # not all bytes of a file name are text
-    return line if len(line) <= _MAX_LINE else f"…{line[1 - _MAX_LINE :]}"
+    return line if len(line) <= length else f"…{line[1 - length :]}"
 
 
 def _image_rows(

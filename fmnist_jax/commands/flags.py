@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import re
 import types
 import typing
@@ -13,6 +14,8 @@ from fmnist_jax import config, errors
 from fmnist_jax.digest import sha256_json
 from fmnist_jax.paths import local_path
 from fmnist_jax.recipes import find_recipe
+from fmnist_jax.runs.imports import find
+from fmnist_jax.runs.parts import KEYWORDS, Parts
 from fmnist_jax.studies.executors import Executor, RayExecutor, fit_in_turn
 
 
@@ -30,7 +33,10 @@ class Parser(argparse.ArgumentParser):
 
 def add_recipe_flag(parser: argparse.ArgumentParser, **options: Any) -> None:
     """Adds `--arch`, which names a recipe or a network, and its synonym `--recipe`."""
-    text = "recipe, or network with its first recipe; `run --list` shows all"
+    text = (
+        "recipe, or network with its first recipe (`run --list` shows all), or your own network: "
+        "package.module:Name or file.py:Name"
+    )
     parser.add_argument("--arch", "--recipe", metavar="NAME", help=text, **options)
 
 
@@ -81,16 +87,19 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
         default="latest",
         help="latest, best (by validation accuracy), or a step (%(default)s)",
     )
+    parser.add_argument(
+        "--arch", metavar="NAME", help="network of the run, if it cannot be imported as recorded"
+    )
 
 
 def load_classifier(arguments: argparse.Namespace) -> fm.Classifier:
     """Loads the network that the arguments of `add_network_arguments` describe."""
     which = arguments.which
     if which in ("latest", "best"):
-        return fm.load_classifier(arguments.run, which)
+        return fm.load_classifier(arguments.run, which, model=arguments.arch)
     if not which.isdecimal():
         raise errors.ConfigError(f"--which is {which!r}; expected latest, best or a step")
-    return fm.load_classifier(arguments.run, int(which))
+    return fm.load_classifier(arguments.run, int(which), model=arguments.arch)
 
 
 def add_workdir_flag(parser: argparse.ArgumentParser, default: Path | None, text: str) -> None:
@@ -184,7 +193,7 @@ def name_workdir(parent: Path, run: fm.Run, dataset: fm.Dataset, *, seeds: bool)
     digest = sha256_json([config.to_dict(run), dataset.class_names, dataset.sha256])
     # Without the number of seeds, so that more can be added.
     name = f"seeds-from-{run.seed}" if seeds else f"seed{run.seed}"
-    return parent / f"{run.recipe.arch}-{name}-{digest[:8]}"
+    return parent / f"{config.short_name(run.recipe.arch)}-{name}-{digest[:8]}"
 
 
 def _fields(settings: type[fm.Recipe] | type[fm.Run]) -> list[dataclasses.Field[Any]]:
@@ -194,8 +203,36 @@ def _fields(settings: type[fm.Recipe] | type[fm.Run]) -> list[dataclasses.Field[
 def _given(
     arguments: argparse.Namespace, settings: type[fm.Recipe] | type[fm.Run]
 ) -> dict[str, Any]:
-    names = [field.name for field in _fields(settings)]
-    return {name: getattr(arguments, name) for name in names if name in arguments}
+    names = [field.name for field in _fields(settings) if field.name in arguments]
+    given = {name: getattr(arguments, name) for name in names}
+    return {
+        name: dict(value) if name.endswith("_options") else value for name, value in given.items()
+    }
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is no option; expected NAME=VALUE")
+    return name, config.parse_value(value)
+
+
+def named_objects(arguments: argparse.Namespace) -> Parts:
+    """Returns the parts that flags name by import paths, as `fm.fit` takes them."""
+    names = {part: getattr(arguments, part, "") for part in KEYWORDS}
+    found: Any = {KEYWORDS[part]: find(name) for part, name in names.items() if ":" in name}
+    return found
+
+
+def part_flags(recipe: fm.Recipe) -> list[str]:
+    """Returns the flags that name the parts of a recipe and their options."""
+    flags = []
+    for part in KEYWORDS:
+        flags += [f"--{part}", getattr(recipe, part)] if part != "arch" else []
+        options = getattr(recipe, f"{part}_options") or {}
+        pairs = [f"{name}={json.dumps(value)}" for name, value in options.items()]
+        flags += [f"--{part}-options", *pairs] if pairs else []
+    return flags
 
 
 def _add_flag(
@@ -204,7 +241,13 @@ def _add_flag(
     is_optional = typing.get_origin(field.type) in (types.UnionType, typing.Union)
     kind: Any = typing.get_args(field.type)[0] if is_optional else field.type
     options: dict[str, Any] = {"type": kind, "metavar": getattr(kind, "__name__", None)}
-    if typing.get_origin(kind) is typing.Literal:
+    if "names" in field.metadata:
+        options["metavar"] = "NAME"
+    elif field.name.endswith("_options"):
+        options = {"type": _option, "nargs": "+", "metavar": "NAME=VALUE"}
+    elif field.name == "learning_rate":
+        options["type"] = _number_or_none
+    elif typing.get_origin(kind) is typing.Literal:
         options = {"choices": typing.get_args(kind)}
     elif kind is bool:
         options = {"action": argparse.BooleanOptionalAction}
@@ -214,6 +257,10 @@ def _add_flag(
         help=help_text.replace("%", "%%"),
         **options,
     )
+
+
+def _number_or_none(text: str) -> float | None:
+    return None if text == "none" else float(text)
 
 
 def _path(text: str) -> Path:

@@ -23,12 +23,14 @@ from fmnist_jax.commands import flags, shell
 from fmnist_jax.distributed import processes
 from fmnist_jax.distributed.watchdog import Watchdog
 from fmnist_jax.errors import ConfigError
+from fmnist_jax.nn.summary import format_rows
 from fmnist_jax.recipes import CLAIMS
 from fmnist_jax.runs import files
 from fmnist_jax.runs.fit import fit_plan
 from fmnist_jax.runs.plan import Plan, create_plan, loop_cost
 from fmnist_jax.runs.verify import verify_resume
 from fmnist_jax.studies.executors import Executor
+from fmnist_jax.studies.sweep import format_params
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -77,7 +79,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         return 0
     run = flags.create_run(arguments, arguments.arch, arguments.workdir or Path("runs"))
     if arguments.verify_resume:
-        return _verify_resume(arguments, console)
+        return _verify_resume(run.recipe, arguments, console)
     dataset = flags.load_data(arguments)
     if arguments.replay is not None:
         return _replay(arguments, dataset, console)
@@ -156,14 +158,13 @@ def _hooks(console: Console) -> list[fm.Hook]:
     return hooks
 
 
-def _verify_resume(arguments: argparse.Namespace, console: Console) -> int:
+def _verify_resume(recipe: fm.Recipe, arguments: argparse.Namespace, console: Console) -> int:
     def say(text: str) -> None:
         console.print(text, highlight=False)
 
     started = time.monotonic()
-    expected, found = verify_resume(
-        arguments.arch, ["--no-cache"] if arguments.no_cache else [], say
-    )
+    cache = ["--no-cache"] if arguments.no_cache else []
+    expected, found = verify_resume(arguments.arch, [*cache, *flags.part_flags(recipe)], say)
     different = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     for name in different:
         console.print(f"different: {name}", style="bold red")
@@ -184,7 +185,8 @@ def _replay(arguments: argparse.Namespace, dataset: fm.Dataset, console: Console
     if classes is not None:
         dataset = fm.select_classes(dataset, classes)
     console.print(f"Replaying step {arguments.replay:,} ...")
-    replay = fm.replay(arguments.workdir, dataset, arguments.replay)
+    parts = flags.named_objects(arguments)
+    replay = fm.replay(arguments.workdir, dataset, arguments.replay, **parts)
     from fmnist_jax.report.run import write_replay
 
     picture = write_replay(arguments.workdir, replay, dataset.class_names, sample=dataset.sample)
@@ -225,20 +227,20 @@ def _print_plan(plan: Plan, console: Console) -> None:
         "folder": str(run.workdir),
     }
     shell.print_facts(console, facts, bold="network")
-    table = Table()
-    table.add_column("parameters")
-    table.add_column("shape")
-    table.add_column("size", justify="right")
-    for name, shape, size in plan.parameters:
-        table.add_row(name, " x ".join(map(str, shape)), f"{size:,}")
+    headings, *rows, totals = format_rows(plan.network)
+    table = Table(*headings[:2])
+    for heading in headings[2:]:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*row)
     table.add_section()
-    table.add_row("all", "", f"{plan.num_params:,}")
+    table.add_row(*totals)
     console.print(table)
 
 
 def _format_recipe(recipe: fm.Recipe) -> list[str]:
     return [
-        f"{name.replace('_', ' ')} {value}"
+        f"{name.replace('_', ' ')} {format_params(value) if isinstance(value, dict) else value}"
         for name, value in dataclasses.asdict(recipe).items()
         if name != "arch" and value is not None
     ]

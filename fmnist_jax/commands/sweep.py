@@ -20,6 +20,7 @@ from rich.console import Console
 
 import fmnist_jax as fm
 from fmnist_jax.commands import flags, shell
+from fmnist_jax.config import short_name
 from fmnist_jax.digest import sha256_json
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.runs import files
@@ -61,16 +62,16 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     plan = create_plan(run, dataset)
     settings = plan.settings
     if arguments.find_learning_rate:
-        workdir = arguments.workdir or _name_workdir(arguments.arch, "learning-rate", settings)
+        workdir = arguments.workdir or _name_workdir(run, "learning-rate", settings)
         _find(plan, workdir, console)
         return 0
     space = dict(parse_domain(text) for text in arguments.over)
     if len(space) < len(arguments.over):
         raise ConfigError("--over names a setting twice")
-    if fixed := [name for name in space if name in flags.given_settings(arguments)]:
+    if fixed := [name for name in space if _is_given(name, flags.given_settings(arguments))]:
         raise ConfigError(f"{fixed[0]} is searched and has a flag of its own; give one of the two")
     settings["space"] = sorted(arguments.over)
-    workdir = arguments.workdir or _name_workdir(arguments.arch, "sweep", settings)
+    workdir = arguments.workdir or _name_workdir(run, "sweep", settings)
     console.print(f"The sweep is in {workdir}. The same command resumes it.", highlight=False)
     report = sweep(
         dataclasses.replace(run, workdir=workdir),
@@ -97,15 +98,20 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _name_workdir(arch: str, task: str, settings: dict[str, Any]) -> Path:
-    return Path("runs") / f"{arch}-{task}-{sha256_json(settings)[:8]}"
+def _is_given(name: str, given: dict[str, Any]) -> bool:
+    field, _, option = name.partition(".")
+    return field in given and (not option or option in given[field])
+
+
+def _name_workdir(run: fm.Run, task: str, settings: dict[str, Any]) -> Path:
+    return Path("runs") / f"{short_name(run.recipe.arch)}-{task}-{sha256_json(settings)[:8]}"
 
 
 def _find(plan: Plan, workdir: Path, console: Console) -> None:
     from fmnist_jax.analysis.plots import encode, rate_curve
 
     dataset = plan.dataset
-    console.print(f"Compiling the training loop of {plan.run.recipe.arch} ...")
+    console.print(f"Compiling the training loop of {short_name(plan.run.recipe.arch)} ...")
     curve = fm.find_learning_rate(plan.create_state(), plan.inputs, config=plan.config)
     files.make_folder(workdir)
     path = workdir / "learning_rate.png"

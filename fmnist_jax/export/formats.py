@@ -27,7 +27,6 @@ from fmnist_jax.runs.classifier import Classifier
 from fmnist_jax.version import __version__
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-IMAGE_SHAPE = (28, 28)
 OUTPUTS = ("logits", "probabilities")
 
 # Relative to the largest logit. float32 has 6e-8; another order of summation of a thousand products
@@ -41,11 +40,11 @@ def export_stablehlo(classifier: Classifier, folder: Path) -> Path:
     """Writes `model.stablehlo`, a program for CPU, CUDA and TPU, and `model.json`.
 
     `jax.export.deserialize(content).call(images)` runs it; this needs JAX and flatbuffers only. It
-    takes uint8[batch, 28, 28] with any batch size, and returns logits and probabilities. It
+    takes uint8[batch, height, width] with any batch size, and returns logits and probabilities. It
     includes the weights. `model.json` has its SHA-256, because JAX does not verify the content.
     """
     import_optional("flatbuffers", "export")
-    exported = export.export(jax.jit(_function(classifier)), platforms=PLATFORMS)(_images())
+    exported = export.export(_function(classifier), platforms=PLATFORMS)(_images(classifier))
     content = bytes(exported.serialize())
     loaded = export.deserialize(bytearray(content))
     # Not bitwise with the network, whose program has one platform and batch size.
@@ -70,24 +69,25 @@ def export_stablehlo(classifier: Classifier, folder: Path) -> Path:
 def export_onnx(classifier: Classifier, folder: Path) -> Path:
     """Writes `model.onnx`, with the input "images" and the outputs "logits" and "probabilities".
 
-    The input is uint8[batch, 28, 28] with any batch size. The metadata has class names and recipe.
+    The input is uint8[batch, height, width], any batch size. The metadata has names and recipe.
     """
     import_optional("onnx", "export")
     runtime = import_optional("onnxruntime", "export")
     from fmnist_jax.export.onnx_graph import to_onnx
 
     metadata = {name: json.dumps(value) for name, value in _metadata(classifier).items()}
-    content = to_onnx(_function(classifier), _images(), OUTPUTS, metadata).SerializeToString()
+    model = to_onnx(_function(classifier), _images(classifier), OUTPUTS, metadata)
+    content = model.SerializeToString()
     session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
     _check(classifier, lambda images: session.run(None, {"images": images}))
     return _write(folder / "model.onnx", content)
 
 
 def export_safetensors(classifier: Classifier, folder: Path) -> Path:
-    """Writes `model.safetensors`: the variables, named as in Flax ("params.Conv_0.kernel").
+    """Writes `model.safetensors`: the variables by path, such as "params.Conv_0.kernel" in Linen.
 
-    Kernels of convolutions are float32[height, width, input, output]. The metadata has one entry,
-    "fmnist_jax": JSON with class names, temperature and recipe.
+    Linen's kernels of convolutions are float32[height, width, input, output]. The metadata has one
+    entry, "fmnist_jax": JSON with class names, temperature and recipe.
     """
     safetensors = import_optional("safetensors.numpy", "export")
     leaves, treedef = jax.tree.flatten_with_path(classifier.variables)
@@ -101,7 +101,7 @@ def export_safetensors(classifier: Classifier, folder: Path) -> Path:
     loaded = safetensors.load(content)
     variables = jax.tree.unflatten(treedef, [loaded[name] for name in arrays])
     restored = dataclasses.replace(classifier, variables=variables)
-    _check(classifier, jax.jit(_function(restored)), jax.jit(_function(classifier)))
+    _check(classifier, _function(restored), _function(classifier))
     return _write(folder / "model.safetensors", content)
 
 
@@ -112,21 +112,23 @@ FORMATS: dict[str, Callable[[Classifier, Path], Path]] = {
 }
 
 
-def _images() -> jax.ShapeDtypeStruct:
+def _images(classifier: Classifier) -> jax.ShapeDtypeStruct:
     (batch,) = export.symbolic_shape("batch")
-    return jax.ShapeDtypeStruct((batch, *IMAGE_SHAPE), jnp.uint8)
+    return jax.ShapeDtypeStruct((batch, *(classifier.image_shape or (28, 28))), jnp.uint8)
 
 
-def _function(classifier: Classifier) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-    def apply(images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = classifier.model.apply(classifier.variables, scale(images), train=False)
+def _function(classifier: Classifier) -> Any:
+    def apply(image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        images = scale(image[None])
+        logits = classifier.model.apply(classifier.variables, images, train=False)[0]
         return logits, jax.nn.softmax(logits / classifier.temperature)
 
-    return apply
+    # One image at a time, because `len` of an array with a symbolic batch size is an error.
+    return jax.jit(jax.vmap(apply))
 
 
 def _metadata(classifier: Classifier) -> dict[str, Any]:
-    height, width = IMAGE_SHAPE
+    _, height, width = _images(classifier).shape
     num_classes = len(classifier.class_names)
     return {
         "fmnist_jax": __version__,
@@ -146,21 +148,18 @@ def _check(
     in_memory: Callable[[np.ndarray], Any] | None = None,
 ) -> None:
     """Compares a deserialized export with the network, and bitwise with the export in memory."""
-    images = load_fashion_mnist(sample=True).test_images[:NUM_TESTED]
+    grid = (np.arange(size) * 28 // size for size in _images(classifier).shape[1:])
+    images = load_fashion_mnist(sample=True).test_images[np.ix_(range(NUM_TESTED), *grid)]
     found = [np.asarray(array) for array in exported(images)]
-    logits = classifier.logits(images)
-    difference = np.abs(found[0] - logits).max() / np.abs(logits).max()
-    if not difference <= TOLERANCE:
-        raise VerificationError(
-            f"the export differs from the network by {difference:.1e} of the largest logit; "
-            f"expected at most {TOLERANCE:.0e}, so nothing was written"
-        )
-    difference = np.abs(found[1] - classifier.probabilities(images)).max()
-    if not difference <= TOLERANCE:
-        raise VerificationError(
-            f"probabilities of the export differ from the network by {difference:.1e}; "
-            f"expected at most {TOLERANCE:.0e}, so nothing was written"
-        )
+    expected = classifier.logits(images), classifier.probabilities(images)
+    limits = TOLERANCE * np.abs(expected[0]).max(), TOLERANCE
+    for name, *arrays, limit in zip(OUTPUTS, found, expected, limits, strict=True):
+        difference = np.abs(np.subtract(*arrays)).max()
+        if not difference <= limit:
+            raise VerificationError(
+                f"{name} of the export differ from the network by {difference:.1e}; expected at "
+                f"most {limit:.1e}, so nothing was written"
+            )
     if in_memory is not None and not all(map(np.array_equal, found, in_memory(images))):
         raise VerificationError(
             "the deserialized export differs from the one in memory; nothing was written"

@@ -15,7 +15,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from fmnist_jax.errors import ConfigError
+from fmnist_jax.errors import ConfigError, first_line
+from fmnist_jax.nn.adapters import construct, constructor_parameters
 from fmnist_jax.nn.layers import Conv, Dense, Dropout, Rate, flatten, resize
 from fmnist_jax.nn.resnet import ResNet20
 from fmnist_jax.nn.sprint import Sprint, SprintNarrow, SprintWide
@@ -125,13 +126,18 @@ ARCHS: Mapping[str, type[nn.Module]] = MappingProxyType(
 )
 
 
-def create_model(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
-    """Creates a network by name.
+def create_model(arch: Any, num_classes: int = 10, **options: Any) -> Any:
+    """Creates a network by name, or from a class of your own.
 
     Args:
-      name: a key of `ARCHS`.
-      num_classes: number of logits, at least 2.
-      **options: other attributes of the network, such as `image_size` of "deep_augmented".
+      arch: a key of `ARCHS`; or a class of Flax Linen, Flax NNX, Equinox or Haiku modules, or a
+        function that returns a model.
+      num_classes: number of logits, at least 2. A class or function without this parameter does
+        not receive it.
+      **options: other arguments, such as `image_size` of "deep_augmented". Values must be hashable.
+
+    Returns:
+      A model for `StepConfig`: a Linen module, or an object with `init` and `apply`.
 
     Raises:
       ConfigError: if the network or an option is unknown, or `num_classes` is less than 2.
@@ -144,11 +150,23 @@ def create_model(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
           image_size = 64
       )
     """
-    if name not in ARCHS:
-        raise ConfigError(f"unknown architecture {name!r}; choose one of {', '.join(ARCHS)}")
+    target = ARCHS.get(arch) if isinstance(arch, str) else arch
+    if target is None:
+        raise ConfigError(f"unknown architecture {arch!r}; choose one of {', '.join(ARCHS)}")
     if num_classes < 2:
         raise ConfigError(f"num_classes is {num_classes}; it must be at least 2")
+    name = arch if isinstance(arch, str) else getattr(arch, "__name__", str(arch))
+    if not callable(target):
+        raise ConfigError(f"{name} is neither a class of modules nor a function; pass one of them")
+    parameters = constructor_parameters(target)
+    if "num_classes" in parameters:
+        options = {"num_classes": num_classes} | options
+    if unknown := set(options) - set(parameters) if "kwargs" not in parameters else ():
+        raise ConfigError(
+            f"{name} takes no such option: {', '.join(sorted(unknown))}; it takes "
+            f"{', '.join(parameters) or 'none'}"
+        )
     try:
-        return ARCHS[name](num_classes=num_classes, **options)
+        return construct(target, options)
     except TypeError as error:
-        raise ConfigError(f"{name} takes no such option: {', '.join(options)}") from error
+        raise ConfigError(f"{name} cannot be constructed: {first_line(error)}") from error

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from fmnist_jax.analysis.plots import data_url
+from fmnist_jax.config import short_name
 from fmnist_jax.errors import DamagedFileError
 from fmnist_jax.runs import files
 
@@ -75,5 +76,6 @@ _ENVIRONMENT.filters.update(
     thousands=lambda number: f"{float(number):,.0f}",
     quantity=quantity,
     data_url=data_url,
+    short_name=short_name,
     thumbnail=thumbnail,
 )

@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 
 from fmnist_jax.analysis import plots
+from fmnist_jax.data.sources import PUBLISHED_SHA256, SAMPLE_SHA256
+from fmnist_jax.digest import sha256_bytes
 from fmnist_jax.errors import DamagedFileError
+from fmnist_jax.nn.summary import format_rows
 from fmnist_jax.recipes import CLAIMS, RECIPES
 from fmnist_jax.report.render import missing_values_as_damage, write_page
 from fmnist_jax.runs import files
@@ -43,12 +46,19 @@ def write_report(workdir: Path) -> Path:
         if "augmented" in examples:
             pictures = examples["originals"], examples["augmented"]
             figures["augmented"] = plots.augmented_samples(*pictures)
+        network = report.get("network")  # version 0.3 did not record it
+        if network:
+            figures["network"] = plots.network(network)
+        known = [sha256_bytes("".join(h).encode()) for h in (PUBLISHED_SHA256, SAMPLE_SHA256)]
+        is_published = report["data"]["sha256"] in known
         sample = report["sample"]
         images = {name: plots.encode(figure, sample=sample) for name, figure in figures.items()}
         page = write_page(
             workdir / "report.html", "run", sample=sample, report=report, images=images,
-            claim=CLAIMS.get(report["arch"]), changes=changed_settings(report),
-            pairs=most_confused(report),
+            claim=CLAIMS.get(report["arch"]) if is_published else None,
+            data_name="Fashion-MNIST" if is_published else report["data"]["source"],
+            layers=format_rows(network or []),
+            changes=changed_settings(report), pairs=most_confused(report),
         )  # fmt: skip
     (workdir / _PLOTS).mkdir(exist_ok=True)
     for name, image in images.items():

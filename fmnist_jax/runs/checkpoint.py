@@ -127,7 +127,7 @@ class Checkpoints:
             self._clean()
             files.make_folder(self._directory)
             temporary.mkdir()
-            arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(tree).items()}
+            arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(tree).items()}
             _check_free_space(temporary, sum(array.nbytes for array in arrays.values()))
             described = {
                 name: {"dtype": str(array.dtype), "shape": list(array.shape)}
@@ -222,7 +222,7 @@ class Checkpoints:
 
     def _restore(self, path: Path, like: Any) -> tuple[Any, Checkpoint]:
         content = _verified_content(path)
-        leaves = _named_leaves(like)
+        leaves = named_leaves(like)
         wanted = {
             name: f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for name, leaf in leaves.items()
         }
@@ -231,8 +231,8 @@ class Checkpoints:
         }
         message = differences_message(
             f"the checkpoint {path} is of another run or version. It differs:",
-            content["settings"] | {"arrays": found},
-            self._settings | {"arrays": wanted},
+            files.without_sources(content["settings"]) | {"arrays": found},
+            files.without_sources(self._settings) | {"arrays": wanted},
         )
         if message:
             raise CheckpointError(message)
@@ -429,7 +429,8 @@ def _orbax() -> Any:
     return ocp
 
 
-def _named_leaves(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by their paths, such as "params.Conv_0.kernel"."""
     leaves = jax.tree.leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
     if len(named) != len(leaves):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax.errors import ScopeParamShapeError
 
-from fmnist_jax.config import Recipe, from_dict
+from fmnist_jax.config import Recipe, Run, from_dict, short_name
 from fmnist_jax.data.batches import checked_images
 from fmnist_jax.data.pictures import SIZE, Picture, read_pictures
 from fmnist_jax.digest import params_sha256
-from fmnist_jax.errors import CheckpointError, ConfigError, DataError
-from fmnist_jax.runs import files
-from fmnist_jax.runs.checkpoint import Checkpoint, load_checkpoint
-from fmnist_jax.runs.plan import create_recipe_model
+from fmnist_jax.errors import CheckpointError, ConfigError, DataError, EnvironmentWarning
+from fmnist_jax.nn.adapters import init_variables
+from fmnist_jax.runs import files, parts
+from fmnist_jax.runs.checkpoint import Checkpoint, load_checkpoint, named_leaves
+from fmnist_jax.runs.imports import Origin, find
 from fmnist_jax.train.predict import predict
 
 _FEW = 32
@@ -29,7 +31,7 @@ class Classifier:
     """A trained network with the names of its classes.
 
     Attributes:
-      model: the Linen module.
+      model: the network, as in `StepConfig`.
       variables: its variables, as `model.apply` takes them.
       class_names: the names of the classes in the order of the logits.
       temperature: divides the logits before the softmax. It was fitted on the validation images; 1
@@ -63,7 +65,7 @@ class Classifier:
     image_shape: tuple[int, int] | None
 
     def __repr__(self) -> str:
-        arch, num_classes = self.recipe.arch, len(self.class_names)
+        arch, num_classes = short_name(self.recipe.arch), len(self.class_names)
         return f"Classifier({arch}, {num_classes} classes, step {self.step:,})"
 
     def logits(self, images: Any) -> np.ndarray:
@@ -82,9 +84,9 @@ class Classifier:
         """
         images = checked_images(images)
         trained_on = " x ".join(map(str, self.image_shape or ())) or "another size"
+        arch = short_name(self.recipe.arch)
         refusal = ValueError(
-            f"images have shape {images.shape}, but {self.recipe.arch} was trained on images of "
-            f"{trained_on}"
+            f"images have shape {images.shape}, but {arch} was trained on images of {trained_on}"
         )
         if self.image_shape not in (None, images.shape[1:]):
             raise refusal
@@ -108,19 +110,25 @@ class Classifier:
 
 
 def load_classifier(
-    workdir: Path | str, which: int | Literal["latest", "best"] = "latest"
+    workdir: Path | str, which: int | Literal["latest", "best"] = "latest", *, model: Any = None
 ) -> Classifier:
     """Loads the network of a run from its folder, which may be unfinished.
 
-    The SHA-256 of the files and of the parameters are verified.
+    The SHA-256 of the files and of the parameters are verified. A network that is not of this
+    package is imported where it was when it was trained; code in the folder is not executed.
 
     Args:
       workdir: folder of the run.
       which: as for `load_checkpoint`: a step, the latest, or the one with the best validation
         accuracy.
+      model: the network, or its import path, in place of the one that the run names. A class of
+        modules receives the options of the run.
+
+    Warns:
+      EnvironmentWarning: if the source of the network has changed since it was trained.
 
     Raises:
-      ConfigError: if the network is not one of `ARCHS`, or the folder holds no run.
+      ConfigError: if the network cannot be imported, or the folder holds no run.
       CheckpointError: if the checkpoint is missing, damaged or of another network.
       DamagedFileError: if the report of the run cannot be read.
     """
@@ -132,10 +140,10 @@ def load_classifier(
         hint = f"; it holds the runs {', '.join(runs)}" if runs else ""
         raise ConfigError(f"{workdir} is not the folder of a run: it has no {name}{hint}")
     checkpoint = load_checkpoint(workdir, which)
-    recipe = from_dict(checkpoint.settings, workdir).recipe
-    class_names = tuple(checkpoint.settings["classes"])
-    model = create_recipe_model(recipe, len(class_names))
-    variables = _variables(checkpoint)
+    run = from_dict(checkpoint.settings, workdir)
+    recipe, class_names = run.recipe, tuple(checkpoint.settings["classes"])
+    model = _model(checkpoint, workdir, run, len(class_names), model)
+    variables = _variables(checkpoint, model, short_name(recipe.arch))
     temperature = 1.0
     report = files.read_json(workdir / files.REPORT)
     if report is not None and report["steps"] == checkpoint.step:
@@ -152,19 +160,47 @@ def load_classifier(
     )  # fmt: skip
 
 
-def _variables(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Returns the model's variables from the names of a checkpoint's arrays."""
-    variables: dict[str, Any] = {}
-    for name, array in checkpoint.arrays.items():
-        kind, _, rest = name.removeprefix("state.").partition(".")
-        if kind not in ("params", "model_state"):
-            continue
-        *parents, leaf = ["params", *rest.split(".")] if kind == "params" else rest.split(".")
-        folder = variables
-        for parent in parents:
-            folder = folder.setdefault(parent, {})
-        folder[leaf] = jnp.asarray(array)
-    return variables
+def _model(checkpoint: Checkpoint, workdir: Path, run: Run, num_classes: int, model: Any) -> Any:
+    """Creates the network of a checkpoint; warns if its source has changed."""
+    recorded = checkpoint.settings.get("sources", {})
+    origin: Origin | None = Origin(workdir, recorded)
+    if isinstance(model, str):
+        model = find(dataclasses.replace(run.recipe, arch=model).arch)
+    if model is not None:
+        run, origin = parts.with_objects(run, num_classes, model=model), None
+    created = parts.create_part("arch", run, num_classes, origin)
+    before, now = recorded.get("arch"), parts.sources(run, ("arch",), origin).get("arch")
+    if before is not None and now is not None and before["sha256"] != now["sha256"]:
+        warnings.warn(
+            f"the source of {short_name(run.recipe.arch)} has changed since {workdir} was trained",
+            EnvironmentWarning,
+            stacklevel=3,
+        )
+    return created
+
+
+def _variables(checkpoint: Checkpoint, model: Any, name: str) -> dict[str, Any]:
+    """Returns the model's variables, which a checkpoint holds by name."""
+    # Version 0.2 did not record the size; names do not depend on it.
+    image_shape = checkpoint.meta.get("image_shape") or (SIZE, SIZE)
+    images = jnp.zeros((1, *image_shape, 1), jnp.float32)
+    like = jax.eval_shape(lambda: init_variables(jax.random.key(0), images, model=model))
+    leaves = []
+    for leaf_name, leaf in named_leaves(like).items():
+        kind, _, rest = leaf_name.partition(".")
+        place = f"state.params.{rest}" if kind == "params" else f"state.model_state.{leaf_name}"
+        array = checkpoint.arrays.get(place)
+        is_same = array is not None and (
+            "image_shape" not in checkpoint.meta or array.shape == leaf.shape
+        )
+        if not is_same:
+            found = "no" if array is None else f"{list(array.shape)} as"
+            raise CheckpointError(
+                f"the checkpoint of step {checkpoint.step} has {found} {leaf_name}, and {name} has "
+                f"{list(leaf.shape)}; pass the network that was trained"
+            )
+        leaves.append(jnp.asarray(array))
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def classify_files(

@@ -19,7 +19,7 @@ from fmnist_jax.runs import files
 from fmnist_jax.version import __version__
 
 # What determines the bits of a run, besides its settings.
-DECISIVE = ("source", "versions", "device", "processor", "num_threads", "settings")
+DECISIVE = ("source", "versions", "device", "processor", "num_threads", "settings", "sources")
 
 # Settings of JAX that change what a run computes, and their defaults.
 _DEFAULTS = {
@@ -60,15 +60,16 @@ def describe() -> dict[str, Any]:
 def decisive() -> dict[str, Any]:
     """Returns the part of the description that determines the bits of a run."""
     described = describe()
-    return {name: described[name] for name in DECISIVE}
+    return {name: described[name] for name in DECISIVE if name in described}
 
 
-def record(path: Path, *, sample: bool, is_resumed: bool) -> None:
+def record(path: Path, *, sample: bool, sources: dict[str, Any], is_resumed: bool) -> None:
     """Adds this process to environment.json.
 
     Args:
       path: the file.
       sample: whether the run trains on the embedded sample.
+      sources: file and SHA-256 of the source of each part that is not of this package.
       is_resumed: whether the run continues one that another process began.
 
     Warns:
@@ -77,6 +78,8 @@ def record(path: Path, *, sample: bool, is_resumed: bool) -> None:
     entry = describe()
     if sample:
         entry["sample"] = True
+    if sources:
+        entry["sources"] = sources
     entries = files.read_json(path) or []
     if entries and is_resumed:
         before, now = ({name: each.get(name) for name in DECISIVE} for each in (entries[-1], entry))

@@ -99,12 +99,17 @@ def check_config(workdir: Path, settings: Mapping[str, Any], noun: str) -> bool:
     found = read_json(workdir / CONFIG)
     message = found and differences_message(
         f"workdir {workdir} holds another {noun}; use another folder. The settings differ:",
-        found,
-        settings,
+        without_sources(found),
+        without_sources(settings),
     )
     if message:
         raise ConfigError(message)
     return found is not None
+
+
+def without_sources(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings without the SHA-256 of sources, whose change is a warning."""
+    return {name: value for name, value in settings.items() if name != "sources"}
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -7,13 +7,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmnist_jax.config import Run
+from fmnist_jax.config import Run, short_name
 from fmnist_jax.data.dataset import Dataset
 from fmnist_jax.distributed import processes
 from fmnist_jax.errors import CheckpointError, DivergedError
@@ -21,12 +21,21 @@ from fmnist_jax.runs import environment, files
 from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.runs.console import ConsoleProgress
 from fmnist_jax.runs.html import render_result
+from fmnist_jax.runs.parts import Parts
 from fmnist_jax.runs.plan import Plan, create_plan
 from fmnist_jax.runs.results import write_results
 from fmnist_jax.runs.saver import LoopState, Saver, restore, restore_finished
 from fmnist_jax.runs.signals import deferred_signals
 from fmnist_jax.train import metrics as metrics_lib
-from fmnist_jax.train.hooks import EpochLog, Hook, evaluation_progress, say, started
+from fmnist_jax.train.hooks import (
+    EarlyStopping,
+    EpochLog,
+    Hook,
+    Stop,
+    evaluation_progress,
+    say,
+    started,
+)
 from fmnist_jax.train.loop import TrainInputs, train_epochs, train_steps
 from fmnist_jax.train.metrics import Metrics
 from fmnist_jax.train.predict import evaluate, predict
@@ -39,6 +48,9 @@ _CALL_SECONDS = 0.5
 # A call that takes this many times as long as the one before and as the target was suspended, as by
 # Ctrl-Z; this is not counted as training time.
 _SUSPENDED = 20
+
+# What the hooks ask for at the end of an epoch.
+_CONTINUE, _INTERRUPT, _FINISH = range(3)
 
 
 class Result(NamedTuple):
@@ -59,14 +71,16 @@ class Result(NamedTuple):
     def __repr__(self) -> str:
         accuracy = f"test accuracy {self.report['test_accuracy']:.2%}"
         return (
-            f"Result({self.report['recipe']['arch']}, {self.report['steps']:,} steps, {accuracy})"
+            f"Result({short_name(self.report['arch'])}, {self.report['steps']:,} steps, {accuracy})"
         )
 
     def _repr_html_(self) -> str:
         return render_result(self.report, self.history)
 
 
-def fit(run: Run, dataset: Dataset, *, hooks: Sequence[Hook] | None = None) -> Result:
+def fit(
+    run: Run, dataset: Dataset, *, hooks: Sequence[Hook] | None = None, **parts: Unpack[Parts]
+) -> Result:
     """Trains and evaluates a run and writes its files; resumes where an earlier call stopped.
 
     After each epoch it evaluates the validation split and saves a checkpoint. The test images are
@@ -84,6 +98,9 @@ def fit(run: Run, dataset: Dataset, *, hooks: Sequence[Hook] | None = None) -> R
         result.
       dataset: the data.
       hooks: receive the events of the run; None prints its progress.
+      **parts: `model`, `tx`, `loss`, `augment` and `schedule` replace the parts that the recipe
+        names, as in `StepConfig`. A class of modules or a function takes the options of the
+        recipe.
 
     Returns:
       The last state and the report.
@@ -104,12 +121,14 @@ def fit(run: Run, dataset: Dataset, *, hooks: Sequence[Hook] | None = None) -> R
       >>> fit(run, data, hooks=()).report["steps"]
       4
     """
-    return fit_plan(create_plan(run, dataset), hooks=hooks)
+    return fit_plan(create_plan(run, dataset, **parts), hooks=hooks)
 
 
 def fit_plan(plan: Plan, *, hooks: Sequence[Hook] | None = None) -> Result:
     """Runs `fit` for an existing plan."""
-    hooks = [ConsoleProgress()] if hooks is None else hooks
+    hooks = [ConsoleProgress()] if hooks is None else list(hooks)
+    if plan.run.recipe.patience is not None:
+        hooks.append(EarlyStopping(plan.run.recipe.patience))
     if processes.is_first():
         return _fit(plan, hooks)
     # The other processes write to a temporary folder, which is discarded.
@@ -126,7 +145,7 @@ def _fit(plan: Plan, hooks: Sequence[Hook]) -> Result:
     checkpoints = Checkpoints(workdir / files.CHECKPOINTS, settings, keep_every=plan.keep_every)
     report = processes.on_first(lambda: _read_report(workdir, settings))
     if report is not None and (not plan.tta or report["tta_accuracy"] is not None):
-        loop = restore_finished(plan, checkpoints)
+        loop = restore_finished(plan, checkpoints, report["steps"])
         say(hooks, f"This run is finished; its results are in {workdir}.")
         return Result(loop.state, plan.model, report, loop.history)
     with contextlib.ExitStack() as stack:
@@ -135,7 +154,7 @@ def _fit(plan: Plan, hooks: Sequence[Hook]) -> Result:
             loop, compile_seconds = _train(plan, checkpoints, hooks)
         else:
             say(hooks, "This run is finished; only test-time augmentation is evaluated.")
-            loop = restore_finished(plan, checkpoints)
+            loop = restore_finished(plan, checkpoints, report["steps"])
             compile_seconds = report["compile_seconds"]
         is_trained = report is None
         report = write_results(
@@ -158,13 +177,14 @@ def _train(plan: Plan, checkpoints: Checkpoints, hooks: Sequence[Hook]) -> tuple
     files.write_lines(metrics_path, loop.history)
     saver = Saver(plan, checkpoints, loop.step)
     environment.record(
-        plan.run.workdir / files.ENVIRONMENT, sample=plan.dataset.sample, is_resumed=loop.step > 0
-    )
+        plan.run.workdir / files.ENVIRONMENT, sample=plan.dataset.sample, sources=plan.sources,
+        is_resumed=loop.step > 0,
+    )  # fmt: skip
     inputs, compile_seconds = plan.config.layout.place(plan.inputs), 0.0
-    if loop.step < plan.total_steps:
+    if loop.step < plan.total_steps and not loop.is_finished:
         loop, compile_seconds = _compile(plan, inputs, loop, hooks)
     with started(hooks, plan.settings, loop.step, plan.total_steps):
-        loop = _train_epochs(plan, inputs, loop, saver, hooks)
+        loop = loop if loop.is_finished else _train_epochs(plan, inputs, loop, saver, hooks)
     if saver.saved_step < loop.step:
         raise CheckpointError(
             f"the last state, of step {loop.step:,}, could not be saved; the same command resumes "
@@ -180,7 +200,8 @@ def _compile(
     """Compiles the program that all calls share; returns the same state and the seconds."""
     device, num_devices = jax.devices()[0].device_kind, plan.config.layout.num_devices
     name = device if num_devices == 1 else f"{num_devices} x {device}"
-    say(hooks, f"Compiling the training loop of {plan.run.recipe.arch} for {name} ...")
+    arch = short_name(plan.run.recipe.arch)
+    say(hooks, f"Compiling the training loop of {arch} for {name} ...")
     start = time.perf_counter()
     state, metrics = train_steps(loop.state, inputs, jnp.int32(0), loop.metrics, config=plan.config)
     loop = loop._replace(state=jax.block_until_ready(state), metrics=metrics)
@@ -199,17 +220,21 @@ def _train_epochs(
         ):  # fmt: skip
             seconds = loop.epoch_seconds + call.seconds
             loop = LoopState(call.state, call.metrics, seconds, loop.history)
-            wants_stop, is_epoch_end = False, loop.step % plan.steps_per_epoch == 0
+            stop, is_epoch_end = _CONTINUE, loop.step % plan.steps_per_epoch == 0
             if is_epoch_end:
-                loop, wants_stop = _end_epoch(plan, loop, hooks)
-            signal_number, wants_stop, is_due = _agree(signals, wants_stop, saver.is_due(loop.step))
-            if is_due:
+                loop, stop = _end_epoch(plan, loop, hooks)
+            signal_number, stop, is_due = _agree(signals, stop, saver.is_due(loop.step))
+            loop = loop._replace(is_finished=stop == _FINISH)
+            if is_due or loop.is_finished:
                 saver.save(loop)
             if is_epoch_end:
                 # For readers only: the checkpoint holds the lines as well.
                 with contextlib.suppress(OSError):
                     files.write_lines(plan.run.workdir / files.METRICS, loop.history)
-            if signal_number or (wants_stop and loop.step < plan.total_steps):
+            if loop.is_finished:
+                say(hooks, f"Training is finished after epoch {loop.step // plan.steps_per_epoch}.")
+                break
+            if signal_number or (stop and loop.step < plan.total_steps):
                 saver.stop(loop, signal_number or None)
     return loop
 
@@ -300,8 +325,8 @@ def _check_finite(plan: Plan, step: int, sums: Metrics) -> None:
         )
 
 
-def _end_epoch(plan: Plan, loop: LoopState, hooks: Sequence[Hook]) -> tuple[LoopState, bool]:
-    """Evaluates the validation split and logs; returns whether a hook asks to stop as well."""
+def _end_epoch(plan: Plan, loop: LoopState, hooks: Sequence[Hook]) -> tuple[LoopState, int]:
+    """Evaluates the validation split and logs; returns whether the hooks continue as well."""
     epoch = loop.step // plan.steps_per_epoch
     common: dict[str, Any] = {"step": loop.step, "epoch": epoch}
     if plan.dataset.sample:
@@ -319,6 +344,7 @@ def _end_epoch(plan: Plan, loop: LoopState, hooks: Sequence[Hook]) -> tuple[Loop
             val_images,
             val_labels,
             model=plan.model,
+            loss=plan.config.loss,
             on_call=evaluation_progress(hooks, "val", num_val),
             layout=plan.config.layout,
         )
@@ -334,16 +360,19 @@ def _end_epoch(plan: Plan, loop: LoopState, hooks: Sequence[Hook]) -> tuple[Loop
         return np.asarray(predict(variables, val_images, model=plan.model))
 
     # Before the checkpoint: a killed run may repeat a line, and omits none.
-    log = EpochLog(epoch, loop.step, train, val, variables, val_images, val_labels, val_logits)
-    wants_stop = [hook.epoch(log) for hook in hooks]  # each is called
-    zeros = metrics_lib.zeros(plan.config.log_norms)
-    return LoopState(loop.state, zeros, 0.0, [*loop.history, *lines]), any(wants_stop)
+    history = [*loop.history, *lines]
+    log = EpochLog(
+        epoch, loop.step, train, val, variables, val_images, val_labels, val_logits, history
+    )
+    stops: list[Stop] = [hook.epoch(log) for hook in hooks]  # each is called
+    stop = _FINISH if "finish" in stops else _INTERRUPT if any(stops) else _CONTINUE
+    return LoopState(loop.state, metrics_lib.zeros(plan.config.log_norms), 0.0, history), stop
 
 
-def _agree(signals: list[int], wants_stop: bool, is_due: bool) -> tuple[int, bool, bool]:
+def _agree(signals: list[int], stop: int, is_due: bool) -> tuple[int, int, bool]:
     """Makes all processes do the same: a signal to any stops all, the first decides the rest."""
-    rows = processes.gather([signals[0] if signals else 0, wants_stop, is_due])
-    return int(rows[:, 0].max()), bool(rows[0, 1]), bool(rows[0, 2])
+    rows = processes.gather([signals[0] if signals else 0, stop, is_due])
+    return int(rows[:, 0].max()), int(rows[0, 1]), bool(rows[0, 2])
 
 
 @contextlib.contextmanager

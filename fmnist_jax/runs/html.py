@@ -4,9 +4,12 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fmnist_jax.config import short_name
+from fmnist_jax.nn.summary import format_rows
+
 
 def render_result(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the accuracies and the learning curves of a run.
+    """Returns the accuracies, the learning curves and the layers of a run.
 
     Args:
       report: the content of report.json.
@@ -30,5 +33,8 @@ def render_result(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]
         images += f'<img width="330" alt="{metric} by epoch" src="{plots.data_url(png)}"/>'
     if report["sample"]:
         images += "<p>Trained on the embedded sample; these accuracies are not results.</p>"
-    title = html.escape(f"{report['arch']}, seed {report['seed']}")
-    return f"<div><b>{title}</b><table>{rows}</table>{images}</div>"
+    layers = ""
+    for cells in format_rows(report["network"]) if "network" in report else ():
+        layers += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+    title = html.escape(f"{short_name(report['arch'])}, seed {report['seed']}")
+    return f"<div><b>{title}</b><table>{rows}</table>{images}<table>{layers}</table></div>"

@@ -3,29 +3,30 @@
 import dataclasses
 import functools
 import math
-from inspect import signature
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmnist_jax.config import Interval, Recipe, Run, to_dict
-from fmnist_jax.data.augment import AUGMENTATIONS, Augmentation, RandomAffine
+from fmnist_jax.config import PARTS, Interval, Run, to_dict
+from fmnist_jax.data.augment import Augmentation, RandomAffine
 from fmnist_jax.data.batches import steps_per_epoch
 from fmnist_jax.data.dataset import Dataset
 from fmnist_jax.data.split import stratified_split
 from fmnist_jax.distributed.mesh import create_mesh
 from fmnist_jax.distributed.shards import Shards
 from fmnist_jax.errors import ConfigError
-from fmnist_jax.nn.models import create_model
+from fmnist_jax.nn.summary import summarize
 from fmnist_jax.rng import Streams, create_streams
-from fmnist_jax.runs import environment
+from fmnist_jax.runs import environment, parts
+from fmnist_jax.runs.contract import check_contract, check_identity
+from fmnist_jax.runs.imports import Origin
+from fmnist_jax.runs.parts import Parts, create_part
 from fmnist_jax.train import metrics as metrics_lib
 from fmnist_jax.train.layout import Layout
 from fmnist_jax.train.loop import TrainInputs, train_steps
 from fmnist_jax.train.metrics import Metrics
-from fmnist_jax.train.optim import create_optimizer, create_schedule
 from fmnist_jax.train.step import Hyperparams, StepConfig, TrainState, create_train_state
 
 
@@ -40,6 +41,7 @@ class Plan:
       train_examples: int32[m], positions of the training split in `dataset.train_images`.
       val_examples: int32[k], likewise of the validation split; it may be empty.
       config: what is fixed at compile time.
+      sources: file and SHA-256 of each part that is not of this package.
     """
 
     run: Run
@@ -48,6 +50,7 @@ class Plan:
     train_examples: np.ndarray
     val_examples: np.ndarray
     config: StepConfig
+    sources: dict[str, dict[str, Any]]
 
     @property
     def model(self) -> Any:
@@ -74,18 +77,19 @@ class Plan:
             recipe.label_smoothing,
             recipe.augmentation_strength,
         )
-        return Hyperparams(
-            jnp.float32(recipe.learning_rate),
-            None if self.config.schedule is None else jnp.int32(self.total_steps),
-            *(None if value is None else jnp.float32(value) for value in values),
+        rate, *others = (
+            None if value is None else jnp.float32(value)
+            for value in (recipe.learning_rate, *values)
         )
+        total_steps = None if self.config.schedule is None else jnp.int32(self.total_steps)
+        return Hyperparams(rate, total_steps, *others)
 
     @property
     def tta(self) -> bool:
         """Whether test-time augmentation is evaluated."""
         if self.run.tta is not None:
             return self.run.tta
-        return self.config.augment is not None and self.config.augment.flip
+        return getattr(self.config.augment, "flip", False)
 
     @property
     def inputs(self) -> TrainInputs:
@@ -121,26 +125,28 @@ class Plan:
     @property
     def settings(self) -> dict[str, Any]:
         """The content of config.json: everything that determines the run's training."""
+        sources = {"sources": self.sources} if self.sources else {}
         return {
             **to_dict(self.run),
+            **sources,
             "classes": list(self.dataset.class_names),
             "data_sha256": self.dataset.sha256,
             "sample": self.dataset.sample,
         }
 
     @functools.cached_property
-    def parameters(self) -> list[tuple[str, tuple[int, ...], int]]:
-        """Name, shape and size of each parameter."""
-        leaves = jax.tree.leaves_with_path(self.abstract_state.params)
-        return [
-            (jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, leaf.size)
-            for path, leaf in leaves
-        ]
+    def network(self) -> list[dict[str, Any]]:
+        """The layers of the network, as `summarize` returns them; empty if it cannot."""
+        height, width = self.dataset.train_images.shape[1:]
+        try:
+            return summarize(self.model, self.abstract_state.variables, (height, width))
+        except Exception:  # noqa: BLE001 (of any network; a table is not worth a training)
+            return []
 
     @property
     def num_params(self) -> int:
         """Number of parameters."""
-        return sum(size for _, _, size in self.parameters)
+        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state.params))
 
     @property
     def keep_every(self) -> int | None:
@@ -151,22 +157,26 @@ class Plan:
         return number * self.steps_per_epoch if unit == "ep" else number
 
 
-def create_plan(run: Run, dataset: Dataset) -> Plan:
-    """Splits the data and creates model, optimizer and augmentation.
+def create_plan(
+    run: Run, dataset: Dataset, *, origin: Origin | None = None, **objects: Unpack[Parts]
+) -> Plan:
+    """Splits the data and creates model, optimizer, loss, augmentation and schedule.
 
     Args:
       run: the settings.
       dataset: the data; the model has one output per class.
+      origin: the folder that names the parts; None if the user does.
+      **objects: parts in place of those that the recipe names.
 
     Raises:
       ConfigError: if the settings do not fit each other or the data.
       DataError: if there are too few examples.
     """
+    num_classes = len(dataset.class_names)
+    run = parts.with_objects(run, num_classes, **objects)
     recipe = run.recipe
-    model = create_recipe_model(recipe, len(dataset.class_names))
-    has_dropout = "dropout" in signature(type(model).__call__).parameters
-    if recipe.dropout is not None and not has_dropout:
-        raise ConfigError(f"dropout is {recipe.dropout}, but {recipe.arch} has no dropout")
+    created = {part: create_part(part, run, num_classes, origin) for part in PARTS}
+    check_identity(created["arch"], recipe.arch)
     streams = create_streams(run.seed)
     train_examples, val_examples = stratified_split(
         streams.split, dataset.train_labels, recipe.val_fraction, run.train_examples, run.exclude
@@ -177,30 +187,34 @@ def create_plan(run: Run, dataset: Dataset) -> Plan:
             "training examples; choose a smaller batch size"
         )
     config = StepConfig(
-        model=model,
-        tx=create_optimizer(recipe.optimizer),
+        model=created["arch"],
+        tx=created["optimizer"],
         batch_size=recipe.batch_size,
-        augment=_create_augment(run),
-        schedule=create_schedule(recipe.schedule),
+        loss=created["loss"],
+        augment=_fitted(created["augmentation"], run),
+        schedule=created["schedule"],
         dtype=recipe.dtype,
         microbatch_size=recipe.microbatch_size,
         layout=_create_layout(run),
         log_norms=run.log_grad_norms,
     )
-    plan = Plan(run, dataset, streams, train_examples, val_examples, config)
+    sources = parts.sources(run, origin=origin)
+    plan = Plan(run, dataset, streams, train_examples, val_examples, config, sources)
     if plan.total_steps >= 2**31:
         raise ConfigError(
             f"epochs is {recipe.epochs:,}, which makes {plan.total_steps:,} steps; expected fewer "
             f"than {2**31:,}, because steps are counted in 32 bits"
         )
     _check_keep_every(plan)
+    if recipe.learning_rate is None and config.schedule is not None:
+        raise ConfigError(
+            f"schedule is {recipe.schedule}, but learning_rate is None; a schedule scales it"
+        )
+    given = [name for name, value in plan.hyperparams._asdict().items() if value is not None]
+    height, width = dataset.train_images.shape[1:]
+    names = tuple((part, getattr(recipe, part)) for part in PARTS)
+    check_contract(config, tuple(given), (height, width), num_classes, names)
     return plan
-
-
-def create_recipe_model(recipe: Recipe, num_classes: int) -> Any:
-    """Creates the network of a recipe; raises `ConfigError` as `create_model` does."""
-    options = {} if recipe.image_size is None else {"image_size": recipe.image_size}
-    return create_model(recipe.arch, num_classes, **options)
 
 
 def loop_cost(plan: Plan) -> tuple[float, int]:
@@ -265,11 +279,9 @@ def _create_layout(run: Run) -> Layout:
     return Shards(shards, create_mesh(num_devices))
 
 
-def _create_augment(run: Run) -> Augmentation | None:
+def _fitted(augment: Augmentation | None, run: Run) -> Augmentation | None:
+    """Returns the augmentation with the image size of the recipe, after checking its strength."""
     recipe = run.recipe
-    if recipe.augmentation == "none":
-        return None
-    augment = AUGMENTATIONS[recipe.augmentation]
     if not isinstance(augment, RandomAffine):
         return augment  # the network itself resizes the images
     augment = dataclasses.replace(augment, image_size=recipe.image_size)

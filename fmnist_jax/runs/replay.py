@@ -2,7 +2,7 @@
 
 import contextlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from fmnist_jax.differences import differences_message
 from fmnist_jax.errors import CheckpointError, ConfigError
 from fmnist_jax.runs import files
 from fmnist_jax.runs.checkpoint import Checkpoints
+from fmnist_jax.runs.imports import Origin
+from fmnist_jax.runs.parts import Parts
 from fmnist_jax.runs.plan import Plan, create_plan
 from fmnist_jax.train.loop import (
     StepInputs,
@@ -48,7 +50,7 @@ class Replay(NamedTuple):
     gradient_norm: float
 
 
-def replay(workdir: Path, dataset: Dataset, step: int) -> Replay:
+def replay(workdir: Path, dataset: Dataset, step: int, **parts: Unpack[Parts]) -> Replay:
     """Computes the batch, losses and gradient norm of one step of a run again.
 
     It trains from the nearest checkpoint before that step, or from the start, and writes nothing.
@@ -57,12 +59,13 @@ def replay(workdir: Path, dataset: Dataset, step: int) -> Replay:
       workdir: the run's folder.
       dataset: the run's data.
       step: number of the step, counted from 1.
+      **parts: as for `fit`; needed where the parts that the run names cannot be imported.
 
     Raises:
       ConfigError: if the folder holds no run or a run of other data, or the step does not exist.
       DamagedFileError: if config.json cannot be read.
     """
-    plan = _read_plan(workdir, dataset)
+    plan = _read_plan(workdir, dataset, parts)
     if isinstance(step, bool) or not (isinstance(step, int) and 1 <= step <= plan.total_steps):
         raise ConfigError(f"step is {step!r}; the run in {workdir} has 1 to {plan.total_steps:,}")
     state = _restore_before(plan, step)
@@ -102,15 +105,16 @@ def _replay(
     return read, grads.losses, optax.tree.norm(grads.grads)
 
 
-def _read_plan(workdir: Path, dataset: Dataset) -> Plan:
+def _read_plan(workdir: Path, dataset: Dataset, parts: Parts) -> Plan:
     settings = files.read_json(workdir / files.CONFIG)
     if settings is None:
         raise ConfigError(f"{workdir} holds no run; name the folder of a run")
-    plan = create_plan(from_dict(settings, workdir), dataset)
+    origin = Origin(workdir, settings.get("sources", {}))
+    plan = create_plan(from_dict(settings, workdir), dataset, origin=origin, **parts)
     message = differences_message(
         f"the run in {workdir} is of other data or another version. The settings differ:",
-        settings,
-        plan.settings,
+        files.without_sources(settings),
+        files.without_sources(plan.settings),
     )
     if message:
         raise ConfigError(message)

@@ -69,7 +69,7 @@ def write_results(
         figures["tta_accuracy"] = tta.accuracy
     files.write_arrays(workdir / files.PREDICTIONS, **predictions, sample=dataset.sample)
     files.write_arrays(workdir / files.EXAMPLES, **_examples(plan, test.losses))
-    report = _run_fields(plan, history) | figures
+    report = _run_fields(plan, int(state.step), history) | figures
     files.write_json(workdir / files.REPORT, report)
     return report
 
@@ -106,7 +106,7 @@ def _predictions(plan: Plan, state: TrainState, hooks: Sequence[Hook]) -> dict[s
     return predictions
 
 
-def _run_fields(plan: Plan, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _run_fields(plan: Plan, step: int, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns what report.json says of settings, data, log and environment."""
     dataset, recipe = plan.dataset, plan.run.recipe
     last = {line["split"]: line for line in history}
@@ -116,9 +116,10 @@ def _run_fields(plan: Plan, history: Sequence[Mapping[str, Any]]) -> dict[str, A
         "arch": recipe.arch,
         "recipe": dataclasses.asdict(recipe),
         "seed": plan.run.seed,
-        "epochs": recipe.epochs,
-        "steps": plan.total_steps,
+        "epochs": step // plan.steps_per_epoch,
+        "steps": step,
         "params": plan.num_params,
+        "network": plan.network,
         "train_accuracy": last["train"]["accuracy"],
         "val_accuracy": last["val"]["accuracy"] if "val" in last else None,
         "train_seconds": round(sum(line["seconds"] for line in train_lines), 3),

@@ -27,12 +27,14 @@ class LoopState(NamedTuple):
       metrics: sums over the current epoch.
       epoch_seconds: training time of the current epoch.
       history: the lines of metrics.jsonl.
+      is_finished: whether a hook has ended the training.
     """
 
     state: TrainState
     metrics: Metrics
     epoch_seconds: float
     history: list[dict[str, Any]]
+    is_finished: bool = False
 
     @property
     def step(self) -> int:
@@ -95,6 +97,7 @@ class Saver:
         meta = {
             "epoch_seconds": loop.epoch_seconds,
             "history": loop.history,
+            "is_finished": loop.is_finished,
             "image_shape": self._plan.dataset.train_images.shape[1:],
         }
         try:
@@ -159,11 +162,14 @@ def restore(plan: Plan, read: Callable[[Any], tuple[Any, dict[str, Any]] | None]
             jax.tree.structure(like), [leaves[str(n)] for n in range(len(leaves))]
         )
     tree = plan.config.layout.place(tree)
-    return LoopState(tree["state"], tree["metrics"], meta["epoch_seconds"], meta["history"])
+    return LoopState(
+        tree["state"], tree["metrics"], meta["epoch_seconds"], meta["history"],
+        meta.get("is_finished", False),  # version 0.3 did not have it
+    )  # fmt: skip
 
 
-def restore_finished(plan: Plan, checkpoints: Checkpoints) -> LoopState:
-    """Returns the last state of a finished run.
+def restore_finished(plan: Plan, checkpoints: Checkpoints, step: int) -> LoopState:
+    """Returns the state of a finished run after its last step.
 
     Raises:
       CheckpointError: if its checkpoint is missing or damaged.
@@ -175,6 +181,6 @@ def restore_finished(plan: Plan, checkpoints: Checkpoints) -> LoopState:
                 f"the run in {plan.run.workdir} is finished, but its checkpoints are missing; its "
                 "results are unchanged, and another folder starts a new run"
             )
-        return checkpoints.restore_step(plan.total_steps, like)
+        return checkpoints.restore_step(step, like)
 
     return restore(plan, read)

@@ -12,7 +12,7 @@ from fmnist_jax.analysis.label_issues import LabelIssues, find_label_issues
 from fmnist_jax.config import Run
 from fmnist_jax.data.dataset import Dataset
 from fmnist_jax.recipes import RECIPES
-from fmnist_jax.runs.plan import create_recipe_model
+from fmnist_jax.runs.parts import create_part
 from fmnist_jax.studies.cross_validation import CrossValidation, cross_validate, train_without
 from fmnist_jax.train.hooks import Hook, say
 from fmnist_jax.train.predict import evaluate
@@ -198,7 +198,7 @@ def _accuracies(
     run: Run, dataset: Dataset, issues: np.ndarray, hooks: Sequence[Hook]
 ) -> dict[str, list[float]]:
     """Returns the test accuracies of trainings with and without the label issues."""
-    model = create_recipe_model(run.recipe, len(dataset.class_names))
+    model = create_part("arch", run, len(dataset.class_names))
     accuracies: dict[str, list[float]] = {"with": [], "without": []}
     for number in range(NUM_SEEDS):
         of_seed = dataclasses.replace(run, seed=(run.seed + number) % 2**32)

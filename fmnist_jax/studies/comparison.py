@@ -11,7 +11,7 @@ from fmnist_jax.errors import ConfigError
 from fmnist_jax.runs import files
 
 
-def compare(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> dict[str, Any]:
+def compare(runs_a: Sequence[Path | str], runs_b: Sequence[Path | str]) -> dict[str, Any]:
     """Compares the test accuracies of finished runs of two recipes, paired by seed.
 
     Args:
@@ -34,7 +34,7 @@ def compare(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> dict[str, Any]:
     """
     from fmnist_jax.analysis import stats  # here, because scipy.stats takes half a second
 
-    sides = _by_seed(runs_a), _by_seed(runs_b)
+    sides = _by_seed(_paths(runs_a)), _by_seed(_paths(runs_b))
     seeds = sorted(set(sides[0]) & set(sides[1]))
     if not seeds:
         raise ConfigError(
@@ -75,6 +75,12 @@ def compare(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> dict[str, Any]:
         ),
         "seeds_needed": stats.seeds_needed(std, mean) if std and mean else None,
     }
+
+
+def _paths(runs: Sequence[Path | str]) -> list[Path]:
+    if isinstance(runs, str | Path):
+        raise ConfigError(f"{runs} is one folder; pass a list with the folder of each seed")
+    return [Path(run) for run in runs]
 
 
 class _Run(NamedTuple):

@@ -11,7 +11,8 @@ from fmnist_jax.analysis.label_issues import forgetting_events
 from fmnist_jax.config import Run
 from fmnist_jax.data.dataset import Dataset
 from fmnist_jax.errors import ConfigError
-from fmnist_jax.runs.plan import create_plan, create_recipe_model
+from fmnist_jax.runs.parts import create_part
+from fmnist_jax.runs.plan import create_plan
 from fmnist_jax.train.hooks import Hook, say
 from fmnist_jax.train.loop import train_epochs
 from fmnist_jax.train.predict import predict
@@ -58,7 +59,7 @@ def cross_validate(
             f"folds is {folds}; it must be from 2 to {fewest:,}, the number of training images of "
             "the smallest class"
         )
-    model = create_recipe_model(run.recipe, len(dataset.class_names))
+    model = create_part("arch", run, len(dataset.class_names))
     logits, positions, test_logits = [], [], []
     forgotten, learned = np.zeros(len(labels), int), np.zeros(len(labels), bool)
     splits = StratifiedKFold(folds, shuffle=True, random_state=run.seed).split(labels, labels)
@@ -94,7 +95,7 @@ def train_without(run: Run, dataset: Dataset, exclude: np.ndarray) -> Iterator[T
     Yields:
       The state after each epoch. It is donated when the next one is requested.
     """
-    recipe = dataclasses.replace(run.recipe, val_fraction=0.0)
+    recipe = dataclasses.replace(run.recipe, val_fraction=0.0, patience=None)
     plan = create_plan(dataclasses.replace(run, recipe=recipe, exclude=exclude.tolist()), dataset)
     for state, _ in train_epochs(
         plan.create_state(), plan.inputs, recipe.epochs, config=plan.config

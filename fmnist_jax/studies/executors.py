@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from fmnist_jax.config import Run
+from fmnist_jax.config import Run, short_name
 from fmnist_jax.data.dataset import Dataset
 from fmnist_jax.errors import ConfigError, Interrupted, import_optional
 from fmnist_jax.runs import files
@@ -164,4 +164,4 @@ class _MailboxHook(Hook):
 
 
 def _name(run: Run) -> str:
-    return f"{run.recipe.arch}, seed {run.seed}"
+    return f"{short_name(run.recipe.arch)}, seed {run.seed}"

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from fmnist_jax.errors import ConfigError
 from fmnist_jax.runs import files
 from fmnist_jax.runs.console import ConsoleProgress
 from fmnist_jax.runs.fit import Result, fit
+from fmnist_jax.runs.parts import Parts, with_objects
 from fmnist_jax.studies.executors import Executor, fit_in_turn
 from fmnist_jax.train.hooks import Hook
 
@@ -40,6 +41,7 @@ def fit_seeds(
     *,
     hooks: Sequence[Hook] | None = None,
     executor: Executor = fit_in_turn,
+    **parts: Unpack[Parts],
 ) -> SeedsResult:
     """Trains from the seeds S, S + 1, ..., S + num_seeds - 1, where S is the run's seed.
 
@@ -54,6 +56,7 @@ def fit_seeds(
       num_seeds: at least 1.
       hooks: as for `fit`.
       executor: trains the runs; see `fmnist_jax.studies.executors`.
+      **parts: as for `fit`.
 
     Returns:
       The results of all runs, and their summary, which is also written to `seeds.json`.
@@ -71,6 +74,7 @@ def fit_seeds(
       >>> result.report["seeds"], len(result.report["test_accuracy"]["values"])
       ([0, 1], 2)
     """
+    run = with_objects(run, len(dataset.class_names), **parts)
     runs = seed_runs(run, num_seeds)
     hooks = [ConsoleProgress()] if hooks is None else hooks
     executor(runs, dataset, hooks)

@@ -7,9 +7,9 @@ import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
-from fmnist_jax.config import Recipe, Run
+from fmnist_jax.config import Recipe, Run, parse_value
 from fmnist_jax.data.dataset import Dataset
 from fmnist_jax.errors import (
     ConfigError,
@@ -22,10 +22,11 @@ from fmnist_jax.errors import (
 from fmnist_jax.runs import files
 from fmnist_jax.runs.console import ConsoleProgress
 from fmnist_jax.runs.fit import train_calls
+from fmnist_jax.runs.parts import Parts, with_objects
 from fmnist_jax.runs.plan import Plan, create_plan
 from fmnist_jax.runs.signals import deferred_signals
 from fmnist_jax.studies.seeds import fit_seeds
-from fmnist_jax.train.hooks import Hook, say, started
+from fmnist_jax.train.hooks import Hook, epochs_without_gain, say, started
 from fmnist_jax.train.predict import evaluate
 
 SWEEP = "sweep.json"
@@ -63,7 +64,7 @@ def parse_domain(text: str) -> tuple[str, Domain]:
     """Reads `name=low:high`, `name=log:low:high` or `name=choice,choice`.
 
     Args:
-      text: the name is a field of `Recipe`.
+      text: the name is a field of `Recipe`, or an option such as "arch_options.width".
 
     Raises:
       ConfigError: if it is none of these.
@@ -75,23 +76,34 @@ def parse_domain(text: str) -> tuple[str, Domain]:
       ('adam', 'sgd')
     """
     name, equals, values = text.partition("=")
-    types = {field.name: field.type for field in dataclasses.fields(Recipe)}
-    if name not in types or name == "arch":
-        names = ", ".join(sorted(set(types) - {"arch"}))
-        raise ConfigError(f"{text!r} names no setting of a recipe; choose one of {names}")
+    fields = {field.name: field.type for field in dataclasses.fields(Recipe)}
+    names = [field for field in fields if field != "arch" and not field.endswith("_options")]
+    part, _, option = name.partition(".")
+    if name not in names and not (part in fields and part.endswith("_options") and option):
+        raise ConfigError(
+            f"{text!r} names no setting of a recipe; choose one of {', '.join(sorted(names))}, or "
+            "an option such as arch_options.width"
+        )
     if not equals:
         raise ConfigError(f"{text!r} has no values; expected {name}=low:high or {name}=a,b,c")
-    kinds = typing.get_args(types[name]) or (types[name],)
+    kinds = typing.get_args(fields[part]) or (fields[part],)
     kind = next((kind for kind in (int, float) if kind in kinds), str)
     log = values.startswith("log:")
-    parts = values.removeprefix("log:").split(":" if ":" in values else ",")
+    ends = values.removeprefix("log:").split(":")
     try:
-        numbers: list[Any] = [kind(part) for part in parts]
+        parse = parse_value if option else kind
+        if option:  # of any type
+            is_range = log or (
+                all(type(parse(end)) in (int, float) for end in ends) and len(ends) > 1
+            )
+        else:
+            is_range = len(ends) > 1 and (log or kind is not str)
+        numbers: list[Any] = [parse(value) for value in (ends if is_range else values.split(","))]
     except ValueError as error:
         raise ConfigError(f"{text!r} has a value that is not of type {kind.__name__}") from error
-    if ":" not in values:
+    if not is_range:
         return name, Domain(choices=tuple(numbers))
-    if kind is str or len(numbers) != 2:
+    if len(numbers) != 2 or not all(type(number) in (int, float) for number in numbers):
         raise ConfigError(
             f"{text!r} is not a range; expected {name}=low:high or {name}=log:low:high"
         )
@@ -99,6 +111,23 @@ def parse_domain(text: str) -> tuple[str, Domain]:
         above = "above 0 and " if log else ""
         raise ConfigError(f"{text!r} is an empty range; low must be {above}below high")
     return name, Domain(numbers[0], numbers[1], log)
+
+
+def with_settings(run: Run, settings: Mapping[str, Any]) -> Run:
+    """Returns a run with other settings of its recipe, by the names that `parse_domain` returns.
+
+    Example:
+      >>> run = Run(recipe=Recipe(arch="sprint", epochs=1), workdir=Path())
+      >>> with_settings(run, {"arch_options.widths": [8, 16, 32]}).recipe.arch_options
+      {'widths': [8, 16, 32]}
+    """
+    recipe = run.recipe
+    for name, value in settings.items():
+        field, _, option = name.partition(".")
+        if option:
+            value = (getattr(recipe, field) or {}) | {option: value}
+        recipe = dataclasses.replace(recipe, **{field: value})
+    return dataclasses.replace(run, recipe=recipe)
 
 
 def format_params(params: Mapping[str, Any]) -> str:
@@ -122,6 +151,7 @@ def sweep(
     *,
     num_seeds: int = 5,
     hooks: Sequence[Hook] | None = None,
+    **parts: Unpack[Parts],
 ) -> dict[str, Any]:
     """Searches for the settings with the best validation accuracy.
 
@@ -141,6 +171,7 @@ def sweep(
       num_trials: number of finished or pruned trials.
       num_seeds: trainings of the best setting, with the seeds after `run.seed`.
       hooks: as for `fit`.
+      **parts: as for `fit`.
 
     Returns:
       The content of sweep.json: `best`, with `params` and `val_accuracy` of the best trial;
@@ -156,15 +187,17 @@ def sweep(
     """
     hooks = [ConsoleProgress()] if hooks is None else hooks
     optuna = _optuna()
+    run = with_objects(run, len(dataset.class_names), **parts)
     plan = _checked_plan(run, dataset, space, num_trials, num_seeds)
     with files.usable(run.workdir):
         files.make_folder(run.workdir)
         with _locked(run.workdir, hooks):
             _write_settings(plan, space)
     best, trials = _search(run, dataset, space, num_trials, hooks, optuna)
-    recipe = dataclasses.replace(run.recipe, **best.params)
     fresh = dataclasses.replace(
-        run, recipe=recipe, seed=run.seed + 1, workdir=run.workdir / f"best-{best.number}"
+        with_settings(run, best.params),
+        seed=run.seed + 1,
+        workdir=run.workdir / f"best-{best.number}",
     )
     say(hooks, f"The best is trial {best.number}. Training it from {num_seeds} fresh seeds:")
     with _locked(run.workdir, hooks):  # others that share the sweep come here too
@@ -173,7 +206,7 @@ def sweep(
     report = {
         "sample": dataset.sample,
         "arch": run.recipe.arch,
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": dataclasses.asdict(fresh.recipe),
         "space": {name: domain._asdict() for name, domain in space.items()},
         "best": {"number": best.number, "params": best.params, "val_accuracy": best.value},
         "seeds": fresh.workdir.name,
@@ -213,8 +246,7 @@ def _checked_plan(
     plan = create_plan(run, dataset)
     for name, domain in space.items():
         for value in domain.choices or (domain.low, domain.high):
-            recipe = dataclasses.replace(run.recipe, **{name: value})
-            plans = (plan, create_plan(dataclasses.replace(run, recipe=recipe), dataset))
+            plans = (plan, create_plan(with_settings(run, {name: value}), dataset))
             if not all(len(each.val_examples) for each in plans):
                 raise ConfigError("val_fraction is 0; a sweep chooses by validation images")
     return plan
@@ -273,11 +305,13 @@ def _run_trial(
     chosen = {name: _suggest(trial, name, domain) for name, domain in space.items()}
     say(hooks, f"  trial {trial.number}: {format_params(chosen)} ...")
     try:
-        recipe = dataclasses.replace(run.recipe, **chosen)
-        plan = create_plan(dataclasses.replace(run, recipe=recipe), dataset)
-        accuracy = 0.0
+        plan = create_plan(with_settings(run, chosen), dataset)
+        recipe, accuracies = plan.run.recipe, []
         for epoch, accuracy in enumerate(_train(plan, hooks, signals), 1):
             trial.report(accuracy, epoch)
+            accuracies.append(accuracy)
+            if recipe.patience and epochs_without_gain(accuracies) >= recipe.patience:
+                break
             if epoch < recipe.epochs and trial.should_prune():
                 say(hooks, f"  stopped after epoch {epoch}: validation accuracy {accuracy:.2%}")
                 raise optuna.TrialPruned

@@ -2,9 +2,12 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+
+# What `Hook.epoch` returns to end a run: True leaves it unfinished, "finish" writes its results.
+Stop = bool | Literal["finish"] | None
 
 
 class EpochLog(NamedTuple):
@@ -19,6 +22,7 @@ class EpochLog(NamedTuple):
       val_images: uint8[n, height, width], the validation images.
       val_labels: int32[n].
       val_logits: computes float32[n, num_classes]; it takes as long as the evaluation did.
+      history: all lines of metrics.jsonl so far, also those of before an interruption.
     """
 
     epoch: int
@@ -29,6 +33,7 @@ class EpochLog(NamedTuple):
     val_images: np.ndarray
     val_labels: np.ndarray
     val_logits: Callable[[], np.ndarray]
+    history: list[dict[str, Any]]
 
 
 class Hook:
@@ -69,12 +74,13 @@ class Hook:
     def evaluate(self, *, split: str, num_done: int, num_images: int) -> None:
         """Evaluation of a split has reached an image; it starts with `num_done=0`."""
 
-    def epoch(self, log: EpochLog) -> bool | None:
+    def epoch(self, log: EpochLog) -> Stop:
         """An epoch was trained and evaluated, and is not saved yet.
 
         Returns:
           True to stop the run when it is saved: `fit` raises `Interrupted`, and the same call
-          resumes.
+          resumes. "finish" to end the training: `fit` writes the results, and the checkpoint
+          records that the run is finished.
         """
 
     def stop(self) -> None:
@@ -82,6 +88,33 @@ class Hook:
 
     def finish(self, *, report: Mapping[str, Any]) -> None:
         """The run is finished; `report` is the content of report.json."""
+
+
+class EarlyStopping(Hook):
+    """Finishes a run after some epochs without a better validation accuracy; `Recipe.patience`.
+
+    It decides by the history, which checkpoints hold, so that a resumed run ends at the same epoch.
+
+    Args:
+      patience: number of these epochs.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+
+    def epoch(self, log: EpochLog) -> Stop:  # noqa: D102
+        accuracies = [line["accuracy"] for line in log.history if line["split"] == "val"]
+        return "finish" if epochs_without_gain(accuracies) >= self._patience else None
+
+
+def epochs_without_gain(accuracies: Sequence[float]) -> int:
+    """Returns how many epochs there are after the first one with the best accuracy.
+
+    Example:
+      >>> epochs_without_gain([0.5, 0.7, 0.6, 0.7])
+      2
+    """
+    return len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
 
 
 def say(hooks: Sequence[Hook], text: str) -> None:

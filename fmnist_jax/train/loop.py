@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fmnist_jax.data.batches import (
@@ -21,8 +22,15 @@ from fmnist_jax.rng import Streams
 from fmnist_jax.train import metrics as metrics_lib
 from fmnist_jax.train.metrics import Metrics
 from fmnist_jax.train.microbatch import choose_microbatch_size
-from fmnist_jax.train.step import DEFAULTS, Hyperparams, StepConfig, TrainState, train_step
-from fmnist_jax.xla.jit import platform_jit
+from fmnist_jax.train.step import (
+    DEFAULTS,
+    Hyperparams,
+    StepConfig,
+    TrainState,
+    check_hyperparams,
+    train_step,
+)
+from fmnist_jax.xla.jit import is_deleted, platform_jit
 
 # Maps the step and the steps that are left in its epoch to the steps of the next compiled call.
 NextNumSteps = Callable[[int, int], int]
@@ -49,9 +57,11 @@ class TrainInputs(NamedTuple):
         """Returns the inputs with images uint8[n, height, width] and with `examples`.
 
         Raises:
-          TypeError: if images are not uint8, or labels or examples are not integers.
+          TypeError: if images are not uint8, labels or examples are not integers, or hyperparams
+            are not `Hyperparams`.
           ValueError: if shapes do not fit together.
         """
+        check_hyperparams(self.hyperparams)
         images = checked_images(self.images)
         check_labels(images, self.labels)
         examples = jnp.arange(len(images)) if self.examples is None else self.examples
@@ -182,7 +192,8 @@ def train_epoch(
 
     Raises:
       TypeError: as `train_steps`.
-      ValueError: as `train_steps`, or if `next_num_steps` returns a number outside its range.
+      ValueError: as `train_steps`; if the state was donated to an earlier call; if a label or an
+        example is outside its range; or if `next_num_steps` returns a number outside its range.
       ConfigError: as `train_step`.
 
     Example:
@@ -198,7 +209,7 @@ def train_epoch(
       ...     print(int(state.step), int(metrics.num_examples))
       4 500
     """
-    inputs = config.layout.place(inputs.checked())
+    inputs = config.layout.place(_in_range(inputs.checked(), state, config))
     num_steps = steps_per_epoch(len(inputs.examples), config.batch_size)
     epoch, done = divmod(int(state.step), num_steps)
     order = epoch_order(inputs.streams.shuffle, epoch, inputs.examples)
@@ -243,7 +254,7 @@ def train_epochs(
       ValueError: as `train_epoch`.
       ConfigError: as `train_epoch`.
     """
-    inputs = config.layout.place(inputs.checked())
+    inputs = config.layout.place(_in_range(inputs.checked(), state, config))
     total_steps = num_epochs * steps_per_epoch(len(inputs.examples), config.batch_size)
     while int(state.step) < total_steps:
         calls = train_epoch(state, inputs, metrics, config=config, next_num_steps=next_num_steps)
@@ -252,13 +263,44 @@ def train_epochs(
         metrics = None
 
 
+def _in_range(inputs: TrainInputs, state: TrainState, config: StepConfig) -> TrainInputs:
+    """Returns the inputs, after checking the values that a compiled program cannot refuse."""
+    if is_deleted(state.step):
+        raise ValueError(
+            "the state was donated to an earlier call; continue with the state that it returned"
+        )
+    # Only the shape of the logits is computed, once for all calls with these shapes.
+    image = jax.ShapeDtypeStruct((1, *_image_shape(inputs, config), 1), jnp.float32)
+    num_outputs = _logits.eval_shape(state.variables, image, model=config.model).shape[-1]
+    for name, values, size in (
+        ("labels", np.asarray(inputs.labels), num_outputs),
+        ("examples", np.asarray(inputs.examples), len(inputs.images)),
+    ):
+        if values.min() < 0 or values.max() >= size:
+            noun = "outputs of the model" if name == "labels" else "images"
+            raise ValueError(
+                f"{name} are from {values.min()} to {values.max()}, but there are {size:,} {noun}"
+                f"; expected values from 0 to {size - 1:,}"
+            )
+    return inputs
+
+
+@functools.partial(jax.jit, static_argnames="model")  # for its shape; it never runs
+def _logits(variables: Any, images: jax.Array, *, model: Any) -> jax.Array:
+    return model.apply(variables, images, train=False)
+
+
+def _image_shape(inputs: TrainInputs, config: StepConfig) -> tuple[int, ...]:
+    """Returns height and width of the images that the model sees."""
+    size = getattr(config.augment, "image_size", None)
+    return inputs.images.shape[1:3] if size is None else (size, size)
+
+
 def with_microbatch_size(config: StepConfig, state: TrainState, inputs: TrainInputs) -> StepConfig:
     """Fills in the microbatch size that `train_steps` uses for these images."""
     if config.microbatch_size is not None:
         return config
-    image_shape = inputs.images.shape[1:3]
-    if config.augment is not None and config.augment.image_size is not None:
-        image_shape = (config.augment.image_size,) * 2
     part_size = config.layout.part_size(config.batch_size)
+    image_shape = _image_shape(inputs, config)
     size = choose_microbatch_size(state.variables, config.model, image_shape, part_size)
     return dataclasses.replace(config, microbatch_size=size)

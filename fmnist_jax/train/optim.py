@@ -49,9 +49,9 @@ def create_optimizer(name: OptimizerName) -> optax.GradientTransformationExtraAr
       >>> round(float(updates["w"]), 6)
       -0.1
     """
-    if name not in _OPTIMIZERS:
-        raise ConfigError(f"unknown optimizer {name!r}; choose one of {', '.join(_OPTIMIZERS)}")
-    init, rule = _OPTIMIZERS[name]
+    if name not in OPTIMIZERS:
+        raise ConfigError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
+    init, rule = OPTIMIZERS[name]
 
     def update(
         grads: optax.Updates,
@@ -126,7 +126,9 @@ def with_learning_rate(
         opt_state = opt_state._replace(hyperparams=opt_state.hyperparams | given)
         return tx.update(grads, opt_state, params, **extra_args)
 
-    return _with_scalars(name, tx.init, update)
+    result = _with_scalars(name, tx.init, update)
+    vars(result.update)["made_of"] = factory, options  # so that a run can record them
+    return result
 
 
 def check_scalars_act(
@@ -149,7 +151,8 @@ def check_scalars_act(
       Traceback (most recent call last):
       ...
       fmnist_jax.errors.ConfigError: learning_rate has no effect on this optimizer, which has its \
-own; leave it out, or make it by with_learning_rate, such as with_learning_rate(optax.adamw)
+own; set it to None, or make the optimizer by with_learning_rate, such as \
+with_learning_rate(optax.adamw)
     """
     given = tuple(sorted(name for name, value in scalars.items() if value is not None))
     if not given:
@@ -159,8 +162,9 @@ own; leave it out, or make it by with_learning_rate, such as with_learning_rate(
     for name in given:
         if name not in _effective_scalars(tx, treedef, shapes, given):
             raise ConfigError(
-                f"{name} has no effect on this optimizer, which has its own; leave it out, or make "
-                "it by with_learning_rate, such as with_learning_rate(optax.adamw)"
+                f"{name} has no effect on this optimizer, which has its own; set it to "
+                "None, or make the optimizer by with_learning_rate, such as "
+                "with_learning_rate(optax.adamw)"
             )
 
 
@@ -228,9 +232,9 @@ def create_schedule(name: ScheduleName) -> Schedule | None:
       >>> print(f"{create_schedule('cosine')(jnp.float32(0.5)):.3f}")
       0.500
     """
-    if name not in _SCHEDULES:
-        raise ConfigError(f"unknown schedule {name!r}; choose one of {', '.join(_SCHEDULES)}")
-    return _SCHEDULES[name]
+    if name not in SCHEDULES:
+        raise ConfigError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
+    return SCHEDULES[name]
 
 
 # The rules follow Keras' operation for operation, so that the bits agree.
@@ -304,7 +308,7 @@ def _zeros(params: optax.Params) -> optax.Updates:
     return jax.tree.map(jnp.zeros_like, params)
 
 
-_OPTIMIZERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+OPTIMIZERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "adam": (
         lambda params: optax.ScaleByAdamState(jnp.int32(0), _zeros(params), _zeros(params)),
         _adam,
@@ -327,7 +331,7 @@ def _one_cycle(progress: jax.Array) -> jax.Array:
     return jnp.where(progress < top, rising, falling)
 
 
-_SCHEDULES: dict[str, Schedule | None] = {
+SCHEDULES: dict[str, Schedule | None] = {
     "constant": None,
     "cosine": _cosine,
     "one_cycle": _one_cycle,

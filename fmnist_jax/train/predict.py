@@ -130,12 +130,18 @@ def evaluate(
 
     Raises:
       TypeError: if the images are not uint8, or the labels are not integers.
-      ValueError: if shapes do not fit together.
+      ValueError: if shapes do not fit together, or a label is outside its range.
     """
     check_labels(checked_images(images), labels)
     logits = predict(
         variables, images, model=model, batch_size=batch_size, on_call=on_call, layout=layout
     )
+    size = logits.shape[-1]
+    if not isinstance(labels, jax.core.Tracer) and not 0 <= labels.min() <= labels.max() < size:
+        raise ValueError(
+            f"labels are from {labels.min()} to {labels.max()}, but the model has {size} outputs; "
+            f"expected values from 0 to {size - 1}"
+        )
     return _measure(logits, labels, loss=loss)
 
 

@@ -6,6 +6,7 @@ traced: other values reuse the compiled program, and `vmap` or `lax.map` can tra
 
 import dataclasses
 import functools
+import inspect
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -15,6 +16,8 @@ from jax import lax
 
 from fmnist_jax.data.augment import Augmentation
 from fmnist_jax.data.batches import Batch, join, split
+from fmnist_jax.errors import ConfigError
+from fmnist_jax.nn.adapters import init_variables
 from fmnist_jax.train import metrics as metrics_lib
 from fmnist_jax.train.layout import ONE_DEVICE, Layout
 from fmnist_jax.train.metrics import Metrics, Norms, cross_entropy
@@ -174,7 +177,7 @@ def _create_train_state(
     key: jax.Array, *, model: Model, tx: optax.GradientTransformation, image_shape: tuple[int, int]
 ) -> TrainState:
     images = jnp.zeros((1, *image_shape, 1), jnp.float32)
-    variables = dict(model.init(key, images, train=False))
+    variables = init_variables(key, images, model=model)
     params = variables.pop("params")
     # Copied, because an optimizer may return one array twice, and donated arrays must be distinct.
     opt_state = jax.tree.map(jnp.copy, tx.init(params))
@@ -243,6 +246,15 @@ def _update(
     return optax.apply_updates(params, updates), opt_state
 
 
+def check_hyperparams(hyperparams: Any) -> None:
+    """Raises TypeError if these are no `Hyperparams`."""
+    if not isinstance(hyperparams, Hyperparams):
+        raise TypeError(
+            f"hyperparams are {hyperparams!r}; expected Hyperparams, such as "
+            "Hyperparams(learning_rate=1e-3)"
+        )
+
+
 class StepGrads(NamedTuple):
     """What `compute_grads` returns.
 
@@ -268,6 +280,7 @@ def compute_grads(
     config: StepConfig,
 ) -> StepGrads:
     """Computes the gradient that `train_step` applies; the same arguments and errors."""
+    check_hyperparams(hyperparams)
     if not jnp.issubdtype(batch.images.dtype, jnp.floating):
         raise TypeError(f"batch.images are {batch.images.dtype}; expected float in [0, 1]")
     compute = functools.partial(_compute_part_grads, config=config)
@@ -353,8 +366,14 @@ def example_losses(loss: Loss, logits: jax.Array, labels: jax.Array, *options: A
     """Calls the loss and checks that it returns float[batch].
 
     Raises:
+      ConfigError: if it has no argument for the label smoothing that is given.
       ValueError: if it does not return one value per example.
     """
+    try:
+        inspect.signature(loss).bind(logits, labels, *options)
+    except TypeError as error:
+        third = ", and a third for label_smoothing, which is given" if options else ""
+        raise ConfigError(f"the loss must take logits and labels{third}: {error}") from error
     losses = loss(logits, labels, *options)
     if losses.shape != labels.shape:
         raise ValueError(

@@ -119,11 +119,23 @@ class PlatformJit(Generic[P, R]):
         )
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        return (self._inner if _is_tracing(args, kwargs) else self._outer)(*args, **kwargs)
+        if _is_tracing(args, kwargs):
+            return self._inner(*args, **kwargs)
+        if self._donate_argnames and any(map(is_deleted, jax.tree.leaves((args, kwargs)))):
+            raise ValueError(
+                f"an argument of {self._function.__name__} was donated to an earlier call; "
+                "continue with what that call returned"
+            )
+        return self._outer(*args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """Lowers the outermost program for these arguments or their shapes, as `jax.jit` does."""
         return self._outer.lower(*args, **kwargs)
+
+
+def is_deleted(leaf: Any) -> bool:
+    """Whether an array was donated to a call."""
+    return isinstance(leaf, jax.Array) and leaf.is_deleted()
 
 
 def _is_tracing(args: Any, kwargs: Any) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.text import Annotation
 
 from fmnist_jax.analysis import calibration, plots
 from tests.conftest import ROOT
@@ -112,6 +113,30 @@ def test_class_samples_are_sorted_by_class():
     assert shown == [[1], [], [0], [2]]
 
 
+def test_network_has_its_layers_from_top_to_bottom():
+    figure = plots.network(LAYERS)
+    boxes, params, flops = figure.axes
+    texts = [text for text in boxes.texts if not isinstance(text, Annotation)]
+    assert [text.get_text() for text in texts] == [
+        "input", "28 x 28 x 1", "Conv_0", "26 x 26 x 8", "…lot/of/modules/Dense_with_a_$name", "10",
+    ]  # fmt: skip
+    assert [text.get_position()[1] for text in texts] == [0, 0, 1, 1, 2, 2]
+    assert boxes.yaxis_inverted()
+    for axes, values in ((params, [0, 80, 100]), (flops, [0, 2000, 30_000])):
+        bars: Any = axes.patches
+        assert [bar.get_width() for bar in bars] == values
+        assert [bar.get_y() + bar.get_height() / 2 for bar in bars] == [0, 1, 2]
+    assert [text.get_text() for text in flops.texts] == ["", "2,000", "30,000"]
+    assert plots.encode(figure)
+
+
+def test_network_has_an_arrow_from_each_input():
+    arrows = [text for text in plots.network(LAYERS).axes[0].texts if isinstance(text, Annotation)]
+    ends = [(round(arrow.xyann[1]), round(arrow.xy[1])) for arrow in arrows]
+    assert ends == [(0, 1), (0, 2), (1, 2)]
+    assert [arrow.xy[0] for arrow in arrows] == [0.5, 0, 0.5]  # one passes a layer on the left
+
+
 def test_distance_histogram_counts_images_by_distance():
     distances = {"test": np.array([0.1, 0.505, 0.51]), "train": np.array([0.3])}
     axes = plots.distance_histogram(distances, 0.1).axes[0]
@@ -140,6 +165,15 @@ def test_contact_sheet_has_the_ends_of_long_names():
     ]  # fmt: skip
     # A glyph that the font lacks warns.
     assert plots.encode(figure)
+
+
+LAYERS: list[dict[str, Any]] = [
+    {"layer": "input", "inputs": [], "shape": [28, 28, 1], "params": 0, "flops": 0},
+    {"layer": "Conv_0", "inputs": [0], "shape": [26, 26, 8], "params": 80, "flops": 2000},
+    {"layer": "path/of/a/lot/of/modules/Dense_with_a_$name", "inputs": [0, 1], "shape": [10],
+     "params": 100, "flops": 30_000},
+    {"layer": "unused", "inputs": [], "shape": [], "params": 5, "flops": 0},
+]  # fmt: skip
 
 
 TRIALS: list[dict[str, Any]] = [

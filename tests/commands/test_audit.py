@@ -11,16 +11,14 @@ import pytest
 import fmnist_jax as fm
 from fmnist_jax.commands import audit as audit_command
 from fmnist_jax.data.dataset import CLASS_NAMES
-from fmnist_jax.nn import models
 from fmnist_jax.studies import audit
 from fmnist_jax.studies.cross_validation import train_without
-from tests.small import Linear
+from tests.small import LINEAR, Linear
 
 
 @pytest.fixture
 def _small_training(monkeypatch):
-    monkeypatch.setattr(models, "ARCHS", {audit.ARCH: Linear})
-    recipe = dataclasses.replace(fm.RECIPES[audit.ARCH], batch_size=16)
+    recipe = dataclasses.replace(fm.RECIPES[audit.ARCH], arch=LINEAR, batch_size=16)
     monkeypatch.setattr(audit, "RECIPES", {audit.ARCH: recipe})
 
 

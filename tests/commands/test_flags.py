@@ -10,6 +10,7 @@ import pytest
 
 import fmnist_jax as fm
 from fmnist_jax.commands import flags, shell
+from fmnist_jax.config import PARTS
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.runs.plan import create_plan
 
@@ -18,7 +19,10 @@ RECIPE_VALUES: dict[str, Any] = {
     "epochs": 3, "batch_size": 8, "microbatch_size": 2, "shards": 4, "optimizer": "sgd",
     "learning_rate": 0.5, "schedule": "one_cycle", "weight_decay": 0.25, "dropout": 0.125,
     "label_smoothing": 0.5, "augmentation": "geometric", "augmentation_strength": 2.0,
-    "dtype": "bfloat16", "image_size": 64, "val_fraction": 0.5,
+    "dtype": "bfloat16", "image_size": 64, "val_fraction": 0.5, "patience": 4,
+    "loss": "losses:focal",
+} | {
+    f"{part}_options": {"width": 3, "act": "relu", "sizes": [1, 2]} for part in PARTS
 }  # fmt: skip
 RUN_VALUES: dict[str, Any] = {
     "seed": 9, "train_examples": 5, "checkpoint_every": "3st", "keep_every": "2ep",
@@ -34,11 +38,10 @@ def parse(*given):
 
 
 def test_every_setting_has_a_flag():
-    given = [
-        text
-        for name, value in (RECIPE_VALUES | RUN_VALUES).items()
-        for text in (f"--{name.replace('_', '-')}", str(value))
-    ]
+    given = []
+    for name, value in (RECIPE_VALUES | RUN_VALUES).items():
+        given += [f"--{name.replace('_', '-')}"]
+        given += [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else [str(value)]
     options = parse(*given, "--tta", "--log-grad-norms")
     run = flags.create_run(options, "small_dropout", Path("w"))
     recipe = fm.Recipe(arch="small_dropout", **RECIPE_VALUES)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 import fmnist_jax as fm
+from fmnist_jax.commands import export as export_command
+from fmnist_jax.commands import predict as predict_command
 from fmnist_jax.commands import run as run_command
 from fmnist_jax.commands import shell
 from fmnist_jax.recipes import CLAIMS
@@ -41,12 +43,49 @@ def test_every_network_trains(arch, tmp_path, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["arch"], report["steps"]) == (fm.RECIPES[arch].arch, 4)
     assert report["data"]["classes"] == ["Bag", "Trouser"]
+    assert sum(layer["params"] for layer in report["network"]) == report["params"]
     assert (tmp_path / "report.html").stat().st_size > 50_000
     output = capsys.readouterr().out
     for expected in ("Compiling", "epoch   2", "images/s", "test accuracy"):
         assert expected in output
     assert ("claim of the Keras project" in output) == (arch in CLAIMS)
     assert shell.SAMPLE_NOTE in output
+
+
+OWN = ["--arch", str(ROOT / "tests" / "nets.py") + ":LinenNet", "--arch-options", "width=3"]
+
+
+def test_a_network_of_a_file_goes_through_the_commands(tmp_path, monkeypatch, capsys):
+    """Run, the same command again, replay, predict and export, from other folders."""
+    monkeypatch.chdir(ROOT / "tests")
+    workdir = tmp_path / "run"
+    flags = ["--arch", "nets.py:LinenNet", "--arch-options", "width=3", *SMALL, "--patience", "2"]
+    loss = ["--loss", "nets.py:focal_loss", "--optimizer", "optax:lion"]
+    assert run_command.main([*flags, *loss, "--workdir", str(workdir)]) == 0
+    page = (workdir / "report.html").read_text()
+    assert "<h1>LinenNet</h1>" in page
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert run_command.main([*OWN, *flags[4:], *loss[2:], "--loss",
+                             str(ROOT / "tests" / "nets.py") + ":focal_loss",
+                             "--workdir", str(workdir)]) == 0  # fmt: skip
+    assert "This run is finished" in capsys.readouterr().out
+    data = ["--sample", "--workdir", str(workdir)]
+    assert run_command.main(["--replay", "2", *data]) == 2
+    assert "pass it yourself, as loss= or --loss" in capsys.readouterr().err
+    own = ["--loss", str(ROOT / "tests" / "nets.py") + ":focal_loss"]
+    assert run_command.main(["--replay", "2", *data, *own]) == 0
+    picture = ROOT / "fmnist_jax/data/sample/t10k-images-idx3-ubyte.gz"
+    assert predict_command.main([str(workdir), str(picture), "--json", "--quiet"]) == 0
+    assert export_command.main([str(workdir), "--quiet"]) == 0
+
+
+def test_the_folder_of_a_run_is_named_by_the_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_command.main([*OWN, *SMALL, "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    assert "runs/LinenNet-seed0-" in output
+    assert "width 3" in output
 
 
 def test_same_command_finds_the_finished_run(tmp_path, monkeypatch, capsys):
@@ -96,7 +135,7 @@ def test_bad_input_exits_with_2_and_one_line(arguments, message, error_line):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--epochs", "many"], ["--optimizer", "lion"], ["--unknown"], ["extra"],
+        ["--epochs", "many"], ["--unknown"], ["extra"],
         ["--sample", "--data-dir", "x"], ["--list", "--dry-run"],
     ],
 )  # fmt: skip
@@ -119,7 +158,8 @@ def test_dry_run_shows_the_plan(tmp_path, capsys):
     assert run_command.main(["--sample", "--dry-run", *flags, "--workdir", str(workdir)]) == 0
     output = " ".join(capsys.readouterr().out.split())
     for expected in (
-        "241,546", "Conv_2/kernel", "3 x 3 x 64 x 128", "GFLOP", "MiB", "1,290, 43 per epoch",
+        "Conv_2 │ conv, add, relu │ 3 x 3 x 128 │ 73,856 │ 1,329,408", "241,546 │ 6,520,458",
+        "GFLOP", "MiB", "1,290, 43 per epoch",
         "dropout 0.25", "label smoothing 0.1", "weight decay 0.001",
     ):  # fmt: skip
         assert expected in output

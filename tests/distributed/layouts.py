@@ -21,11 +21,10 @@ import numpy as np
 import fmnist_jax as fm
 from fmnist_jax.digest import params_sha256
 from fmnist_jax.distributed import processes
-from fmnist_jax.nn import models
 from fmnist_jax.runs.plan import create_plan
 from fmnist_jax.train.loop import train_epoch
 from fmnist_jax.train.predict import predict
-from tests.small import Small
+from tests.small import SMALL
 
 SHARDS = 8
 
@@ -35,8 +34,7 @@ def main(name: str, devices: list[str]) -> None:
         processes.start()
     dataset = fm.load_fashion_mnist(sample=True)
     if name == "small":
-        models.ARCHS = {**models.ARCHS, "small": Small}
-        recipe = fm.Recipe(arch="small", epochs=1, batch_size=64, augmentation="keras")
+        recipe = fm.Recipe(arch=SMALL, epochs=1, batch_size=64, augmentation="keras")
     else:
         recipe = fm.RECIPES[name]
         augmentation = "keras" if recipe.augmentation == "none" else recipe.augmentation

@@ -4,7 +4,6 @@ import flax.linen as nn
 import pytest
 
 import fmnist_jax as fm
-from fmnist_jax.nn import models
 from fmnist_jax.nn.layers import BatchNorm, Conv, Dense, flatten
 
 
@@ -22,14 +21,11 @@ class SmallNorm(nn.Module):
 @pytest.fixture(scope="session")
 def workdir(sample, tmp_path_factory):
     """Folder of the run; three epochs, of which the first was the best or not."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(models, "ARCHS", {**models.ARCHS, "small_norm": SmallNorm})
-    recipe = fm.Recipe(arch="small_norm", epochs=3, batch_size=50)
+    recipe = fm.Recipe(arch=f"{__name__}:SmallNorm", epochs=3, batch_size=50)
     workdir = tmp_path_factory.mktemp("run") / "run"
     run = fm.Run(recipe=recipe, workdir=workdir, train_examples=200, keep_every="1ep")
     fm.fit(run, sample, hooks=())
-    yield workdir
-    patch.undo()
+    return workdir
 
 
 @pytest.fixture(scope="session")

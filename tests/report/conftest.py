@@ -9,9 +9,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fmnist_jax as fm
+from fmnist_jax.data.sources import PUBLISHED_SHA256
+from fmnist_jax.digest import sha256_bytes
 from fmnist_jax.runs import files
 
 CLASSES = ("Bag", "Coat", "Dress")
+PUBLISHED = sha256_bytes("".join(PUBLISHED_SHA256).encode())
+NETWORK: list[dict[str, Any]] = [
+    {"layer": "input", "inputs": [], "operations": [], "shape": [8, 8, 1], "params": 0, "flops": 0},
+    {"layer": "Dense_0", "inputs": [0], "operations": ["dot", "add"], "shape": [3],
+     "params": 56789, "flops": 98765},
+]  # fmt: skip
 
 
 def write_run(workdir: Path, *, augmented: bool = False, **changes: Any) -> dict[str, Any]:
@@ -29,6 +37,7 @@ def write_run(workdir: Path, *, augmented: bool = False, **changes: Any) -> dict
         "epochs": epochs,
         "steps": 1234,
         "params": 56789,
+        "network": NETWORK,
         "train_accuracy": 0.91234,
         "val_accuracy": 0.92344,
         "test_accuracy": 0.93456,
@@ -49,7 +58,7 @@ def write_run(workdir: Path, *, augmented: bool = False, **changes: Any) -> dict
         "train_seconds": 4321.4,
         "images_per_second": 8765.4,
         "data": {
-            "source": "somewhere", "sha256": "a" * 64, "train": 11111, "val": 2222,
+            "source": "somewhere", "sha256": PUBLISHED, "train": 11111, "val": 2222,
             "excluded": 333, "test": 4444, "classes": list(names),
         },
         "params_sha256": "b" * 64,

@@ -10,7 +10,7 @@ from fmnist_jax.recipes import CLAIMS
 from fmnist_jax.report import run
 from fmnist_jax.runs import files
 from fmnist_jax.runs.replay import Replay
-from tests.report.conftest import CLASSES, check_self_contained, read_page, write_run
+from tests.report.conftest import CLASSES, PUBLISHED, check_self_contained, read_page, write_run
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,8 @@ def test_facts_are_those_of_the_file(page):
         "Excluded training images": "333",
         "Training time": "4,321 s, and 9.9 s of compilation",
         "Device": "a processor",
-        "Data": f"somewhere, SHA-256 {'a' * 64}",
+        "Data": f"somewhere, SHA-256 {PUBLISHED}",
+        "Network": "small_dropout",
         "SHA-256 of the parameters": "b" * 64,
         "Versions": "jax 1.2.3, numpy 4.5.6",
     }
@@ -93,15 +94,17 @@ def test_page_is_self_contained_and_plots_are_its_pictures(workdir, page):
     check_self_contained(page)
     names = {path.stem for path in (workdir / "plots").iterdir()}
     assert names == {
-        "loss", "accuracy", "confusion", "samples", "augmented", "worst", "reliability", "risk",
+        "loss", "accuracy", "network", "confusion", "samples", "augmented", "worst", "reliability",
+        "risk",
     }  # fmt: skip
     assert len(page.pictures) == len(set(page.pictures)) == len(names)
     assert page.captions == [
-        "Loss", "Accuracy", "Reliability diagram, test set", "Risk-coverage curve, test set",
-        "Confusion matrix of the test images", "Test images with the highest loss",
-        "Training images by class", "Originals and augmented images of the first epochs",
+        "Loss", "Accuracy", "Layers of the network", "Reliability diagram, test set",
+        "Risk-coverage curve, test set", "Confusion matrix of the test images",
+        "Test images with the highest loss", "Training images by class",
+        "Originals and augmented images of the first epochs",
     ]  # fmt: skip
-    for caption in page.captions[:4]:
+    for caption in (*page.captions[:2], *page.captions[3:5]):
         assert f"<figcaption>{caption}</figcaption>" in page.text
     assert 'class="warning"' not in page.text
 
@@ -122,7 +125,7 @@ def test_optional_parts_are_left_out(tmp_path):
     assert not any("Temperature" in row[0] for row in page.rows)
     assert "Comparison with the Keras project" not in page.headings
     assert not any("Augmented" in heading for heading in page.headings)
-    assert len(page.pictures) == 7
+    assert len(page.pictures) == 8
     assert page.text.count("Trained on the embedded sample; these accuracies are not results") == 1
 
 
@@ -130,6 +133,59 @@ def test_why_a_claim_is_not_comparable_is_shown(tmp_path):
     write_run(tmp_path, arch="deep_augmented")
     page = read_page(run.write_report(tmp_path))
     assert page.fact("Not comparable because") == CLAIMS["deep_augmented"].not_comparable
+
+
+def test_layers_and_their_totals_are_shown(page):
+    start = page.rows.index(["Layer", "Operations", "Output shape", "Parameters", "FLOP per image"])
+    assert page.rows[start + 1 : start + 4] == [
+        ["input", "", "8 x 8 x 1", "0", "0"],
+        ["Dense_0", "dot, add", "3", "56,789", "98,765"],
+        ["all", "", "", "56,789", "98,765"],
+    ]
+
+
+def test_run_of_a_version_without_layers(tmp_path):
+    report = write_run(tmp_path)
+    del report["network"]
+    (tmp_path / files.REPORT).write_text(json.dumps(report))
+    page = read_page(run.write_report(tmp_path))
+    assert "Network" not in page.headings
+    assert "Layers of the network" not in page.captions
+    assert page.fact("Network") == "small_dropout"
+
+
+def test_other_data_are_not_compared_with_a_claim(tmp_path):
+    data = {
+        "source": "my arrays", "sha256": "a" * 64, "train": 1, "val": 1, "excluded": 1, "test": 1,
+        "classes": CLASSES,
+    }  # fmt: skip
+    write_run(tmp_path, data=data)
+    page = read_page(run.write_report(tmp_path))
+    assert " my arrays, 3 classes;" in page.words
+    assert "Fashion-MNIST" not in page.words
+    assert "Comparison with the Keras project" not in page.headings
+
+
+def test_sample_is_compared_with_the_claim(tmp_path):
+    data = fm.load_fashion_mnist(sample=True)
+    fields = {"source": data.source, "sha256": data.sha256, "classes": CLASSES}
+    write_run(tmp_path, data=dict.fromkeys(("train", "val", "excluded", "test"), 1) | fields)
+    page = read_page(run.write_report(tmp_path))
+    assert " Fashion-MNIST, 3 classes;" in page.words
+    assert "Comparison with the Keras project" in page.headings
+
+
+@pytest.mark.parametrize("arch", ["/home/me/nets.py:Net", "my.package:Net"])
+def test_heading_of_a_network_of_the_user_is_short(arch, tmp_path):
+    options = {"arch_options": {"width": 64, "depth": 3}, "optimizer_options": None}
+    write_run(tmp_path, arch=arch, recipe={"arch": arch, "loss": "focal"} | options)
+    page = read_page(run.write_report(tmp_path))
+    assert page.title == "Net: test accuracy 93.46%"
+    assert page.headings[0] == "Net"
+    assert page.fact("Network") == arch
+    assert page.fact("Loss") == "focal"
+    assert page.fact("Arch options") == "width 64, depth 3"
+    assert not any(row[0] == "Optimizer options" for row in page.rows)
 
 
 def test_hostile_text_is_escaped(tmp_path):

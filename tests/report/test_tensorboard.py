@@ -9,11 +9,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import fmnist_jax as fm
 from fmnist_jax.errors import ConfigError, EnvironmentWarning
-from fmnist_jax.nn import models
 from fmnist_jax.report.run import write_report
 from fmnist_jax.report.tensorboard import TensorBoardHook
 from fmnist_jax.runs import files
-from tests.small import Small
+from tests.small import SMALL
 
 
 class Crash(fm.Hook):
@@ -28,9 +27,8 @@ class Crash(fm.Hook):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "ARCHS", {**models.ARCHS, "small": Small})
-    recipe = fm.Recipe(arch="small", epochs=3, batch_size=50, learning_rate=0.01)
+def run(tmp_path):
+    recipe = fm.Recipe(arch=SMALL, epochs=3, batch_size=50, learning_rate=0.01)
     return fm.Run(recipe=recipe, workdir=tmp_path / "run", train_examples=200, log_grad_norms=True)
 
 

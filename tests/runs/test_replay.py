@@ -12,7 +12,6 @@ import pytest
 
 import fmnist_jax as fm
 from fmnist_jax.errors import ConfigError, DamagedFileError
-from fmnist_jax.nn import models
 from fmnist_jax.runs import files
 from fmnist_jax.runs.plan import create_plan
 from fmnist_jax.train.loop import with_microbatch_size
@@ -39,21 +38,20 @@ def trained(tmp_path_factory, tiny):
                 )
             return super().__call__(images, train=train, dropout=dropout)
 
-    workdir = tmp_path_factory.mktemp("replay") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "ARCHS", {**models.ARCHS, "small_dropout": Watched})
-        fm.fit(fm.Run(recipe=RECIPE, workdir=workdir, tta=False), tiny, hooks=())
-        jax.effects_barrier()
-        assert len(seen) == 12
-        yield workdir, list(seen)
+    workdir, model = tmp_path_factory.mktemp("replay") / "run", Watched()
+    run = fm.Run(recipe=RECIPE, workdir=workdir, tta=False)
+    fm.fit(run, tiny, hooks=(), model=model)
+    jax.effects_barrier()
+    assert len(seen) == 12
+    return workdir, list(seen), model
 
 
 # Compiled as in production: other flags round the two programs differently.
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2, 4, 5, 11, 12])
 def test_the_batch_is_that_of_the_training(step, trained, tiny):
-    workdir, seen = trained
-    shown = fm.replay(workdir, tiny, step)
+    workdir, seen, model = trained
+    shown = fm.replay(workdir, tiny, step, model=model)
     count = 12 if step % 4 == 0 else 16  # 60 images: the last batch of an epoch is shorter
     assert shown.images.shape == (count, 28, 28)
     np.testing.assert_array_equal(shown.images, seen[step - 1][:count, ..., 0])
@@ -61,20 +59,20 @@ def test_the_batch_is_that_of_the_training(step, trained, tiny):
 
 
 def test_every_example_is_in_one_step_of_an_epoch(trained, tiny):
-    workdir, _ = trained
-    examples = [fm.replay(workdir, tiny, step).examples for step in (5, 6, 7, 8)]
+    workdir, _, model = trained
+    examples = [fm.replay(workdir, tiny, step, model=model).examples for step in (5, 6, 7, 8)]
     np.testing.assert_array_equal(np.sort(np.concatenate(examples)), np.arange(60))
 
 
 def test_losses_and_gradient_are_those_of_the_step(trained, tiny, tmp_path):
-    workdir, _ = trained
+    workdir, _, model = trained
     # The same without a checkpoint to start from.
     bare = shutil.copytree(workdir, tmp_path / "bare", ignore=lambda *_: ["checkpoints"])
-    near, far = (fm.replay(place, tiny, 11) for place in (workdir, bare))
+    near, far = (fm.replay(place, tiny, 11, model=model) for place in (workdir, bare))
     np.testing.assert_array_equal(near.losses, far.losses)
     assert near.gradient_norm == far.gradient_norm
 
-    plan = create_plan(fm.Run(recipe=RECIPE, workdir=workdir), tiny)
+    plan = create_plan(fm.Run(recipe=RECIPE, workdir=workdir), tiny, model=model)
     sgd = dataclasses.replace(plan.config, tx=optax.sgd(1.0), schedule=None)
     tree = fm.load_checkpoint(workdir, 8).arrays
     params = jax.tree.map_with_path(
@@ -84,7 +82,7 @@ def test_losses_and_gradient_are_those_of_the_step(trained, tiny, tmp_path):
         plan.abstract_state.params,
     )
     # Step 9, by the definition of the step.
-    shown = fm.replay(workdir, tiny, 9)
+    shown = fm.replay(workdir, tiny, 9, model=model)
     batch = fm.Batch(
         jnp.asarray(shown.images[..., None]), jnp.asarray(shown.labels), jnp.ones(16, bool)
     )
@@ -103,14 +101,14 @@ def test_losses_and_gradient_are_those_of_the_step(trained, tiny, tmp_path):
 @pytest.mark.parametrize("step", [0, 13, -1, 1.0, True])
 def test_other_steps_are_refused(step, trained, tiny):
     with pytest.raises(ConfigError, match=r"step is .*; the run in .* has 1 to 12"):
-        fm.replay(trained[0], tiny, step)
+        fm.replay(trained[0], tiny, step, model=trained[2])
 
 
 def test_a_folder_without_run_and_other_data_are_refused(trained, tiny, sample, tmp_path):
     with pytest.raises(ConfigError, match="holds no run"):
         fm.replay(tmp_path, tiny, 1)
     with pytest.raises(ConfigError, match="data_sha256"):
-        fm.replay(trained[0], sample, 1)
+        fm.replay(trained[0], sample, 1, model=trained[2])
     broken = shutil.copytree(trained[0], tmp_path / "broken")
     for content in (b"{", b'{"seed": "\xff"}', b"[" * 100_000):
         (broken / files.CONFIG).write_bytes(content)

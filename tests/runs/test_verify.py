@@ -13,6 +13,7 @@ from fmnist_jax.commands import run as run_command
 from fmnist_jax.recipes import CLAIMS
 from fmnist_jax.runs.verify import verify_resume
 from tests.conftest import ROOT
+from tests.nets import NETS, EquinoxNet
 
 EXPECTED = {"a: x": "1", "a: y": "2"}
 
@@ -61,3 +62,17 @@ def test_killed_runs_resume_to_identical_bits(arch, capsys):
     output = capsys.readouterr().out
     assert "Bitwise identical" in output
     assert "step 12" in " ".join(output.split())
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        pytest.param(network, marks=pytest.mark.slow if network is EquinoxNet else pytest.mark.soak)
+        for network in NETS
+    ],
+)
+def test_killed_runs_of_own_networks_resume_to_identical_bits(network):
+    file = ROOT / "tests" / "nets.py"
+    own = ["--arch", f"{file}:{network.__name__}", "--arch-options", "width=3"]
+    parts = ["--optimizer", f"{file}:clipped_adamw", "--augmentation", f"{file}:Brighten"]
+    assert run_command.main(["--verify-resume", *own, *parts]) == 0

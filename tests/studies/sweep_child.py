@@ -11,11 +11,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import fmnist_jax as fm
-from fmnist_jax.nn import models
 from fmnist_jax.studies import sweep as sweep_lib
-from tests.small import Small
+from tests.small import SMALL
 
-RECIPE = fm.Recipe(arch="small", epochs=2, batch_size=50)
+RECIPE = fm.Recipe(arch=SMALL, epochs=2, batch_size=50)
 SPACE = dict(map(sweep_lib.parse_domain, ["learning_rate=log:1e-4:1e-2", "dropout=0:0.5"]))
 
 
@@ -36,7 +35,6 @@ class Killer(fm.Hook):
 
 
 def create_run(folder: Path) -> fm.Run:
-    models.ARCHS = {**models.ARCHS, "small": Small}
     return fm.Run(recipe=RECIPE, workdir=folder, train_examples=200)
 
 

@@ -105,6 +105,14 @@ def test_a_recipe_does_not_differ_from_itself(sides):
     assert (result["minimum_detectable_effect"], result["seeds_needed"]) == (None, None)
 
 
+def test_folders_may_be_texts(sides):
+    _, folders = sides
+    texts = [list(map(str, side)) for side in folders.values()]
+    assert fm.compare(*texts) == fm.compare(folders["a"], folders["b"])
+    with pytest.raises(ConfigError, match="one folder; pass a list"):
+        fm.compare(texts[0][0], texts[1])
+
+
 def test_invalid_comparisons_are_named(sides, tmp_path):
     _, folders = sides
     other = write_run(tmp_path / "c", 9, [1] * 200, {"dropout": "b"})

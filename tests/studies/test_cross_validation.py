@@ -8,16 +8,9 @@ import pytest
 
 import fmnist_jax as fm
 from fmnist_jax.errors import ConfigError
-from fmnist_jax.nn import models
 from fmnist_jax.studies import cross_validation
 from fmnist_jax.studies.cross_validation import cross_validate, train_without
-from tests.small import Linear
-
-
-@pytest.fixture(autouse=True)
-def _networks(monkeypatch):
-    networks = {"memory": lambda num_classes: Memory(), "linear": Linear}
-    monkeypatch.setattr(models, "ARCHS", networks)
+from tests.small import LINEAR, Linear
 
 
 def make_run(arch, seed=0, epochs=1, batch_size=16):
@@ -42,7 +35,7 @@ def test_no_network_is_trained_on_its_own_fold(tiny):
     images[:, 0, 0] = np.arange(60)
     labels = np.random.default_rng(3).permutation(np.repeat([0, 1], 30)).astype(np.int32)
     data = fm.Dataset(images, labels, images[:7], labels[:7], ("a", "b"))
-    crossed = cross_validate(make_run("memory", 5, epochs=2, batch_size=8), data, 3)
+    crossed = cross_validate(make_run(f"{__name__}:Memory", 5, epochs=2, batch_size=8), data, 3)
     # Untouched rows of the table, for every image.
     np.testing.assert_array_equal(crossed.logits, 0)
     assert crossed.logits.shape == (60, 2)
@@ -75,7 +68,7 @@ def test_results_are_those_of_networks_trained_fold_by_fold(tiny, monkeypatch):
         def message(self, text):
             texts.append(text)
 
-    run = make_run("linear", 2**32 - 1, epochs=3)
+    run = make_run(LINEAR, 2**32 - 1, epochs=3)
     crossed = cross_validate(run, tiny, 2, hooks=[Recorder()])
     assert [seed for seed, _, _ in folds] == [2**32 - 1, 0]
     assert sorted(np.concatenate([examples for _, examples, _ in folds])) == list(range(60))
@@ -99,13 +92,13 @@ def test_results_are_those_of_networks_trained_fold_by_fold(tiny, monkeypatch):
 
 
 def test_results_are_reproduced_from_their_seed(tiny):
-    first = cross_validate(make_run("linear", 0), tiny, 2).logits
-    np.testing.assert_array_equal(first, cross_validate(make_run("linear", 0), tiny, 2).logits)
-    assert not np.array_equal(first, cross_validate(make_run("linear", 1), tiny, 2).logits)
+    first = cross_validate(make_run(LINEAR, 0), tiny, 2).logits
+    np.testing.assert_array_equal(first, cross_validate(make_run(LINEAR, 0), tiny, 2).logits)
+    assert not np.array_equal(first, cross_validate(make_run(LINEAR, 1), tiny, 2).logits)
 
 
 def test_each_epoch_takes_all_its_steps_on_the_images_left(tiny):
-    run = make_run("linear", epochs=2)
+    run = make_run(LINEAR, epochs=2)
     states = train_without(run, tiny, np.arange(40, 60))
     assert [int(state.step) for state in states] == [3, 6]
 
@@ -114,4 +107,4 @@ def test_each_epoch_takes_all_its_steps_on_the_images_left(tiny):
 def test_invalid_numbers_of_folds_are_named(folds, tiny):
     data = dataclasses.replace(tiny, train_labels=np.repeat([0, 1], 30))
     with pytest.raises(ConfigError, match=rf"folds is {folds}; .* 2 to 30"):
-        cross_validate(make_run("linear"), data, folds)
+        cross_validate(make_run(LINEAR), data, folds)

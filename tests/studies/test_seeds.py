@@ -14,23 +14,15 @@ from rich.console import Console
 
 import fmnist_jax as fm
 from fmnist_jax.errors import ConfigError, DamagedFileError
-from fmnist_jax.nn import models
 from fmnist_jax.runs import console, files
 from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.studies import seeds
 from fmnist_jax.train.loop import train_steps
-from tests.small import Small
+from tests.small import SMALL
 
 RECIPE = dataclasses.replace(
-    fm.RECIPES["small_dropout"], epochs=2, batch_size=16, augmentation="none"
+    fm.RECIPES["small_dropout"], arch=SMALL, epochs=2, batch_size=16, augmentation="none"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_network():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "ARCHS", {**models.ARCHS, "small_dropout": Small})
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ import pytest
 
 import fmnist_jax as fm
 from fmnist_jax.errors import ConfigError, DamagedFileError, Interrupted
-from fmnist_jax.nn import models
 from fmnist_jax.report.sweep import write_sweep_report
 from fmnist_jax.runs import files
 from fmnist_jax.studies.sweep import Domain, load_study, parse_domain
 from fmnist_jax.train.loop import train_steps
-from tests.small import Small
+from tests.nets import LinenNet
+from tests.small import SMALL
 from tests.studies.sweep_child import RECIPE, SPACE
 
 CHILD = Path(__file__).parent / "sweep_child.py"
@@ -31,8 +31,7 @@ def read_trials(workdir):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "ARCHS", {**models.ARCHS, "small": Small})
+def run(tmp_path):
     return fm.Run(recipe=RECIPE, workdir=tmp_path / "sweep", train_examples=200)
 
 
@@ -85,6 +84,28 @@ def test_trials_without_result_are_reported(run, sample):
 
 
 @pytest.mark.slow
+def test_options_of_a_part_are_searched(run, sample):
+    space = dict(map(parse_domain, ["arch_options.width=2:3", "optimizer=adam,optax:lion"]))
+    assert space["arch_options.width"] == Domain(2, 3)
+    run = dataclasses.replace(run, recipe=fm.Recipe(arch=SMALL, epochs=1, batch_size=50))
+    report = fm.sweep(run, sample, space, 2, num_seeds=2, hooks=(), model=LinenNet)
+    assert report["arch"] == "tests.nets:LinenNet"
+    widths = {trial["params"]["arch_options.width"] for trial in report["trials"]}
+    assert widths <= {2, 3}
+    best = report["best"]["params"]
+    assert report["recipe"]["arch_options"] == {"width": best["arch_options.width"]}
+    with pytest.raises(ConfigError, match="takes no such option: depth"):
+        fm.sweep(run, sample, {"arch_options.depth": Domain(1, 2)}, 1, model=LinenNet)
+
+
+def test_trials_end_early_as_runs_do(run, sample):
+    recipe = dataclasses.replace(run.recipe, epochs=6, patience=1, learning_rate=1e-9)
+    space = {"learning_rate": Domain(choices=(1e-9,))}
+    report = fm.sweep(dataclasses.replace(run, recipe=recipe), sample, space, 1, num_seeds=2,
+                      hooks=())  # fmt: skip
+    assert len(report["trials"][0]["val_accuracy"]) < 6
+
+
 def test_a_killed_sweep_continues(tmp_path):
     def start(num_trials, kill_at):
         command = [sys.executable, str(CHILD), str(tmp_path / "sweep"), str(num_trials), kill_at]
@@ -123,6 +144,13 @@ def test_processes_share_a_sweep(tmp_path):
     [
         ("dropout=0:0.6", ("dropout", Domain(0.0, 0.6))),
         ("batch_size=log:32:512", ("batch_size", Domain(32, 512, True))),
+        (
+            "loss=cross_entropy,nets:focal",
+            ("loss", Domain(choices=("cross_entropy", "nets:focal"))),
+        ),
+        ("arch_options.act=relu,gelu", ("arch_options.act", Domain(choices=("relu", "gelu")))),
+        ("arch_options.rate=log:0.1:1", ("arch_options.rate", Domain(0.1, 1, log=True))),
+        ("patience=2,3", ("patience", Domain(choices=(2, 3)))),
         ("schedule=cosine,linear", ("schedule", Domain(choices=("cosine", "linear")))),
         ("batch_size=64,128", ("batch_size", Domain(choices=(64, 128)))),
     ],
@@ -144,7 +172,7 @@ def test_domains_are_read(text, expected):
         ("learning_rate=log:0:1", "low must be above 0 and below high"),
         ("dropout=0:1:2", "is not a range"),
         ("batch_size=1.5:3", "is not of type int"),
-        ("optimizer=adam:sgd", "is not a range"),
+        ("optimizer=log:adam:sgd", "is not a range"),
     ],
 )
 def test_bad_domains_are_refused(text, message):

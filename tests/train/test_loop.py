@@ -240,6 +240,63 @@ BOUNDS = {
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in list(BOUNDS)[3:]]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": np.array([0, 10, 1])}, "labels are from 0 to 10, but there are 10 outputs"),
+        ({"labels": np.array([0, -1, 1])}, "labels are from -1 to 1"),
+        ({"examples": jnp.array([0, 3])}, "examples are from 0 to 3, but there are 3 images"),
+        ({"examples": jnp.array([-1])}, "examples are from -1 to -1"),
+    ],
+)
+def test_values_out_of_range_are_refused(changes, message):
+    """They would give a loss of NaN, or train on another image."""
+    images = np.zeros((3, 28, 28), np.uint8)
+    inputs = fm.TrainInputs(images, np.arange(3), fm.create_streams(0), HYPERPARAMS)
+    state = fm.create_train_state(jax.random.key(0), CONFIG)
+    wrong = inputs._replace(**changes)
+    for calls in (
+        train_epoch(state, wrong, config=CONFIG), fm.train_epochs(state, wrong, 1, config=CONFIG)
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            next(calls)
+    if "labels" in changes:
+        with pytest.raises(ValueError, match="labels are from"):
+            fm.evaluate(state.variables, images, changes["labels"], model=CONFIG.model)
+
+
+def test_a_donated_state_is_named(arrays):
+    inputs = fm.TrainInputs(arrays[0], arrays[1], fm.create_streams(0), HYPERPARAMS)
+    state = fm.create_train_state(jax.random.key(0), CONFIG)
+    fm.train_steps(state, inputs, 1, config=CONFIG)
+    with pytest.raises(ValueError, match=r"train_steps was donated to an earlier call"):
+        fm.train_steps(state, inputs, 1, config=CONFIG)
+    with pytest.raises(ValueError, match="continue with the state that it returned"):
+        next(train_epoch(state, inputs, config=CONFIG))
+
+
+@pytest.mark.parametrize("wrong", [{"learning_rate": 1e-3}, 1e-3])
+def test_hyperparams_of_another_type_are_refused(wrong, arrays):
+    inputs = fm.TrainInputs(arrays[0], arrays[1], fm.create_streams(0), wrong)
+    state = fm.create_train_state(jax.random.key(0), CONFIG)
+    batch = fm.Batch(jnp.zeros((2, 28, 28, 1)), jnp.zeros(2, int), jnp.ones(2, bool))
+    for call in (
+        lambda: fm.train_steps(state, inputs, 1, config=CONFIG),
+        lambda: fm.train_step(state, batch, jax.random.key(0), wrong, config=CONFIG),
+    ):
+        with pytest.raises(TypeError, match=r"expected Hyperparams, such as Hyperparams\("):
+            call()
+
+
+def test_a_loss_without_label_smoothing_is_named(arrays):
+    config = dataclasses.replace(CONFIG, loss=lambda logits, labels: logits[:, 0])
+    hyperparams = HYPERPARAMS._replace(label_smoothing=0.1)
+    inputs = fm.TrainInputs(arrays[0], arrays[1], fm.create_streams(0), hyperparams)
+    state = fm.create_train_state(jax.random.key(0), config)
+    with pytest.raises(ConfigError, match="a third for label_smoothing, which is given"):
+        fm.train_steps(state, inputs, 1, config=config)
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about the compiler for CPUs")
 @pytest.mark.parametrize("name", ["small_dropout", "valid_2x2", "same_3x3", *SLOW])
 def test_the_compiled_loop_has_only_fast_operations(name, sample, tmp_path):
