@@ -29,7 +29,7 @@ PARTS = ("arch", "optimizer", "loss", "augmentation", "schedule")
 _NO_EFFECT = ("workdir", "checkpoint_every", "keep_every", "tta", "devices", "parts")
 
 # Fields of a recipe that earlier versions did not have, with the values that they had in effect.
-_ADDED = {"shards": 1, "loss": "cross_entropy", "patience": None} | {
+ADDED = {"shards": 1, "loss": "cross_entropy", "patience": None} | {
     f"{part}_options": None for part in PARTS
 }
 
@@ -342,7 +342,7 @@ def to_dict(run: Run) -> dict[str, Any]:
     settings["recipe"] = {
         name: value
         for name, value in dataclasses.asdict(run.recipe).items()
-        if not (name in _ADDED and value == _ADDED[name])
+        if not (name in ADDED and value == ADDED[name])
     }
     if not run.log_grad_norms:
         del settings["log_grad_norms"]

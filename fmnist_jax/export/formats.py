@@ -99,7 +99,7 @@ def export_safetensors(classifier: Classifier, folder: Path) -> Path:
     metadata = {"fmnist_jax": json.dumps(_metadata(classifier))}
     content = safetensors.save(arrays, metadata)
     loaded = safetensors.load(content)
-    variables = jax.tree.unflatten(treedef, [loaded[name] for name in arrays])
+    variables = jax.tree.unflatten(treedef, [jnp.asarray(loaded[name]) for name in arrays])
     restored = dataclasses.replace(classifier, variables=variables)
     _check(classifier, _function(restored), _function(classifier))
     return _write(folder / "model.safetensors", content)

@@ -165,7 +165,6 @@ class _Graph:
         sizes = _sizes(equation.outvars[0].aval.shape)
         smallest = min((self.shapes[value] for value in inputs if isinstance(value, str)), key=len)
         ones = [axis for axis, size in enumerate(sizes) if size == 1][: len(sizes) - len(smallest)]
-        ones = ones if _without(ones, sizes) == smallest else []
         shapes = [_without(ones, variable.aval.shape) for variable in equation.invars]
         operands = map(self._reshape, inputs, shapes)
         convert = _COMPOSED.get(kind, lambda op, params, one, *x: op(_NAMES[kind], *x))

@@ -20,7 +20,7 @@ from fmnist_jax.errors import CheckpointError, ConfigError, DataError, Environme
 from fmnist_jax.nn.adapters import init_variables
 from fmnist_jax.runs import files, parts
 from fmnist_jax.runs.checkpoint import Checkpoint, load_checkpoint, named_leaves
-from fmnist_jax.runs.imports import Origin, find
+from fmnist_jax.runs.imports import Origin
 from fmnist_jax.train.predict import predict
 
 _FEW = 32
@@ -164,8 +164,6 @@ def _model(checkpoint: Checkpoint, workdir: Path, run: Run, num_classes: int, mo
     """Creates the network of a checkpoint; warns if its source has changed."""
     recorded = checkpoint.settings.get("sources", {})
     origin: Origin | None = Origin(workdir, recorded)
-    if isinstance(model, str):
-        model = find(dataclasses.replace(run.recipe, arch=model).arch)
     if model is not None:
         run, origin = parts.with_objects(run, num_classes, model=model), None
     created = parts.create_part("arch", run, num_classes, origin)
@@ -223,7 +221,16 @@ def classify_files(
     Yields:
       A picture and its probabilities, float[num_classes]; or the path of a file that cannot be read
       and its error.
+
+    Raises:
+      ConfigError: if the network was trained on images of another size.
     """
+    if classifier.image_shape not in (None, (SIZE, SIZE)):
+        height, width = classifier.image_shape
+        raise ConfigError(
+            f"pictures are reduced to {SIZE} x {SIZE}, but the network was trained on images of "
+            f"{height} x {width}; pass arrays to Classifier.probabilities"
+        )
     stream = _read(paths, on_file)
     while batch := list(itertools.islice(stream, batch_size)):
         pictures = [item for item, error in batch if error is None]

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax.errors import InvalidRngError
 
 from fmnist_jax.config import short_name
@@ -80,9 +81,17 @@ def check_contract(
     smoothing = (scalar,) if "label_smoothing" in given else ()
     losses = functools.partial(example_losses, config.loss)
     _shapes(name_of["loss"], losses, evaluated, labels, *smoothing)
-    _shapes(name_of["optimizer"], config.tx.init, params)
+    if config.schedule is not None:
+        rate = _shapes(name_of["schedule"], config.schedule, scalar)
+        _check_shape(name_of["schedule"], rate, (), "float32[]")
     scalars = {name: scalar for name in given if name in ("learning_rate", "weight_decay")}
     check_scalars_act(config.tx, params, scalars)
+
+    def update(params: Any, scalars: Any) -> Any:
+        tx = optax.with_extra_args_support(config.tx)
+        return tx.update(params, tx.init(params), params, **scalars)
+
+    _shapes(name_of["optimizer"], update, params, scalars)
 
 
 def check_identity(model: Any, name: str) -> None:

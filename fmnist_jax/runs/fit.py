@@ -16,12 +16,12 @@ import numpy as np
 from fmnist_jax.config import Run, short_name
 from fmnist_jax.data.dataset import Dataset
 from fmnist_jax.distributed import processes
-from fmnist_jax.errors import CheckpointError, DivergedError
+from fmnist_jax.errors import CheckpointError, ConfigError, DivergedError
 from fmnist_jax.runs import environment, files
 from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.runs.console import ConsoleProgress
 from fmnist_jax.runs.html import render_result
-from fmnist_jax.runs.parts import Parts
+from fmnist_jax.runs.parts import Parts, create_part
 from fmnist_jax.runs.plan import Plan, create_plan
 from fmnist_jax.runs.results import write_results
 from fmnist_jax.runs.saver import LoopState, Saver, restore, restore_finished
@@ -125,7 +125,17 @@ def fit(
 
 
 def fit_plan(plan: Plan, *, hooks: Sequence[Hook] | None = None) -> Result:
-    """Runs `fit` for an existing plan."""
+    """Runs `fit` for an existing plan.
+
+    Raises:
+      ConfigError: also if the model of the plan is not the one that its recipe names.
+    """
+    model = create_part("arch", plan.run, len(plan.dataset.class_names))
+    if model != plan.model:
+        raise ConfigError(
+            f"the model of the plan is not {short_name(plan.run.recipe.arch)}, which its recipe "
+            "names; pass it as model= to create_plan"
+        )
     hooks = [ConsoleProgress()] if hooks is None else list(hooks)
     if plan.run.recipe.patience is not None:
         hooks.append(EarlyStopping(plan.run.recipe.patience))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from fmnist_jax.digest import sha256_bytes
 from fmnist_jax.errors import ConfigError, first_line
+from fmnist_jax.paths import local_path
 
 
 class Origin(NamedTuple):
@@ -48,7 +49,7 @@ def find(name: str, origin: Origin | None = None, sha256: str | None = None) -> 
     place, _, attribute = name.rpartition(":")
     try:
         if place.endswith(".py"):
-            module = _run_file(Path(place), origin, sha256)
+            module = _run_file(local_path(place).absolute(), origin, sha256)
         else:
             module = _import(place, origin)
         return operator.attrgetter(attribute)(module)
@@ -58,7 +59,7 @@ def find(name: str, origin: Origin | None = None, sha256: str | None = None) -> 
         hint = ""
         if origin is not None:
             hint = f", as {origin.folder} names it; pass it yourself, by --arch or model="
-        elif not place.endswith(".py"):
+        elif isinstance(error, ImportError) and not place.endswith(".py"):
             hint = "; add its folder to PYTHONPATH, or name its file, as in nets.py:Net"
         text = f"{type(error).__name__}: {first_line(error)}"
         raise ConfigError(f"{name} cannot be imported ({text}){hint}") from error

@@ -70,16 +70,23 @@ def with_objects(run: Run, num_classes: int, **objects: Unpack[Parts]) -> Run:
     Args:
       run: the run.
       num_classes: number of classes of its data.
-      **objects: the objects, each as in `StepConfig`; or a class or function, to which the options
-        of the recipe are passed.
+      **objects: the objects, each as in `StepConfig`; or a class, a function or a name, to which
+        the options of the recipe are passed.
 
     Raises:
       ConfigError: if an object is a module that holds its own parameters.
+      TypeError: if there is no such part.
     """
+    if unknown := set(objects) - set(KEYWORDS.values()):
+        known = ", ".join(KEYWORDS.values())
+        raise TypeError(f"unknown parts {', '.join(sorted(unknown))}; expected some of {known}")
     recipe, parts = run.recipe, dict(run.parts)
     for part, keyword in KEYWORDS.items():
         value = objects.get(keyword)
         if value is None:
+            continue
+        if isinstance(value, str):
+            recipe = dataclasses.replace(recipe, **{part: value})  # type: ignore[arg-type]
             continue
         if find_adapter(type(value)) is not None:
             raise ConfigError(
@@ -203,9 +210,12 @@ def _source(target: Any) -> dict[str, Any]:
     with contextlib.suppress(OSError, TypeError):
         file = inspect.getsourcefile(target) or ""
         return {"file": file, "sha256": sha256_file(Path(file))}
-    with contextlib.suppress(OSError, TypeError):  # of a notebook
-        return {"file": None, "sha256": sha256_bytes(inspect.getsource(target).encode())}
-    return {"file": None, "sha256": None}  # typed in a console
+    # In a notebook, functions have a source, and classes only since Python 3.13.
+    text = ""
+    for function in vars(target).values() if isinstance(target, type) else [target]:
+        with contextlib.suppress(OSError, TypeError):
+            text += inspect.getsource(function)
+    return {"file": None, "sha256": sha256_bytes(text.encode()) if text else None}
 
 
 def _program_sha256(tx: optax.GradientTransformation) -> str | None:

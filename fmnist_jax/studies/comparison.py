@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fmnist_jax.config import ADDED
 from fmnist_jax.differences import differences_message, list_differences
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.runs import files
@@ -65,7 +66,7 @@ def compare(runs_a: Sequence[Path | str], runs_b: Sequence[Path | str]) -> dict[
             }
             for name, side in (("a", a), ("b", b))
         },
-        "differs_in": list_differences(a[0].settings, b[0].settings, ("in a", "in b")),
+        "differs_in": list_differences(_complete(a[0]), _complete(b[0]), ("in a", "in b")),
         "difference": difference,
         "sign_flip_p": stats.sign_flip_test(gains) if several else None,
         "sign_flip_smallest": stats.smallest_sign_flip_p(len(seeds)) if several else None,
@@ -75,6 +76,11 @@ def compare(runs_a: Sequence[Path | str], runs_b: Sequence[Path | str]) -> dict[
         ),
         "seeds_needed": stats.seeds_needed(std, mean) if std and mean else None,
     }
+
+
+def _complete(run: "_Run") -> dict[str, Any]:
+    """Returns the settings of a run, with the defaults that its config.json leaves out."""
+    return files.without_sources(run.settings) | {"recipe": ADDED | run.settings["recipe"]}
 
 
 def _paths(runs: Sequence[Path | str]) -> list[Path]:

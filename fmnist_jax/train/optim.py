@@ -204,8 +204,8 @@ def _with_scalars(
     ) -> tuple[optax.Updates, Any]:
         if learning_rate is None:
             raise ConfigError(
-                f"{name} has no learning rate; pass Hyperparams(learning_rate=1e-3), or "
-                "learning_rate=1e-3 to its update"
+                f"{name} has no learning rate; set learning_rate, such as 1e-3, in the recipe, in "
+                "Hyperparams or as an argument of its update"
             )
         rate = jnp.asarray(learning_rate, jnp.float32)
         return rule(grads, opt_state, params, rate, weight_decay, **extra_args)

@@ -24,6 +24,8 @@ from fmnist_jax.train.metrics import Metrics, Norms, cross_entropy
 from fmnist_jax.train.optim import Schedule, check_scalars_act
 from fmnist_jax.xla.jit import platform_jit
 
+_EMPTY = inspect.Parameter.empty
+
 
 class Model(Protocol):
     """A network: a Linen module, or any hashable object with these two methods."""
@@ -369,11 +371,15 @@ def example_losses(loss: Loss, logits: jax.Array, labels: jax.Array, *options: A
       ConfigError: if it has no argument for the label smoothing that is given.
       ValueError: if it does not return one value per example.
     """
+    signature = inspect.signature(loss)
     try:
-        inspect.signature(loss).bind(logits, labels, *options)
+        signature.bind(logits, labels, *options)
+        third = list(signature.parameters.values())[2:3] if options else []
+        if third and third[0].name != "label_smoothing" and third[0].default is not _EMPTY:
+            raise TypeError(f"its third is {third[0].name}")
     except TypeError as error:
-        third = ", and a third for label_smoothing, which is given" if options else ""
-        raise ConfigError(f"the loss must take logits and labels{third}: {error}") from error
+        third_text = ", and a third for label_smoothing, which is given" if options else ""
+        raise ConfigError(f"the loss must take logits and labels{third_text}: {error}") from error
     losses = loss(logits, labels, *options)
     if losses.shape != labels.shape:
         raise ValueError(

@@ -6,10 +6,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-_CALLS = (
-    "jit", "pjit", "custom_jvp_call", "custom_vjp_call", "closed_call", "core_call", "remat2",
-    "checkpoint",
-)  # fmt: skip
+_CALLS = ("jit", "custom_jvp_call", "custom_vjp_call", "closed_call", "composite", "remat2")
 
 
 def inlined_jaxpr(function: Callable[..., Any], *arguments: Any) -> core.ClosedJaxpr:
@@ -43,7 +40,7 @@ def _evaluate(jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any]) ->
     def read(variable: Any) -> Any:
         return variable.val if isinstance(variable, core.Literal) else values[variable]
 
-    for equation in _needed(jaxpr):
+    for equation in jaxpr.eqns:
         inputs = [read(variable) for variable in equation.invars]
         values |= dict(zip(equation.outvars, _apply(equation, inputs), strict=True))
     return [read(variable) for variable in jaxpr.outvars]

@@ -73,8 +73,8 @@ def test_a_network_of_a_file_goes_through_the_commands(tmp_path, monkeypatch, ca
     data = ["--sample", "--workdir", str(workdir)]
     assert run_command.main(["--replay", "2", *data]) == 2
     assert "pass it yourself, as loss= or --loss" in capsys.readouterr().err
-    own = ["--loss", str(ROOT / "tests" / "nets.py") + ":focal_loss"]
-    assert run_command.main(["--replay", "2", *data, *own]) == 0
+    monkeypatch.chdir(ROOT)
+    assert run_command.main(["--replay", "2", *data, "--loss", "tests/nets.py:focal_loss"]) == 0
     picture = ROOT / "fmnist_jax/data/sample/t10k-images-idx3-ubyte.gz"
     assert predict_command.main([str(workdir), str(picture), "--json", "--quiet"]) == 0
     assert export_command.main([str(workdir), "--quiet"]) == 0

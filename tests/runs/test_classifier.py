@@ -1,7 +1,9 @@
 """The network of a run, loaded from the folder of the run alone."""
 
+import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import scipy.special
 import fmnist_jax as fm
 from fmnist_jax.errors import CheckpointError, ConfigError
 from fmnist_jax.runs import files
+from fmnist_jax.runs.classifier import classify_files
 
 
 @pytest.fixture
@@ -78,6 +81,12 @@ def test_a_folder_that_is_no_run_is_refused(workdir):
 def test_other_arrays_are_refused(images, error, message, classifier):
     with pytest.raises(error, match=message):
         classifier.predict(images)
+
+
+def test_pictures_need_a_network_of_their_size(classifier):
+    other = dataclasses.replace(classifier, image_shape=(20, 24))
+    with pytest.raises(ConfigError, match=r"reduced to 28 x 28, but .* images of 20 x 24"):
+        list(classify_files(other, [Path("none.png")]))
 
 
 def test_no_images_have_no_predictions(classifier):

@@ -10,6 +10,7 @@ import pytest
 
 import fmnist_jax as fm
 from fmnist_jax.errors import ConfigError
+from fmnist_jax.runs.fit import fit_plan
 from fmnist_jax.runs.plan import create_plan
 from tests.small import Small
 
@@ -118,6 +119,14 @@ def two_arguments(logits, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
+def with_gamma(logits, labels, gamma=2.0):
+    return gamma * two_arguments(logits, labels)
+
+
+def with_an_if(progress):
+    return progress if progress > 0.5 else 1.0
+
+
 def mean_loss(logits, labels):
     return two_arguments(logits, labels).mean()
 
@@ -130,6 +139,10 @@ def crop(key, epoch, examples, images, strength):
     ("parts", "settings", "message"),
     [
         ({"loss": two_arguments}, {"label_smoothing": 0.1}, "a third for label_smoothing"),
+        ({"loss": with_gamma}, {"label_smoothing": 0.1}, "its third is gamma"),
+        ({"schedule": with_an_if}, {}, "with_an_if fails for float32.*TracerBoolConversionError"),
+        ({"schedule": lambda progress: progress[None]}, {}, "expected float32"),
+        ({}, {"learning_rate": None, "optimizer": "optax:lion"}, "adamw|lion has no learning rate"),
         ({"loss": mean_loss}, {}, "expected one value per example"),
         ({"augment": crop}, {}, "with train=True fails for|expected float32"),
         ({"augment": lambda *_: 0}, {}, "maps .* to int32.*; expected float32.2, 28, 28, 1"),
@@ -144,6 +157,16 @@ def test_other_parts_are_checked_in_the_plan(parts, settings, message, tiny, tmp
     with pytest.raises((ConfigError, ValueError), match=message) as caught:
         create_plan(fm.Run(recipe=recipe, workdir=tmp_path), tiny, **parts)
     assert "\n" not in str(caught.value)
+
+
+def test_a_plan_whose_model_was_replaced_is_refused(tiny, tmp_path):
+    """Its folder would name another network."""
+    recipe = fm.Recipe(arch="small_dropout", epochs=1, batch_size=16)
+    plan = create_plan(fm.Run(recipe=recipe, workdir=tmp_path / "run"), tiny)
+    config = dataclasses.replace(plan.config, model=Small())
+    with pytest.raises(ConfigError, match="the model of the plan is not small_dropout"):
+        fit_plan(dataclasses.replace(plan, config=config), hooks=())
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_optimizer_with_its_own_rate_trains(tiny, tmp_path):

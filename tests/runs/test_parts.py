@@ -20,7 +20,7 @@ from fmnist_jax.digest import sha256_file, sha256_json
 from fmnist_jax.errors import ConfigError, EnvironmentWarning, Interrupted
 from fmnist_jax.runs import files
 from fmnist_jax.runs.imports import Origin, find
-from fmnist_jax.runs.parts import KEYWORDS, create_part, with_objects
+from fmnist_jax.runs.parts import KEYWORDS, create_part, sources, with_objects
 from fmnist_jax.runs.plan import create_plan
 from tests import nets
 from tests.small import Small
@@ -361,6 +361,36 @@ def test_bad_parts_are_refused_in_one_line(changes, message, tiny, tmp_path):
         create_plan(make_run(tmp_path / "run", **changes), tiny)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_other_keywords_are_refused(tiny, tmp_path):
+    with pytest.raises(TypeError, match="unknown parts network; expected some of model, tx"):
+        fm.fit(make_run(tmp_path), tiny, hooks=(), network=nets.LinenNet)  # type: ignore[call-arg]
+    plan = create_plan(make_run(tmp_path), tiny, model="tests.nets:NnxNet")
+    assert plan.run.recipe.arch == "tests.nets:NnxNet"
+
+
+def test_the_source_of_a_notebook_is_its_text(tmp_path):
+    """IPython keeps the text of a cell in `linecache`, and Python finds it by its file name."""
+    import linecache
+
+    def source_of(text):
+        name = "<cell>"
+        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+        cell: dict[str, Any] = {"__name__": "__main__"}
+        exec(compile(text, name, "exec"), cell)
+        run = with_objects(make_run(tmp_path), 10, model=cell["Cell"])
+        return sources(run, ("arch",))["arch"]
+
+    text = (
+        "class Cell:\n    def init(self, key, images, *, train):\n        return {}\n\n"
+        "    def apply(self, variables, images, *, train):\n        return 1\n"
+    )
+    first, again, other = map(source_of, (text, text, text.replace("return 1", "return 2")))
+    assert first == again
+    assert first["file"] is None
+    assert len(first["sha256"]) == 64
+    assert first != other
 
 
 def test_instances_with_parameters_are_refused(tmp_path):

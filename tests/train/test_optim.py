@@ -171,7 +171,7 @@ def test_unknown_names_and_missing_learning_rates_are_refused():
         fm.create_schedule("step")  # type: ignore[arg-type]
     tx = fm.create_optimizer("adam")
     params = jnp.ones(())
-    with pytest.raises(ConfigError, match="adam has no learning rate; pass Hyperparams"):
+    with pytest.raises(ConfigError, match="adam has no learning rate; set learning_rate"):
         tx.update(params, tx.init(params), params)
 
 

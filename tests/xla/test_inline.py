@@ -1,5 +1,7 @@
 """Programs as flat lists of operations."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,18 +24,23 @@ def with_gradient(x):
 with_gradient.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * x,))
 
 
+@functools.partial(lax.composite, name="test.double")
+def double(x):
+    return x + x
+
+
 @jax.jit
 def network(x):
-    x = jax.checkpoint(with_gradient)(jax.nn.relu(x))
+    x = double(jax.checkpoint(with_gradient)(jax.nn.relu(x)))
     return lax.platform_dependent(x, cpu=jnp.cos, default=jnp.tanh)
 
 
 def test_calls_are_replaced_by_their_operations():
     x = jnp.array([-1.0, 0.5])
     closed = inlined_jaxpr(network, x)
-    assert [equation.primitive.name for equation in closed.eqns] == ["max", "sin", "tanh"]
+    assert [equation.primitive.name for equation in closed.eqns] == ["max", "sin", "add", "tanh"]
     (result,) = core.jaxpr_as_fun(closed)(x)
-    np.testing.assert_allclose(result, np.tanh(np.sin(np.maximum(x, 0))), rtol=1e-6)
+    np.testing.assert_allclose(result, np.tanh(2 * np.sin(np.maximum(x, 0))), rtol=1e-6)
 
 
 def test_a_platform_without_a_default_takes_the_first_form():
