@@ -268,6 +268,12 @@ def test_a_reshape_without_a_form_in_onnx_is_refused(shape, function):
         to_onnx(lambda x: (function(x),), images, ["y"], {})
 
 
+def test_positions_along_a_symbolic_axis_are_refused():
+    images = jax.ShapeDtypeStruct(export.symbolic_shape("batch"), jnp.float32)
+    with pytest.raises(ConfigError, match="the operation 'iota', which has no conversion"):
+        to_onnx(lambda x: (x + lax.iota(jnp.float32, x.shape[0]),), images, ["y"], {})
+
+
 def test_vmap_puts_no_reshape_behind_a_convolution():
     def layers(x):
         x = lax.slice(conv(x), (0, 0, 0, 0), (1, 8, 8, 4), (1, 1, 1, 1))

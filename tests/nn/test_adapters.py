@@ -135,7 +135,9 @@ def test_dropout_follows_its_key_and_is_off_in_evaluation(network, batch):
     np.testing.assert_allclose(evaluated[:1], alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("network", NETS)
+@pytest.mark.parametrize(
+    "network", [NnxNet, EquinoxNet, pytest.param(HaikuNet, marks=pytest.mark.slow)]
+)
 def test_seeds_in_vmap_shards_and_one_program(network, tiny):
     model = fm.create_model(network, width=3)
     assert model == fm.create_model(network, width=3)

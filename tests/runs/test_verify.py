@@ -13,7 +13,7 @@ from fmnist_jax.commands import run as run_command
 from fmnist_jax.recipes import CLAIMS
 from fmnist_jax.runs.verify import verify_resume
 from tests.conftest import ROOT
-from tests.nets import NETS, EquinoxNet
+from tests.nets import NETS
 
 EXPECTED = {"a: x": "1", "a: y": "2"}
 
@@ -64,13 +64,8 @@ def test_killed_runs_resume_to_identical_bits(arch, capsys):
     assert "step 12" in " ".join(output.split())
 
 
-@pytest.mark.parametrize(
-    "network",
-    [
-        pytest.param(network, marks=pytest.mark.slow if network is EquinoxNet else pytest.mark.soak)
-        for network in NETS
-    ],
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("network", NETS)
 def test_killed_runs_of_own_networks_resume_to_identical_bits(network):
     file = ROOT / "tests" / "nets.py"
     own = ["--arch", f"{file}:{network.__name__}", "--arch-options", "width=3"]

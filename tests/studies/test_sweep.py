@@ -98,6 +98,7 @@ def test_options_of_a_part_are_searched(run, sample):
         fm.sweep(run, sample, {"arch_options.depth": Domain(1, 2)}, 1, model=LinenNet)
 
 
+@pytest.mark.slow
 def test_trials_end_early_as_runs_do(run, sample):
     recipe = dataclasses.replace(run.recipe, epochs=6, patience=1, learning_rate=1e-9)
     space = {"learning_rate": Domain(choices=(1e-9,))}
