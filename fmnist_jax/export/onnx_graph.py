@@ -244,14 +244,15 @@ class _Graph:
     def _convolution(self, images: Any, kernel: Any, params: dict[str, Any]) -> str | None:
         numbers, groups = params["dimension_numbers"], params["feature_group_count"]
         strides, spread = list(params["window_strides"]), list(params["lhs_dilation"])
-        is_odd = params["batch_group_count"] > 1 or (max(strides) > 1 and max(spread) > 1)
+        is_transposed = max(spread) > 1 or np.min(params["padding"]) < 0
+        is_odd = params["batch_group_count"] > 1 or (is_transposed and max(strides) > 1)
         if isinstance(kernel, str) or is_odd:
             return None
         images = self.node("Transpose", images, perm=numbers.lhs_spec)
         kernel = np.transpose(kernel, numbers.rhs_spec)
         options = {"dilations": list(params["rhs_dilation"]), "group": groups}
         low, high = np.transpose(params["padding"])
-        if max(spread) == 1:
+        if not is_transposed:
             options |= {"pads": [*low, *high], "strides": strides}
             output = self.node("Conv", images, kernel, **options)
         else:

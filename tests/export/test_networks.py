@@ -131,8 +131,9 @@ def test_layers_of_linen_run_in_onnx(layers):
     [
         {"rhs": (4, 2, 3, 2), "window_strides": (2, 1)},
         {"rhs": (4, 1, 3, 2), "lhs_dilation": (2, 3), "feature_group_count": 2},
+        {"rhs": (4, 2, 3, 2), "padding": [(-1, 1), (2, -1)]},
     ],
-    ids=["plain", "transposed with groups"],
+    ids=["plain", "transposed with groups", "negative padding"],
 )
 @pytest.mark.parametrize("layout", ["NCHW", "HCNW"])
 def test_channels_may_be_any_axis(layout, options):
@@ -142,10 +143,10 @@ def test_channels_may_be_any_axis(layout, options):
         x = jnp.moveaxis(
             jnp.concatenate([x, x**2], axis=-1), range(4), [*map(layout.index, "NHWC")]
         )
+        defaults = {"window_strides": (1, 1), "padding": [(1, 2), (0, 1)]}
         return lax.conv_general_dilated(
-            x, **{"window_strides": (1, 1), **options, "rhs": kernel},
-            padding=[(1, 2), (0, 1)], dimension_numbers=(layout, "OIHW", "NCHW"),
-        )  # fmt: skip
+            x, dimension_numbers=(layout, "OIHW", "NCHW"), **(defaults | options | {"rhs": kernel})
+        )
 
     check_onnx(Network(layers), 6, 7)
 
