@@ -293,7 +293,7 @@ class Run:
       devices: how many devices share the shards of each batch, or "all"; their number must divide
         `recipe.shards`. None is one device, or all if there are several processes.
       log_grad_norms: whether metrics.jsonl has the mean norms of gradient, parameters and updates.
-      parts: objects of the parts that the recipe names; set by the functions that take them.
+      parts: name and object of parts that the recipe names; set by the functions that take them.
 
     Raises:
       ConfigError: if a value is outside its range.

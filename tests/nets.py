@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 
 import equinox as eqx
 import flax.linen as nn
@@ -81,6 +82,16 @@ def focal_loss(logits, labels, gamma=2.0):
     """Lin et al. 2017."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return (1 - jnp.exp(-losses)) ** gamma * losses
+
+
+@functools.partial(jax.jit, static_argnames="gamma")
+def jitted_loss(logits, labels, gamma=2.0):
+    return focal_loss(logits, labels, gamma)
+
+
+def wider(num_classes, **options):
+    """A function with arguments that it passes on."""
+    return LinenNet(num_classes, width=2 * options.pop("width"), **options)
 
 
 def clipped_adamw(learning_rate, weight_decay=1e-4, norm=1.0):

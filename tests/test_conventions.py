@@ -23,7 +23,7 @@ OWNERS = {
         "nn/resnet",
         "nn/sprint",
         "runs/classifier",
-        "runs/contract",
+        "parts/contract",
     },
     "orbax": {"runs/checkpoint"},
     "tensorflow_datasets": {"data/tfds"},

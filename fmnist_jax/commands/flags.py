@@ -12,10 +12,9 @@ from typing import Any, NoReturn
 import fmnist_jax as fm
 from fmnist_jax import config, errors
 from fmnist_jax.digest import sha256_json
+from fmnist_jax.parts.objects import KEYWORDS, Parts
 from fmnist_jax.paths import local_path
 from fmnist_jax.recipes import find_recipe
-from fmnist_jax.runs.imports import find
-from fmnist_jax.runs.parts import KEYWORDS, Parts
 from fmnist_jax.studies.executors import Executor, RayExecutor, fit_in_turn
 
 
@@ -217,11 +216,11 @@ def _option(text: str) -> tuple[str, Any]:
     return name, config.parse_value(value)
 
 
-def named_objects(arguments: argparse.Namespace) -> Parts:
-    """Returns the parts that flags name by import paths, as `fm.fit` takes them."""
-    names = {part: getattr(arguments, part, "") for part in KEYWORDS}
-    found: Any = {KEYWORDS[part]: find(name) for part, name in names.items() if ":" in name}
-    return found
+def named_parts(arguments: argparse.Namespace) -> Parts:
+    """Returns the import paths of parts that flags give, as `fm.fit` takes them."""
+    names = {keyword: getattr(arguments, part, "") for part, keyword in KEYWORDS.items()}
+    given: Any = {keyword: name for keyword, name in names.items() if ":" in name}
+    return given
 
 
 def part_flags(recipe: fm.Recipe) -> list[str]:

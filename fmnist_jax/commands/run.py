@@ -185,7 +185,7 @@ def _replay(arguments: argparse.Namespace, dataset: fm.Dataset, console: Console
     if classes is not None:
         dataset = fm.select_classes(dataset, classes)
     console.print(f"Replaying step {arguments.replay:,} ...")
-    parts = flags.named_objects(arguments)
+    parts = flags.named_parts(arguments)
     replay = fm.replay(arguments.workdir, dataset, arguments.replay, **parts)
     from fmnist_jax.report.run import write_replay
 

@@ -1,7 +1,7 @@
 """`Dataset`: images and labels in memory, and selection of classes."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -115,7 +115,12 @@ def select_classes(dataset: Dataset, classes: str | Sequence[str | int]) -> Data
 
 def combined_sha256(arrays: Sequence[np.ndarray]) -> str:
     """Returns the SHA-256 of the SHA-256s of the arrays."""
-    return sha256_bytes("".join(map(sha256_array, arrays)).encode())
+    return joined_sha256(map(sha256_array, arrays))
+
+
+def joined_sha256(hashes: Iterable[str]) -> str:
+    """Returns the SHA-256 of several in a row."""
+    return sha256_bytes("".join(hashes).encode())
 
 
 def _class_number(dataset: Dataset, name: str) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from fmnist_jax.data import idx
 from fmnist_jax.data import tfds as tfds_source
-from fmnist_jax.data.dataset import Dataset, combined_sha256
+from fmnist_jax.data.dataset import Dataset, combined_sha256, joined_sha256
 from fmnist_jax.digest import sha256_array, sha256_bytes
 from fmnist_jax.errors import DataError, DataWarning
 from fmnist_jax.paths import local_path, user_folder
@@ -213,6 +213,11 @@ def _verified(arrays: list[np.ndarray], source: str, *, sample: bool = False) ->
         train_images, train_labels, test_images, test_labels,
         source=source, sha256=combined_sha256(arrays), sample=sample,
     )  # fmt: skip
+
+
+def is_fashion_mnist(sha256: str) -> bool:
+    """Whether `Dataset.sha256` is that of the published data or of the embedded sample."""
+    return sha256 in map(joined_sha256, (PUBLISHED_SHA256, SAMPLE_SHA256))
 
 
 def _tfds_dir() -> Path | None:

@@ -184,14 +184,15 @@ def construct(target: Any, options: Mapping[str, Any]) -> Any:
     return adapter(target, tuple(sorted(options.items()))) if adapter else target(**options)
 
 
-def constructor_parameters(target: Any) -> list[str]:
-    """Returns the parameters of a class or function that a user gives."""
+def constructor_parameters(target: Any) -> dict[str, inspect.Parameter]:
+    """Returns the parameters of a class or function that a user gives, by name."""
     # A class of a framework has the signature of its metaclass.
     signature = inspect.signature(
         target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
     )
     not_given = ("self", "parent", "name", "rngs", "key")  # of Linen, Haiku, NNX and Equinox
-    return [name for name in signature.parameters if name not in not_given]
+    parameters = signature.parameters.items()
+    return {name: parameter for name, parameter in parameters if name not in not_given}
 
 
 def init_variables(key: jax.Array, images: jax.Array, *, model: Any) -> dict[str, Any]:

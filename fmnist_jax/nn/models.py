@@ -9,6 +9,7 @@ collection "batch_stats", which `train=True` updates.
 """
 
 from collections.abc import Mapping
+from inspect import Parameter
 from types import MappingProxyType
 from typing import Any
 
@@ -161,7 +162,8 @@ def create_model(arch: Any, num_classes: int = 10, **options: Any) -> Any:
     parameters = constructor_parameters(target)
     if "num_classes" in parameters:
         options = {"num_classes": num_classes} | options
-    if unknown := set(options) - set(parameters) if "kwargs" not in parameters else ():
+    takes_any = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
+    if (unknown := set(options) - set(parameters)) and not takes_any:
         raise ConfigError(
             f"{name} takes no such option: {', '.join(sorted(unknown))}; it takes "
             f"{', '.join(parameters) or 'none'}"

@@ -18,9 +18,10 @@ from fmnist_jax.data.pictures import SIZE, Picture, read_pictures
 from fmnist_jax.digest import params_sha256
 from fmnist_jax.errors import CheckpointError, ConfigError, DataError, EnvironmentWarning
 from fmnist_jax.nn.adapters import init_variables
-from fmnist_jax.runs import files, parts
+from fmnist_jax.parts.imports import Origin
+from fmnist_jax.parts.objects import create_part, find_sources, with_objects
+from fmnist_jax.runs import files
 from fmnist_jax.runs.checkpoint import Checkpoint, load_checkpoint, named_leaves
-from fmnist_jax.runs.imports import Origin
 from fmnist_jax.train.predict import predict
 
 _FEW = 32
@@ -165,9 +166,9 @@ def _model(checkpoint: Checkpoint, workdir: Path, run: Run, num_classes: int, mo
     recorded = checkpoint.settings.get("sources", {})
     origin: Origin | None = Origin(workdir, recorded)
     if model is not None:
-        run, origin = parts.with_objects(run, num_classes, model=model), None
-    created = parts.create_part("arch", run, num_classes, origin)
-    before, now = recorded.get("arch"), parts.sources(run, ("arch",), origin).get("arch")
+        run, origin = with_objects(run, num_classes, model=model), None
+    created = create_part("arch", run, num_classes, origin)
+    before, now = recorded.get("arch"), find_sources(run, ("arch",), origin).get("arch")
     if before is not None and now is not None and before["sha256"] != now["sha256"]:
         warnings.warn(
             f"the source of {short_name(run.recipe.arch)} has changed since {workdir} was trained",

@@ -17,11 +17,11 @@ from fmnist_jax.config import Run, short_name
 from fmnist_jax.data.dataset import Dataset
 from fmnist_jax.distributed import processes
 from fmnist_jax.errors import CheckpointError, ConfigError, DivergedError
+from fmnist_jax.parts.objects import Parts, create_part
 from fmnist_jax.runs import environment, files
 from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.runs.console import ConsoleProgress
 from fmnist_jax.runs.html import render_result
-from fmnist_jax.runs.parts import Parts, create_part
 from fmnist_jax.runs.plan import Plan, create_plan
 from fmnist_jax.runs.results import write_results
 from fmnist_jax.runs.saver import LoopState, Saver, restore, restore_finished

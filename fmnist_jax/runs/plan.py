@@ -18,11 +18,11 @@ from fmnist_jax.distributed.mesh import create_mesh
 from fmnist_jax.distributed.shards import Shards
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.nn.summary import summarize
+from fmnist_jax.parts.contract import check_contract, check_identity
+from fmnist_jax.parts.imports import Origin
+from fmnist_jax.parts.objects import Parts, create_part, find_sources, with_objects
 from fmnist_jax.rng import Streams, create_streams
-from fmnist_jax.runs import environment, parts
-from fmnist_jax.runs.contract import check_contract, check_identity
-from fmnist_jax.runs.imports import Origin
-from fmnist_jax.runs.parts import Parts, create_part
+from fmnist_jax.runs import environment
 from fmnist_jax.train import metrics as metrics_lib
 from fmnist_jax.train.layout import Layout
 from fmnist_jax.train.loop import TrainInputs, train_steps
@@ -173,7 +173,7 @@ def create_plan(
       DataError: if there are too few examples.
     """
     num_classes = len(dataset.class_names)
-    run = parts.with_objects(run, num_classes, **objects)
+    run = with_objects(run, num_classes, **objects)
     recipe = run.recipe
     created = {part: create_part(part, run, num_classes, origin) for part in PARTS}
     check_identity(created["arch"], recipe.arch)
@@ -198,7 +198,7 @@ def create_plan(
         layout=_create_layout(run),
         log_norms=run.log_grad_norms,
     )
-    sources = parts.sources(run, origin=origin)
+    sources = find_sources(run, origin=origin)
     plan = Plan(run, dataset, streams, train_examples, val_examples, config, sources)
     if plan.total_steps >= 2**31:
         raise ConfigError(

@@ -14,10 +14,10 @@ from fmnist_jax.data.batches import epoch_order
 from fmnist_jax.data.dataset import Dataset
 from fmnist_jax.differences import differences_message
 from fmnist_jax.errors import CheckpointError, ConfigError
+from fmnist_jax.parts.imports import Origin
+from fmnist_jax.parts.objects import Parts
 from fmnist_jax.runs import files
 from fmnist_jax.runs.checkpoint import Checkpoints
-from fmnist_jax.runs.imports import Origin
-from fmnist_jax.runs.parts import Parts
 from fmnist_jax.runs.plan import Plan, create_plan
 from fmnist_jax.train.loop import (
     StepInputs,

@@ -164,7 +164,7 @@ def restore(plan: Plan, read: Callable[[Any], tuple[Any, dict[str, Any]] | None]
     tree = plan.config.layout.place(tree)
     return LoopState(
         tree["state"], tree["metrics"], meta["epoch_seconds"], meta["history"],
-        meta.get("is_finished", False),  # version 0.3 did not have it
+        meta.get("is_finished", False),  # earlier versions did not record it
     )  # fmt: skip
 
 

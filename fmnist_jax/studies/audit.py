@@ -11,8 +11,8 @@ from fmnist_jax.analysis import duplicates
 from fmnist_jax.analysis.label_issues import LabelIssues, find_label_issues
 from fmnist_jax.config import Run
 from fmnist_jax.data.dataset import Dataset
+from fmnist_jax.parts.objects import create_part
 from fmnist_jax.recipes import RECIPES
-from fmnist_jax.runs.parts import create_part
 from fmnist_jax.studies.cross_validation import CrossValidation, cross_validate, train_without
 from fmnist_jax.train.hooks import Hook, say
 from fmnist_jax.train.predict import evaluate

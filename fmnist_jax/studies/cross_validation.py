@@ -11,7 +11,7 @@ from fmnist_jax.analysis.label_issues import forgetting_events
 from fmnist_jax.config import Run
 from fmnist_jax.data.dataset import Dataset
 from fmnist_jax.errors import ConfigError
-from fmnist_jax.runs.parts import create_part
+from fmnist_jax.parts.objects import create_part
 from fmnist_jax.runs.plan import create_plan
 from fmnist_jax.train.hooks import Hook, say
 from fmnist_jax.train.loop import train_epochs

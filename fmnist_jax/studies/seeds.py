@@ -11,10 +11,10 @@ from fmnist_jax.config import Run
 from fmnist_jax.data.dataset import Dataset
 from fmnist_jax.distributed import processes
 from fmnist_jax.errors import ConfigError
+from fmnist_jax.parts.objects import Parts, with_objects
 from fmnist_jax.runs import files
 from fmnist_jax.runs.console import ConsoleProgress
 from fmnist_jax.runs.fit import Result, fit
-from fmnist_jax.runs.parts import Parts, with_objects
 from fmnist_jax.studies.executors import Executor, fit_in_turn
 from fmnist_jax.train.hooks import Hook
 

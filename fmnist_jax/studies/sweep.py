@@ -19,10 +19,10 @@ from fmnist_jax.errors import (
     first_line,
     import_optional,
 )
+from fmnist_jax.parts.objects import Parts, with_objects
 from fmnist_jax.runs import files
 from fmnist_jax.runs.console import ConsoleProgress
 from fmnist_jax.runs.fit import train_calls
-from fmnist_jax.runs.parts import Parts, with_objects
 from fmnist_jax.runs.plan import Plan, create_plan
 from fmnist_jax.runs.signals import deferred_signals
 from fmnist_jax.studies.seeds import fit_seeds

@@ -22,6 +22,7 @@ from fmnist_jax.rng import Streams
 from fmnist_jax.train import metrics as metrics_lib
 from fmnist_jax.train.metrics import Metrics
 from fmnist_jax.train.microbatch import choose_microbatch_size
+from fmnist_jax.train.predict import abstract_logits
 from fmnist_jax.train.step import (
     DEFAULTS,
     Hyperparams,
@@ -269,9 +270,8 @@ def _in_range(inputs: TrainInputs, state: TrainState, config: StepConfig) -> Tra
         raise ValueError(
             "the state was donated to an earlier call; continue with the state that it returned"
         )
-    # Only the shape of the logits is computed, once for all calls with these shapes.
-    image = jax.ShapeDtypeStruct((1, *_image_shape(inputs, config), 1), jnp.float32)
-    num_outputs = _logits.eval_shape(state.variables, image, model=config.model).shape[-1]
+    image_shape = _image_shape(inputs, config)
+    num_outputs = abstract_logits(state.variables, image_shape, model=config.model).shape[-1]
     for name, values, size in (
         ("labels", np.asarray(inputs.labels), num_outputs),
         ("examples", np.asarray(inputs.examples), len(inputs.images)),
@@ -283,11 +283,6 @@ def _in_range(inputs: TrainInputs, state: TrainState, config: StepConfig) -> Tra
                 f"; expected values from 0 to {size - 1:,}"
             )
     return inputs
-
-
-@functools.partial(jax.jit, static_argnames="model")  # for its shape; it never runs
-def _logits(variables: Any, images: jax.Array, *, model: Any) -> jax.Array:
-    return model.apply(variables, images, train=False)
 
 
 def _image_shape(inputs: TrainInputs, config: StepConfig) -> tuple[int, ...]:

@@ -168,19 +168,25 @@ with_learning_rate(optax.adamw)
             )
 
 
+def first_update(
+    tx: optax.GradientTransformation, scalars: Mapping[str, Any], params: Any
+) -> tuple[optax.Updates, Any]:
+    """Returns updates and state of a first update whose gradients are the parameters themselves.
+
+    For what follows from shapes and from the program of an optimizer, such as its errors.
+    """
+    transformation = optax.with_extra_args_support(tx)
+    return transformation.update(params, tx.init(params), params, **scalars)
+
+
 @functools.lru_cache(maxsize=32)
 def _effective_scalars(
     tx: optax.GradientTransformation, treedef: Any, shapes: tuple[Any, ...], names: tuple[str, ...]
 ) -> set[str]:
     """Returns those of the sorted names on which the update depends."""
-
-    def update(scalars: dict[str, jax.Array], params: Any) -> Any:
-        transformation = optax.with_extra_args_support(tx)
-        return transformation.update(params, tx.init(params), params, **scalars)
-
     params = treedef.unflatten([jax.ShapeDtypeStruct(*shape) for shape in shapes])
     scalars = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in names}
-    jaxpr = jax.make_jaxpr(update)(scalars, params).jaxpr
+    jaxpr = jax.make_jaxpr(functools.partial(first_update, tx))(scalars, params).jaxpr
     read = {id(variable) for equation in jaxpr.eqns for variable in equation.invars}
     read |= {id(variable) for variable in jaxpr.outvars}
     return {

@@ -1,6 +1,7 @@
 """Prediction and evaluation without dropout."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -91,6 +92,17 @@ def predict(
             logits[-1].block_until_ready()
             on_call(min(start + call_size, len(images)))
     return jnp.concatenate(logits)[: len(images)]
+
+
+def abstract_logits(variables: Any, image_shape: Sequence[int], *, model: Model) -> Any:
+    """Returns shape and dtype of the logits of one image; traced once for the same shapes."""
+    images = jax.ShapeDtypeStruct((1, *image_shape, 1), jnp.float32)
+    return _logits.eval_shape(variables, images, model=model)
+
+
+@functools.partial(jax.jit, static_argnames="model")  # for its shape; it never runs
+def _logits(variables: Any, images: jax.Array, *, model: Model) -> jax.Array:
+    return model.apply(variables, images, train=False)
 
 
 @platform_jit(static_argnames=("model", "layout"))

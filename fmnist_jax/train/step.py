@@ -24,8 +24,6 @@ from fmnist_jax.train.metrics import Metrics, Norms, cross_entropy
 from fmnist_jax.train.optim import Schedule, check_scalars_act
 from fmnist_jax.xla.jit import platform_jit
 
-_EMPTY = inspect.Parameter.empty
-
 
 class Model(Protocol):
     """A network: a Linen module, or any hashable object with these two methods."""
@@ -57,7 +55,8 @@ class Loss(Protocol):
         Args:
           logits: float[batch, num_classes].
           labels: int[batch], values in [0, num_classes).
-          *args: `Hyperparams.label_smoothing`, where it is not None.
+          *args: `Hyperparams.label_smoothing`, where it is not None. A parameter with a default
+            must have that name, so that it is no other option.
           **kwargs: none.
         """
 
@@ -180,7 +179,7 @@ def _create_train_state(
 ) -> TrainState:
     images = jnp.zeros((1, *image_shape, 1), jnp.float32)
     variables = init_variables(key, images, model=model)
-    params = variables.pop("params")
+    params = variables.pop("params", {})
     # Copied, because an optimizer may return one array twice, and donated arrays must be distinct.
     opt_state = jax.tree.map(jnp.copy, tx.init(params))
     return TrainState(jnp.int32(0), params, variables, opt_state)
@@ -342,19 +341,10 @@ def _mean_loss(
     config: StepConfig,
 ) -> tuple[jax.Array, Any]:
     params = jax.tree.map(lambda leaf: leaf.astype(config.dtype), params)
-    options: dict[str, Any] = {}
-    if hyperparams.dropout is not None:
-        options["dropout"] = hyperparams.dropout
-    if model_state:
-        options["mutable"] = list(model_state)
-    outputs = config.model.apply(
-        {"params": params, **model_state},
-        batch.images.astype(config.dtype),
-        train=True,
-        rngs={"dropout": key},
-        **options,
-    )
-    logits, model_state = outputs if model_state else (outputs, model_state)
+    logits, model_state = apply_in_training(
+        key, batch.images.astype(config.dtype), params, model_state, hyperparams.dropout,
+        model=config.model,
+    )  # fmt: skip
     logits = logits.astype(batch.images.dtype)
     smoothing = hyperparams.label_smoothing
     losses = example_losses(
@@ -362,6 +352,24 @@ def _mean_loss(
     )
     loss = jnp.sum(jnp.where(batch.mask, losses, 0)) / num_examples
     return loss, (model_state, losses, logits)
+
+
+def apply_in_training(
+    key: jax.Array,
+    images: jax.Array,
+    params: Any,
+    model_state: Any,
+    dropout: float | jax.Array | None = None,
+    *,
+    model: Model,
+) -> tuple[jax.Array, Any]:
+    """Calls the model as training does; returns the logits and the next `model_state`."""
+    options: dict[str, Any] = {} if dropout is None else {"dropout": dropout}
+    if model_state:
+        options["mutable"] = list(model_state)
+    variables = {"params": params, **model_state}
+    outputs = model.apply(variables, images, train=True, rngs={"dropout": key}, **options)
+    return outputs if model_state else (outputs, model_state)
 
 
 def example_losses(loss: Loss, logits: jax.Array, labels: jax.Array, *options: Any) -> jax.Array:
@@ -375,7 +383,7 @@ def example_losses(loss: Loss, logits: jax.Array, labels: jax.Array, *options: A
     try:
         signature.bind(logits, labels, *options)
         third = list(signature.parameters.values())[2:3] if options else []
-        if third and third[0].name != "label_smoothing" and third[0].default is not _EMPTY:
+        if third and third[0].name != "label_smoothing" and third[0].default is not third[0].empty:
             raise TypeError(f"its third is {third[0].name}")
     except TypeError as error:
         third_text = ", and a third for label_smoothing, which is given" if options else ""

@@ -1,19 +1,19 @@
 """`check_contract`: what the parts of a run must fulfil, checked by shapes before anything runs."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax.errors import InvalidRngError
 
 from fmnist_jax.config import short_name
 from fmnist_jax.errors import ConfigError, first_line
-from fmnist_jax.nn.adapters import init_variables
-from fmnist_jax.train.optim import check_scalars_act
-from fmnist_jax.train.step import StepConfig, example_losses
+from fmnist_jax.train.optim import check_scalars_act, first_update
+from fmnist_jax.train.predict import abstract_logits
+from fmnist_jax.train.step import StepConfig, apply_in_training, create_train_state, example_losses
 
 _BATCH = 2
 
@@ -43,10 +43,12 @@ def check_contract(
     key = jax.eval_shape(lambda: jax.random.key(0))
     images = jax.ShapeDtypeStruct((_BATCH, *image_shape, 1), jnp.float32)
     labels = jax.ShapeDtypeStruct((_BATCH,), jnp.int32)
-    variables = _shapes(
-        f"{arch} in init", functools.partial(init_variables, model=model), key, images
-    )
-    params = variables.get("params")
+    # As `create_train_state` traces it, so that the trace serves there too.
+    create = functools.partial(create_train_state, config=config, image_shape=image_shape)
+    image = jax.ShapeDtypeStruct((1, *image_shape, 1), jnp.float32)
+    with _explained(f"{arch} in init", image):
+        state = jax.eval_shape(create, key)
+    params = state.params
     if not jax.tree.leaves(params):
         raise ConfigError(f"{arch} has no parameters; expected a collection params with arrays")
     for path, leaf in jax.tree.leaves_with_path(params):
@@ -63,35 +65,26 @@ def check_contract(
         size = augmented.shape[1:3] if len(getattr(augmented, "shape", ())) == 4 else image_shape
         text = f"uint8{list(pixels.shape)}"
         _check_shape(name_of["augmentation"], augmented, (_BATCH, *size, 1), text)
-    collections = sorted(set(variables) - {"params"})
-
-    def train(variables: Any, images: jax.Array, key: jax.Array, dropout: jax.Array) -> Any:
-        options: dict[str, Any] = {"dropout": dropout} if "dropout" in given else {}
-        if collections:
-            options["mutable"] = collections
-        outputs = model.apply(variables, images, train=True, rngs={"dropout": key}, **options)
-        return outputs[0] if collections else outputs
-
     text = f"{arch} with train=True" + (" and dropout" if "dropout" in given else "")
-    logits = _shapes(text, train, variables, augmented, key, scalar)
+    dropout = scalar if "dropout" in given else None
+    train = functools.partial(apply_in_training, model=model)
+    logits, _ = _shapes(text, train, key, augmented, params, state.model_state, dropout)
     _check_shape(text, logits, (_BATCH, num_classes), f"float32{list(augmented.shape)}")
     text = f"{arch} with train=False"
-    evaluated = _shapes(text, lambda v, x: model.apply(v, x, train=False), variables, images)
-    _check_shape(text, evaluated, (_BATCH, num_classes), f"float32{list(images.shape)}")
+    with _explained(text, image):
+        evaluated = abstract_logits(state.variables, image_shape, model=model)
+    _check_shape(text, evaluated, (1, num_classes), f"float32{list(image.shape)}")
     smoothing = (scalar,) if "label_smoothing" in given else ()
     losses = functools.partial(example_losses, config.loss)
-    _shapes(name_of["loss"], losses, evaluated, labels, *smoothing)
+    _shapes(name_of["loss"], losses, logits, labels, *smoothing)
     if config.schedule is not None:
         rate = _shapes(name_of["schedule"], config.schedule, scalar)
         _check_shape(name_of["schedule"], rate, (), "float32[]")
     scalars = {name: scalar for name in given if name in ("learning_rate", "weight_decay")}
-    check_scalars_act(config.tx, params, scalars)
-
-    def update(params: Any, scalars: Any) -> Any:
-        tx = optax.with_extra_args_support(config.tx)
-        return tx.update(params, tx.init(params), params, **scalars)
-
-    _shapes(name_of["optimizer"], update, params, scalars)
+    with _explained(name_of["optimizer"]):
+        check_scalars_act(config.tx, params, scalars)
+        if not scalars:  # otherwise the check has traced the update
+            jax.eval_shape(functools.partial(first_update, config.tx), scalars, params)
 
 
 def check_identity(model: Any, name: str) -> None:
@@ -113,8 +106,15 @@ def check_identity(model: Any, name: str) -> None:
 
 
 def _shapes(text: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    try:
+    with _explained(text, *arguments):
         return jax.eval_shape(function, *arguments)
+
+
+@contextlib.contextmanager
+def _explained(text: str, *arguments: Any) -> Iterator[None]:
+    """Raises ConfigError, with the part and its input, in place of another error of the block."""
+    try:
+        yield
     except InvalidRngError as error:
         raise ConfigError(
             f"{text} draws from a random stream that it is not given; the streams are params and "

@@ -26,9 +26,15 @@ from fmnist_jax.digest import sha256_bytes, sha256_file
 from fmnist_jax.errors import ConfigError, first_line
 from fmnist_jax.nn.adapters import Adapter, find_adapter
 from fmnist_jax.nn.models import ARCHS, create_model
-from fmnist_jax.runs.imports import Origin, find
+from fmnist_jax.parts.imports import Origin, find
 from fmnist_jax.train.metrics import cross_entropy
-from fmnist_jax.train.optim import OPTIMIZERS, SCHEDULES, create_optimizer, with_learning_rate
+from fmnist_jax.train.optim import (
+    OPTIMIZERS,
+    SCHEDULES,
+    create_optimizer,
+    first_update,
+    with_learning_rate,
+)
 
 # The arguments of `fit` in place of the fields of a recipe.
 KEYWORDS = dict(zip(PARTS, ("model", "tx", "loss", "augment", "schedule"), strict=True))
@@ -37,7 +43,7 @@ _NAMED: dict[str, Mapping[str, Any]] = {
     "arch": ARCHS,
     "optimizer": {name: create_optimizer(name) for name in OPTIMIZERS},
     "loss": {"cross_entropy": cross_entropy},
-    "augmentation": AUGMENTATIONS,
+    "augmentation": {"none": None, **AUGMENTATIONS},
     "schedule": SCHEDULES,
 }
 
@@ -70,7 +76,7 @@ def with_objects(run: Run, num_classes: int, **objects: Unpack[Parts]) -> Run:
     Args:
       run: the run.
       num_classes: number of classes of its data.
-      **objects: the objects, each as in `StepConfig`; or a class, a function or a name, to which
+      **objects: the objects, each as in `StepConfig`; or a class, a function or its name, to which
         the options of the recipe are passed.
 
     Raises:
@@ -87,6 +93,8 @@ def with_objects(run: Run, num_classes: int, **objects: Unpack[Parts]) -> Run:
             continue
         if isinstance(value, str):
             recipe = dataclasses.replace(recipe, **{part: value})  # type: ignore[arg-type]
+            name = getattr(recipe, part)  # with the whole path of a file
+            parts[part] = name, _target(part, dataclasses.replace(run, recipe=recipe))
             continue
         if find_adapter(type(value)) is not None:
             raise ConfigError(
@@ -97,7 +105,8 @@ def with_objects(run: Run, num_classes: int, **objects: Unpack[Parts]) -> Run:
         if options is None:
             options = getattr(recipe, f"{part}_options") if _takes_options(target) else {}
         changes: Any = {part: _name_of(part, target), f"{part}_options": options}
-        recipe, parts[part] = dataclasses.replace(recipe, **changes), target
+        recipe = dataclasses.replace(recipe, **changes)
+        parts[part] = getattr(recipe, part), target
     return dataclasses.replace(run, recipe=recipe, parts=parts)
 
 
@@ -115,8 +124,6 @@ def create_part(part: str, run: Run, num_classes: int, origin: Origin | None = N
         kind of object.
     """
     name = getattr(run.recipe, part)
-    if name == "none":
-        return None
     options = _tuples(dict(getattr(run.recipe, f"{part}_options") or {}))
     if isinstance(options.pop(_OBJECT, None), str) and part not in run.parts:
         raise ConfigError(
@@ -124,9 +131,10 @@ def create_part(part: str, run: Run, num_classes: int, origin: Origin | None = N
             f"as {KEYWORDS[part]}="
         )
     target = _target(part, run, origin)
+    is_given = run.parts.get(part, ("", None))[0] == name
     if options and not _takes_options(target):
         raise ConfigError(f"{short_name(name)} takes no options; leave {part}_options out")
-    if origin is not None and target is not run.parts.get(part):
+    if origin is not None and not is_given:
         _check_may_call(part, name, target)
     if part == "arch" and run.recipe.image_size is not None:
         options = {"image_size": run.recipe.image_size} | options
@@ -169,7 +177,17 @@ def _constructed(
 
 def _takes_options(target: Any) -> bool:
     """Whether a target is a class, a function or a named augmentation."""
-    return isinstance(target, type | types.FunctionType) or target in AUGMENTATIONS.values()
+    return _is_defined(target) or target in AUGMENTATIONS.values()
+
+
+def _is_defined(target: Any) -> bool:
+    """Whether a target is a class or a function, also one in a wrapper such as `jax.jit`."""
+    return isinstance(inspect.unwrap(target), type | types.FunctionType)
+
+
+def _definition(target: Any) -> Any:
+    """Returns the class or function in the source that a target is, or is an object of."""
+    return inspect.unwrap(target) if _is_defined(target) else type(target)
 
 
 def _check_may_call(part: str, name: str, target: Any) -> None:
@@ -188,7 +206,7 @@ def _check_may_call(part: str, name: str, target: Any) -> None:
         )
 
 
-def sources(
+def find_sources(
     run: Run, names: Sequence[str] = PARTS, origin: Origin | None = None
 ) -> dict[str, dict[str, Any]]:
     """Returns file and SHA-256 of the source of each part that is not of this package.
@@ -198,7 +216,7 @@ def sources(
     """
     found = {}
     for part in names:
-        if getattr(run.recipe, part) not in {*_NAMED[part], "none"}:
+        if getattr(run.recipe, part) not in _NAMED[part]:
             found[part] = _source(_target(part, run, origin))
     return found
 
@@ -206,7 +224,7 @@ def sources(
 def _source(target: Any) -> dict[str, Any]:
     if isinstance(target, optax.GradientTransformation):
         return {"file": None, "sha256": _program_sha256(target)}
-    target = target if isinstance(target, type | types.FunctionType) else type(target)
+    target = _definition(target)
     with contextlib.suppress(OSError, TypeError):
         file = inspect.getsourcefile(target) or ""
         return {"file": file, "sha256": sha256_file(Path(file))}
@@ -220,22 +238,19 @@ def _source(target: Any) -> dict[str, Any]:
 
 def _program_sha256(tx: optax.GradientTransformation) -> str | None:
     """SHA-256 of an optimizer's update of a kernel and a bias; it depends on its constants."""
-
-    def update(params: Any) -> Any:
-        scalars = {"learning_rate": jnp.float32(1), "weight_decay": jnp.float32(0)}
-        transformation = optax.with_extra_args_support(tx)
-        return transformation.update(params, tx.init(params), params, **scalars)
-
+    params = {"bias": jnp.zeros(2), "kernel": jnp.zeros((3, 3, 2, 2))}
+    scalars = {"learning_rate": jnp.float32(1), "weight_decay": jnp.float32(0)}
     try:
-        params = {"bias": jnp.zeros(2), "kernel": jnp.zeros((3, 3, 2, 2))}
-        return sha256_bytes(_text(jax.make_jaxpr(update)(params)).encode())
+        program = jax.make_jaxpr(functools.partial(first_update, tx))(scalars, params)
+        return sha256_bytes(_text(program).encode())
     except Exception:  # noqa: BLE001 (any error, of an optimizer that needs other parameters)
         return None
 
 
-def _target(part: str, run: Run, origin: Origin | None) -> Any:
-    name, given = getattr(run.recipe, part), run.parts.get(part)
-    if given is not None and _name_of(part, given) == name:
+def _target(part: str, run: Run, origin: Origin | None = None) -> Any:
+    name = getattr(run.recipe, part)
+    given_name, given = run.parts.get(part, ("", None))
+    if given_name == name:
         return given
     if name in _NAMED[part]:
         return _NAMED[part][name]
@@ -255,8 +270,7 @@ def _name_of(part: str, target: Any) -> str:
             return name
     if isinstance(target, optax.GradientTransformation):
         target = target.update
-    elif not isinstance(target, type | types.FunctionType):
-        target = type(target)
+    target = _definition(target)
     module, name = str(target.__module__), str(target.__qualname__)
     package = module.partition(".")[0]
     if module != package and getattr(sys.modules.get(package), name, None) is target:
@@ -269,7 +283,7 @@ def _name_of(part: str, target: Any) -> str:
 def _taken_apart(part: str, value: Any, num_classes: int) -> tuple[Any, dict[str, Any] | None]:
     """Returns a target and the options with which it gives the object again, or the object."""
     is_named = any(value is named for named in _NAMED[part].values())
-    if is_named or isinstance(value, type | types.FunctionType):
+    if is_named or _is_defined(value):
         return value, None
     target: Any = type(value)
     options: Any = {}
@@ -280,21 +294,19 @@ def _taken_apart(part: str, value: Any, num_classes: int) -> tuple[Any, dict[str
         target, options = value.module, dict(value.options)
     elif isinstance(value, functools.partial) and not value.args:
         target, options = made_of = value.func, value.keywords
-    elif dataclasses.is_dataclass(value):
-        options = {
-            field.name: getattr(value, field.name)
-            for field in dataclasses.fields(value)
-            if field.init and field.name not in ("parent", "name")
-        }
-        options = {
-            name: option
-            for name, option in options.items()
-            if (name, option) != ("num_classes", num_classes)
-            and option != target.__dataclass_fields__[name].default
-        }
-    names: Any = {"arch": "", part: _name_of(part, target), f"{part}_options": options}
+    name = _name_of(part, target)
     try:
-        run = Run(recipe=Recipe(epochs=1, **names), workdir=Path(), parts={part: target})
+        if dataclasses.is_dataclass(value) and not isinstance(value, Adapter):
+            options = {
+                field.name: option
+                for field in dataclasses.fields(value)
+                if field.init and field.name not in ("parent", "name")
+                and (option := getattr(value, field.name)) != field.default
+            }  # fmt: skip
+        if options.get("num_classes") == num_classes:
+            options = {key: option for key, option in options.items() if key != "num_classes"}
+        names: Any = {"arch": "", part: name, f"{part}_options": options}
+        run = Run(recipe=Recipe(epochs=1, **names), workdir=Path(), parts={part: (name, target)})
         if made_of is not None or create_part(part, run, num_classes) == value:
             return target, dict(options)
     except Exception:  # noqa: BLE001, S110 (of a constructor of the user)

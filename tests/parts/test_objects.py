@@ -18,12 +18,12 @@ import fmnist_jax as fm
 from fmnist_jax.data.augment import RandomAffine
 from fmnist_jax.digest import sha256_file, sha256_json
 from fmnist_jax.errors import ConfigError, EnvironmentWarning, Interrupted
+from fmnist_jax.parts.imports import Origin, find
+from fmnist_jax.parts.objects import KEYWORDS, create_part, find_sources, with_objects
 from fmnist_jax.runs import files
-from fmnist_jax.runs.imports import Origin, find
-from fmnist_jax.runs.parts import KEYWORDS, create_part, sources, with_objects
 from fmnist_jax.runs.plan import create_plan
 from tests import nets
-from tests.small import Small
+from tests.small import SMALL, Small
 
 NETS = Path(nets.__file__)
 OWN = fm.Recipe(
@@ -159,7 +159,7 @@ def test_objects_without_a_name_train_and_say_so_when_they_are_loaded(tiny, tmp_
     model = Local()
     run = make_run(tmp_path / "run", fm.Recipe(arch="small_dropout", epochs=1, batch_size=16))
     result = fm.fit(run, tiny, hooks=(), model=model)
-    assert repr(result).startswith("Result(test_objects")
+    assert repr(result).startswith("Result(test_objects_without")
     with pytest.raises(ConfigError, match=r"cannot be imported .*by --arch or model="):
         fm.load_classifier(run.workdir)
     classifier = fm.load_classifier(run.workdir, model=model)
@@ -336,6 +336,7 @@ def test_replay_calls_own_factories_only_for_the_user(finished, tiny):
     ("changes", "message"),
     [
         ({"arch": "smal_dropout"}, "choose one of small_dropout"),
+        ({"arch": "none"}, "choose one of small_dropout"),
         ({"arch": "no.such:Net"}, r"cannot be imported \(ModuleNotFoundError.*PYTHONPATH"),
         ({"arch": "tests.nets:Missing"}, "has no attribute 'Missing'"),
         ({"arch": "/no/such/nets.py:Net"}, r"cannot be imported \(FileNotFoundError"),
@@ -363,6 +364,41 @@ def test_bad_parts_are_refused_in_one_line(changes, message, tiny, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_wrapped_functions_and_passed_on_arguments(tiny, tmp_path):
+    recipe = fm.Recipe(
+        arch="tests.nets:wider", arch_options={"width": 3, "rate": 0.5}, epochs=1, batch_size=16,
+        loss="tests.nets:jitted_loss", loss_options={"gamma": 1.0},
+    )  # fmt: skip
+    plan = create_plan(make_run(tmp_path, recipe), tiny)
+    assert plan.model == nets.LinenNet(num_classes=10, width=6, rate=0.5)
+    logits, labels = jnp.eye(3), jnp.arange(3)
+    expected = nets.focal_loss(logits, labels, gamma=1.0)
+    np.testing.assert_allclose(plan.config.loss(logits, labels), expected, rtol=1e-6)
+    assert plan.sources["loss"]["file"] == str(NETS)
+    run = with_objects(make_run(tmp_path, recipe), 10, loss=nets.jitted_loss)
+    assert run.recipe == recipe
+
+
+def test_a_name_may_differ_from_the_place_of_the_source(tiny, tmp_path):
+    """The package imports it from another module, as optax.contrib does."""
+    recipe = fm.Recipe(arch=SMALL, epochs=1, batch_size=16, optimizer="optax.contrib:dadapt_adamw")
+    fm.fit(make_run(tmp_path, recipe), tiny, hooks=())
+    shown = fm.replay(tmp_path, tiny, 2, tx="optax.contrib:dadapt_adamw", model=SMALL)
+    assert np.isfinite(shown.losses).all()
+
+
+def test_an_object_with_an_array_is_recorded_by_its_text(tmp_path):
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Shifted:
+        by: Any = None
+
+        def __call__(self, key, epoch, examples, images, strength):
+            return images[..., None] / 255 + self.by
+
+    run = with_objects(make_run(tmp_path), 10, augment=Shifted(np.zeros(3)))
+    assert list(run.recipe.augmentation_options or ()) == ["object"]
+
+
 def test_other_keywords_are_refused(tiny, tmp_path):
     with pytest.raises(TypeError, match="unknown parts network; expected some of model, tx"):
         fm.fit(make_run(tmp_path), tiny, hooks=(), network=nets.LinenNet)  # type: ignore[call-arg]
@@ -380,7 +416,7 @@ def test_the_source_of_a_notebook_is_its_text(tmp_path):
         cell: dict[str, Any] = {"__name__": "__main__"}
         exec(compile(text, name, "exec"), cell)
         run = with_objects(make_run(tmp_path), 10, model=cell["Cell"])
-        return sources(run, ("arch",))["arch"]
+        return find_sources(run, ("arch",))["arch"]
 
     text = (
         "class Cell:\n    def init(self, key, images, *, train):\n        return {}\n\n"
