@@ -165,6 +165,10 @@ def tables() -> dict[str, Iterable[str]]:
         ),
         "speed": _speeds("speed"),
         "speed zen5": _speeds("speed_zen5"),
+        "stock": (
+            f"`{n}` | {r.plain_loop:,} | {r.fmnist_jax:,} | {r.fmnist_jax / r.plain_loop:.1f}"
+            for n, r in load("stock").networks.items()
+        ),
         "limits": (
             "`{}` | {:,} | {:,} | {}% | {:,} | {:,} | {}%".format(n, *r.values())
             for n, r in load("speed").limits.items()

@@ -11,6 +11,8 @@ from .data.dataset import select_classes as select_classes
 from .data.sources import load_fashion_mnist as load_fashion_mnist
 from .distributed.mesh import create_mesh as create_mesh
 from .distributed.shards import Shards as Shards
+from .fast.rewrite import explain_for_cpu as explain_for_cpu
+from .fast.rewrite import optimize_for_cpu as optimize_for_cpu
 from .nn.models import ARCHS as ARCHS
 from .nn.models import create_model as create_model
 from .recipes import RECIPES as RECIPES

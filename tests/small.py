@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 
-from fmnist_jax.nn.layers import Conv, Dense, Dropout, flatten
+from fmnist_jax.nn.dropout import Dropout
 
 SMALL, LINEAR = "tests.small:Small", "tests.small:Linear"
 
@@ -14,9 +14,10 @@ class Small(nn.Module):
 
     @nn.compact
     def __call__(self, images, *, train, dropout=None):
-        x = Conv(4, kernel_size=2, pool=True)(images)
+        x = nn.relu(nn.Conv(4, (2, 2), padding="VALID")(images))
+        x = nn.max_pool(x, (2, 2), (2, 2))
         x = Dropout(0.3)(x, train=train, rate=dropout)
-        return Dense(self.num_classes)(flatten(x))
+        return nn.Dense(self.num_classes)(x.reshape(len(x), -1))
 
 
 class Linear(nn.Module):

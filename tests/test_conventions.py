@@ -18,7 +18,7 @@ PACKAGE = ROOT / "fmnist_jax"
 OWNERS = {
     "flax": {
         "nn/adapters",
-        "nn/layers",
+        "nn/dropout",
         "nn/models",
         "nn/resnet",
         "nn/sprint",

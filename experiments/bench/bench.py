@@ -1,6 +1,7 @@
 """Measures the training speed of fmnist_jax beside that of other frameworks.
 
     python experiments/bench/bench.py --arch small_dropout same_3x3
+    python experiments/bench/bench.py --arch small_resnet --competitor linen keras_tensorflow
 
 All competitors train the same network on the same images with the same batch size, optimizer and
 float32 (except those with bf16 in their name and torch_compile; on a GPU all may use TF32), each
@@ -26,6 +27,7 @@ from typing import Any
 import competitors
 import numpy as np
 from competitors import COMPETITORS, OURS, Child, CompetitorError
+from networks import ARCHS
 from rich.console import Console
 from summary import print_result
 from worker import AUGMENTED, NETWORKS, Case
@@ -124,7 +126,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Measures the training speed beside other frameworks.", "runs/bench",
         rounds=(5, "measurements"), seconds=(2.0, "training of each competitor per round"),
     )  # fmt: skip
-    parser.add_argument("--arch", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument(
+        "--arch", nargs="+", choices=[*NETWORKS, *ARCHS], default=list(NETWORKS),
+        help="default: the networks of the library",
+    )  # fmt: skip
     parser.add_argument(
         "--batch-size", nargs="+", type=int, metavar="INT",
         help="default: 128, and 126 for deep_augmented",

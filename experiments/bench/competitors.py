@@ -27,7 +27,11 @@ OURS = "fmnist_jax"
 COMPETITORS: dict[str, tuple[str, str | None, dict[str, bool]]] = {
     OURS: ("ours", None, {}),
     f"{OURS}_bf16": ("ours", None, {"bf16": True}),
+    # Stock Flax layers in the loop of fmnist_jax, and the same without its optimization of layers.
+    f"{OURS}_stock": ("ours", None, {"stock": True}),
+    f"{OURS}_plain": ("ours", None, {"stock": True, "optimize": False}),
     "keras_tensorflow": ("keras_fit", "tensorflow", {}),
+    "keras_tensorflow_bf16": ("keras_fit", "tensorflow", {"bf16": True}),
     "torch": ("torch_loop", "torch", {}),
     "torch_channels_last": ("torch_loop", "torch", {"channels_last": True}),
     "torch_channels_last_bf16": ("torch_loop", "torch", {"channels_last": True, "bf16": True}),

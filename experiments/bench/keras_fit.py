@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from networks import ARCHS, keras_networks
 from worker import AUGMENTED, NETWORKS, OPTIMIZERS, Case, Conv, Dense, Dropout, Trained, affine
 
 MAKERS = {
@@ -24,7 +25,10 @@ INITIALIZERS = {"normal_0.05": "random_normal"}  # 0.05 is Keras' default standa
 class Competitor:
     """A compiled model and its data."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, case: Case) -> None:
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray, case: Case, *, bf16: bool = False
+    ) -> None:
+        keras.mixed_precision.set_dtype_policy("mixed_bfloat16" if bf16 else "float32")
         keras.utils.set_random_seed(0)
         self.steps_per_epoch = len(labels) // case.batch_size
         self.data: dict[str, Any] = {"x": images, "y": labels, "batch_size": case.batch_size}
@@ -148,7 +152,9 @@ def _pipeline(images: np.ndarray, labels: np.ndarray, case: Case) -> Any:
     return batches.map(read, tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
 
-def _network(case: Case) -> keras.Sequential:
+def _network(case: Case) -> keras.Model:
+    if case.arch in ARCHS:
+        return keras_networks.create(case.arch)
     model = keras.Sequential([keras.Input(case.input_shape)])
     for layer in NETWORKS[case.arch]:
         match layer:
@@ -170,6 +176,7 @@ def _network(case: Case) -> keras.Sequential:
                     keras.layers.Dense(
                         features, activation="relu" if relu else None,
                         kernel_initializer=INITIALIZERS.get(init, init),
+                        dtype=None if relu else "float32",  # logits, under any policy
                     )
                 )  # fmt: skip
     return model

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from networks import ARCHS, flax_networks
 from worker import AUGMENTED, NETWORKS, OPTIMIZERS, Case, Conv, Dense, Dropout, Layers, Trained
 
 from fmnist_jax.data.augment import RandomAffine
@@ -30,14 +31,22 @@ MAKERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
 
 
 class Network(nn.Module):
-    """A sequence of layers; parameters are named as in `fmnist_jax.nn.models`."""
+    """A sequence of layers; parameters are named as in `fmnist_jax.nn.models`.
+
+    Attributes:
+      layers: their descriptions.
+      channels: of the first layer's input; grey images are repeated.
+      dropout: the class of the dropout layers.
+    """
 
     layers: Layers
+    channels: int = 1
     dropout: Callable[..., nn.Module] = nn.Dropout
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps float32[batch, height, width, channels] to float32[batch, classes]."""
+        """Maps float32[batch, height, width, 1] to float32[batch, classes]."""
+        x = jnp.repeat(x, self.channels, axis=-1)
         for layer in self.layers:
             match layer:
                 case Conv(features, size, padding, pool, init):
@@ -56,12 +65,33 @@ class Network(nn.Module):
         return x
 
 
+def create(case: Case, dropout: Callable[..., nn.Module] = nn.Dropout) -> nn.Module:
+    """Returns the network of a case in stock Flax."""
+    if case.arch in ARCHS:
+        return flax_networks.create(case.arch)
+    return Network(NETWORKS[case.arch], case.input_shape[-1], dropout)
+
+
+def init(model: nn.Module, case: Case) -> tuple[Any, Any]:
+    """Draws the parameters and the other variables, {} if there are none."""
+    variables = model.init(jax.random.key(0), jnp.zeros((1, *case.input_shape[:2], 1)), train=False)
+    return variables.pop("params"), variables
+
+
 def mean_loss(
-    model: Network, params: Any, images: jax.Array, labels: jax.Array, key: jax.Array
-) -> jax.Array:
-    """Mean cross-entropy of a batch, with dropout."""
-    logits = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    model: nn.Module,
+    params: Any,
+    model_state: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """Returns the mean cross-entropy of a batch, with dropout, and the next `model_state`."""
+    logits, model_state = model.apply(
+        {"params": params, **model_state}, images, train=True, rngs={"dropout": key},
+        mutable=list(model_state),
+    )  # fmt: skip
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), model_state
 
 
 class Competitor:
@@ -71,27 +101,26 @@ class Competitor:
         self.data = jnp.asarray(images), jnp.asarray(labels)
         self.batches = _batches(len(labels), case.batch_size)
         name, rate = OPTIMIZERS[case.arch]
-        model, tx = Network(NETWORKS[case.arch]), MAKERS[name](rate)
+        model, tx = create(case), MAKERS[name](rate)
         augmentation = RandomAffine(keras_shear=True, image_size=case.input_shape[0])
-        pixels = jnp.zeros((1, *case.input_shape))
-        params = model.init(jax.random.key(0), pixels, train=False)["params"]
-        self.state = params, tx.init(params), jax.random.key(1)
+        params, model_state = init(model, case)
+        self.state = params, model_state, tx.init(params), jax.random.key(1)
 
         @functools.partial(jax.jit, donate_argnums=0)
         def step(state, examples, data):
-            params, opt_state, key = state
+            params, model_state, opt_state, key = state
             key, augment_key, dropout_key = jax.random.split(key, 3)
             images, labels = data[0][examples], data[1][examples]
             if case.arch == AUGMENTED:
                 pixels = augmentation(augment_key, jnp.int32(0), examples, images)
-                pixels = jnp.repeat(pixels, 3, axis=-1)
             else:
                 pixels = images[..., None].astype(jnp.float32) / 255
-            loss, grads = jax.value_and_grad(mean_loss, argnums=1)(
-                model, params, pixels, labels, dropout_key
+            (loss, model_state), grads = jax.value_and_grad(mean_loss, argnums=1, has_aux=True)(
+                model, params, model_state, pixels, labels, dropout_key
             )
             updates, opt_state = tx.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state, key), loss
+            params = optax.apply_updates(params, updates)
+            return (params, model_state, opt_state, key), loss
 
         self._step = step
 

@@ -11,37 +11,59 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from linen_loop import Network, mean_loss
-from worker import AUGMENTED, NETWORKS, OPTIMIZERS, Case, Trained, load
+from linen_loop import create, init, mean_loss
+from networks import ARCHS
+from worker import AUGMENTED, OPTIMIZERS, Case, Trained, load
 
 import fmnist_jax as fm
 from fmnist_jax.data.augment import RandomAffine
-from fmnist_jax.nn import ops
+from fmnist_jax.nn.dropout import dropout
 from fmnist_jax.runs.plan import create_plan
 from fmnist_jax.train.loop import read_step
 from fmnist_jax.xla.jit import platform_jit
 
 
 class Competitor:
-    """A training loop."""
+    """A training loop.
+
+    Attributes:
+      bf16: whether the network computes in bfloat16.
+      stock: stock Flax layers in place of the library's network.
+      options: other fields of `StepConfig`.
+    """
 
     def __init__(
-        self, images: np.ndarray, labels: np.ndarray, case: Case, *, bf16: bool = False
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        case: Case,
+        *,
+        bf16: bool = False,
+        stock: bool = False,
+        **options: Any,
     ) -> None:
         augmented, size = case.arch == AUGMENTED, case.input_shape[0]
+        if stock or case.arch in ARCHS:
+            model: Any = create(case)
+        else:
+            model = fm.create_model(case.arch, **({"image_size": size} if augmented else {}))
         name, rate = OPTIMIZERS[case.arch]
         self.config = fm.StepConfig(
-            model=fm.create_model(case.arch, **({"image_size": size} if augmented else {})),
+            model=model,
             # The library's SGD has momentum, which no competitor has here.
             tx=optax.sgd(rate) if name == "sgd" else fm.create_optimizer(name),
             batch_size=case.batch_size,
             augment=RandomAffine(keras_shear=True, image_size=size) if augmented else None,
             dtype="bfloat16" if bf16 else "float32",
+            **options,
         )
+        hyperparams = fm.Hyperparams(None if name == "sgd" else rate)
         self.inputs = self.config.layout.place(
-            fm.TrainInputs(images, labels, fm.create_streams(0), fm.Hyperparams(rate)).checked()
+            fm.TrainInputs(images, labels, fm.create_streams(0), hyperparams).checked()
         )
-        self.state = fm.create_train_state(self.inputs.streams.init, self.config)
+        self.state = fm.create_train_state(
+            self.inputs.streams.init, self.config, image_shape=(size, size)
+        )
         self.steps_per_epoch = len(labels) // case.batch_size
         self.num_steps = 0
 
@@ -93,15 +115,17 @@ def curve(path: str, recipe: dict[str, Any], seed: int) -> list[tuple[float, flo
 def flops(case: Case) -> float:
     """Counts the floating-point operations of a step by the definitions of the layers.
 
-    The count is the compiler's for the plain network; fmnist_jax needs fewer.
+    The count is that of the plain network before compilation, which makes some depthwise
+    convolutions dense; fmnist_jax needs fewer.
     """
-    model = Network(NETWORKS[case.arch])
-    pixels = jax.ShapeDtypeStruct((case.batch_size, *case.input_shape), jnp.float32)
+    model = create(case)
+    pixels = jax.ShapeDtypeStruct((case.batch_size, *case.input_shape[:2], 1), jnp.float32)
     labels = jax.ShapeDtypeStruct((case.batch_size,), jnp.int32)
     key = jax.eval_shape(jax.random.key, 0)
-    params = jax.eval_shape(lambda k, x: model.init(k, x, train=False)["params"], key, pixels)
-    grad = platform_jit()(jax.grad(functools.partial(mean_loss, model)))
-    return grad.lower(params, pixels, labels, key).compile().cost_analysis()["flops"]
+    variables = jax.eval_shape(lambda: init(model, case))
+    grad = jax.jit(jax.grad(functools.partial(mean_loss, model), has_aux=True))
+    costs: Any = grad.lower(*variables, pixels, labels, key).cost_analysis()
+    return costs["flops"]
 
 
 def matrix_rate() -> float:
@@ -125,10 +149,10 @@ class Dropout(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
         """Applies dropout as `nn.Dropout` does."""
-        return x if deterministic else ops.dropout(self.make_rng("dropout"), x, self.rate)
+        return x if deterministic else dropout(self.make_rng("dropout"), x, self.rate)
 
 
-def compare_steps(path: str, case: Case) -> dict[str, float]:
+def compare_steps(path: str, case: Case, *, stock: bool = False) -> dict[str, float]:
     """Compares each of ten steps with that of a plain network from the same state, batch and keys.
 
     Each step starts from this library's state. Side by side, two runs that round differently
@@ -137,35 +161,37 @@ def compare_steps(path: str, case: Case) -> dict[str, float]:
     Returns:
       loss: the largest relative difference of the ten losses.
       update: the largest Euclidean norm of the difference between the updated parameters, relative
-        to that of their change.
+        to that of their change; or between the updated batch statistics, if that is larger.
     """
-    ours = Competitor(*load(path, case), case)
+    ours = Competitor(*load(path, case), case, stock=stock)
     # Each microbatch has its own dropout key, and the plain network has no microbatches.
     ours.config = dataclasses.replace(ours.config, microbatch_size=case.batch_size)
-    model = Network(NETWORKS[case.arch], dropout=Dropout)
+    model = create(case, nn.Dropout if stock else Dropout)
     tx: Any = optax.with_extra_args_support(ours.config.tx)
 
     @platform_jit()
     def step(state: fm.TrainState, inputs: fm.TrainInputs) -> Any:
         _, batch, key = read_step(inputs, state.step, config=ours.config)
-        pixels = jnp.repeat(batch.images, case.input_shape[-1], axis=-1)
-        loss, grads = jax.value_and_grad(mean_loss, argnums=1)(
-            model, state.params, pixels, batch.labels, key
+        (loss, model_state), grads = jax.value_and_grad(mean_loss, argnums=1, has_aux=True)(
+            model, state.params, state.model_state, batch.images, batch.labels, key
         )
         rate = inputs.hyperparams.learning_rate
         updates, _ = tx.update(grads, state.opt_state, state.params, learning_rate=rate)
-        return optax.apply_updates(state.params, updates), loss
+        return {"params": optax.apply_updates(state.params, updates), **model_state}, loss
 
     differences = []
     with jax.default_matmul_precision("highest"):  # TF32 on a GPU has three digits only
         for _ in range(10):
             before = jax.tree.map(jnp.copy, ours.state)  # `train_steps` donates the state
-            params, loss = step(before, ours.inputs_of(0))
+            variables, loss = step(before, ours.inputs_of(0))
             difference = abs(ours.train(1).loss - float(loss)) / float(loss)
-            apart, change = (
-                optax.tree.norm(jax.tree.map(jnp.subtract, ours.state.params, other))
-                for other in (params, before.params)
-            )
-            differences.append((difference, float(apart / change)))
+            distances = []
+            for name, after in ours.state.variables.items():
+                apart, change = (
+                    optax.tree.norm(jax.tree.map(jnp.subtract, after, other[name]))
+                    for other in (variables, before.variables)
+                )
+                distances.append(float(apart / change))
+            differences.append((difference, max(distances)))
     losses, updates = zip(*differences, strict=True)
     return {"loss": max(losses), "update": max(updates)}

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
+from networks import ARCHS, torch_networks
 from torch import nn
 from worker import AUGMENTED, NETWORKS, OPTIMIZERS, Case, Conv, Dense, Dropout, Trained, affine
 
@@ -87,7 +88,9 @@ class Competitor:
         return pixels.expand(-1, 3, -1, -1).contiguous(memory_format=self.format)
 
 
-def _network(case: Case) -> nn.Sequential:
+def _network(case: Case) -> nn.Module:
+    if case.arch in ARCHS:
+        return torch_networks.create(case.arch)
     modules: list[nn.Module] = []
     for layer in NETWORKS[case.arch]:
         match layer:

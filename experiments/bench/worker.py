@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from networks import ARCHS
 
 Initializer = Literal["glorot_uniform", "he_uniform", "normal_0.05"]
 # Its images are augmented, resized to 150 x 150 and have three equal channels.
@@ -132,6 +133,7 @@ OPTIMIZERS = {
     "same_3x3": Optimizer("adam", 1e-3),
     "he_stack": Optimizer("sgd", 0.01),
     "deep_augmented": Optimizer("rmsprop", 1e-3),
+    **dict.fromkeys(ARCHS, Optimizer("sgd", 0.01)),
 }
 
 

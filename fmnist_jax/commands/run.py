@@ -9,12 +9,14 @@ saved, 3 diverged, 75 another process was lost, 130 or 143 interrupted.
 
 import argparse
 import dataclasses
+import functools
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +25,7 @@ from fmnist_jax.commands import flags, shell
 from fmnist_jax.distributed import processes
 from fmnist_jax.distributed.watchdog import Watchdog
 from fmnist_jax.errors import ConfigError
+from fmnist_jax.fast.rewrite import explain_for_cpu
 from fmnist_jax.nn.summary import format_rows
 from fmnist_jax.recipes import CLAIMS
 from fmnist_jax.runs import files
@@ -31,6 +34,8 @@ from fmnist_jax.runs.plan import Plan, create_plan, loop_cost
 from fmnist_jax.runs.verify import verify_resume
 from fmnist_jax.studies.executors import Executor
 from fmnist_jax.studies.sweep import format_params
+from fmnist_jax.train.loop import seen_image_shape
+from fmnist_jax.train.step import apply_in_training
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -89,6 +94,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     plan = create_plan(run, dataset)
     _print_plan(plan, console)
     if arguments.dry_run:
+        _print_operations(plan, console)
         console.print("Compiling the training loop ...")
         flops, num_bytes = loop_cost(plan)
         console.print(
@@ -100,6 +106,22 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     else:
         _train(plan, arguments.log, console)
     return 0
+
+
+def _print_operations(plan: Plan, console: Console) -> None:
+    """Prints which operations of the network in training have faster forms on this device."""
+    state, shape = plan.abstract_state, seen_image_shape(plan.inputs, plan.config)
+    images = jax.ShapeDtypeStruct((plan.config.batch_size, *shape, 1), jnp.float32)
+    key = jax.eval_shape(jax.random.key, 0)
+    apply = functools.partial(apply_in_training, model=plan.model, optimize=False)
+    operations = explain_for_cpu(apply, key, images, state.params, state.model_state)
+    for replaced, words in ((True, "replaced by faster forms on a CPU"), (False, "not replaced")):
+        names = Counter(
+            operation.name for operation in operations if operation.replaced == replaced
+        )
+        text = ", ".join(f"{count} {name}" for name, count in names.items())
+        if text:
+            console.print(f"Operations {words}: {text}.", highlight=False, soft_wrap=True)
 
 
 def _train(plan: Plan, log: Sequence[str], console: Console) -> None:

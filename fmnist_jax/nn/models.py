@@ -8,6 +8,7 @@ may be traced, overrides the rates of all layers. Networks with batch normalizat
 collection "batch_stats", which `train=True` updates.
 """
 
+import functools
 from collections.abc import Mapping
 from inspect import Parameter
 from types import MappingProxyType
@@ -15,15 +16,21 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from fmnist_jax.errors import ConfigError, first_line
 from fmnist_jax.nn.adapters import construct, constructor_parameters
-from fmnist_jax.nn.layers import Conv, Dense, Dropout, Rate, flatten, resize
+from fmnist_jax.nn.dropout import Dropout, Rate
 from fmnist_jax.nn.resnet import ResNet20
-from fmnist_jax.nn.sprint import Sprint, SprintNarrow, SprintWide
+from fmnist_jax.nn.sprint import Sprint, SprintNarrow, SprintWide, check_pixels, max_pool
 
+glorot_uniform = nn.initializers.glorot_uniform()  # Keras' default, Glorot and Bengio 2010
 he_uniform = nn.initializers.he_uniform()  # He et al. 2015; std sqrt(2 / fan_in)
 small_normal = nn.initializers.normal(0.05)  # Keras' "random_normal"
+
+Conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding="VALID", kernel_init=glorot_uniform)
+Dense = functools.partial(nn.Dense, kernel_init=glorot_uniform)
 
 
 class SmallDropout(nn.Module):
@@ -33,13 +40,13 @@ class SmallDropout(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, dropout: Rate | None = None) -> jax.Array:
-        x = Conv(32, pool=True, kernel_init=small_normal)(images)
+        x = max_pool(nn.relu(Conv(32, kernel_init=small_normal)(images)))
         x = Dropout(0.2)(x, train=train, rate=dropout)
-        x = Conv(64, pool=True)(x)
+        x = max_pool(nn.relu(Conv(64)(x)))
         x = Dropout(0.2)(x, train=train, rate=dropout)
-        x = Conv(128)(x)
+        x = nn.relu(Conv(128)(x))
         x = Dropout(0.5)(x, train=train, rate=dropout)
-        x = nn.relu(Dense(128)(flatten(x)))
+        x = nn.relu(Dense(128)(_flatten(x)))
         return Dense(self.num_classes)(x)
 
 
@@ -50,11 +57,11 @@ class Valid2x2(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, dropout: Rate | None = None) -> jax.Array:
-        x = Conv(64, kernel_size=2, pool=True)(images)
+        x = max_pool(nn.relu(Conv(64, kernel_size=(2, 2))(images)))
         x = Dropout(0.3)(x, train=train, rate=dropout)
-        x = Conv(32, kernel_size=2, pool=True)(x)
+        x = max_pool(nn.relu(Conv(32, kernel_size=(2, 2))(x)))
         x = Dropout(0.3)(x, train=train, rate=dropout)
-        x = nn.relu(Dense(256)(flatten(x)))
+        x = nn.relu(Dense(256)(_flatten(x)))
         x = Dropout(0.5)(x, train=train, rate=dropout)
         return Dense(self.num_classes)(x)
 
@@ -66,11 +73,11 @@ class Same3x3(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, dropout: Rate | None = None) -> jax.Array:
-        x = Conv(64, padding="SAME", pool=True)(images)
+        x = max_pool(nn.relu(Conv(64, padding="SAME")(images)))
         x = Dropout(0.3)(x, train=train, rate=dropout)
-        x = Conv(32, padding="SAME", pool=True)(x)
+        x = max_pool(nn.relu(Conv(32, padding="SAME")(x)))
         x = Dropout(0.3)(x, train=train, rate=dropout)
-        x = nn.relu(Dense(256)(flatten(x)))
+        x = nn.relu(Dense(256)(_flatten(x)))
         x = Dropout(0.5)(x, train=train, rate=dropout)
         return Dense(self.num_classes)(x)
 
@@ -83,10 +90,10 @@ class HeStack(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         del train  # the same network in training and evaluation
-        x = Conv(64, kernel_init=he_uniform)(images)
-        x = Conv(64, kernel_init=he_uniform)(x)
-        x = Conv(64, kernel_init=he_uniform, pool=True)(x)
-        x = nn.relu(Dense(128, kernel_init=he_uniform)(flatten(x)))
+        x = nn.relu(Conv(64, kernel_init=he_uniform)(images))
+        x = nn.relu(Conv(64, kernel_init=he_uniform)(x))
+        x = max_pool(nn.relu(Conv(64, kernel_init=he_uniform)(x)))
+        x = nn.relu(Dense(128, kernel_init=he_uniform)(_flatten(x)))
         return Dense(self.num_classes)(x)
 
 
@@ -102,14 +109,36 @@ class DeepAugmented(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, dropout: Rate | None = None) -> jax.Array:
-        images = resize(images, self.image_size)
-        x = Conv(64, pool=True, in_channels=3)(images)
-        x = Conv(64, pool=True)(x)
-        x = Conv(128, pool=True)(x)
-        x = Conv(128, pool=True)(x)
-        x = Dropout(0.5)(flatten(x), train=train, rate=dropout)
+        images = _resize(images, self.image_size)
+        x = max_pool(
+            nn.relu(Conv(64, conv_general_dilated=_convolve_grey)(jnp.repeat(images, 3, axis=-1)))
+        )
+        x = max_pool(nn.relu(Conv(64)(x)))
+        x = max_pool(nn.relu(Conv(128)(x)))
+        x = max_pool(nn.relu(Conv(128)(x)))
+        x = Dropout(0.5)(_flatten(x), train=train, rate=dropout)
         x = nn.relu(Dense(512)(x))
         return Dense(self.num_classes)(x)
+
+
+def _flatten(x: jax.Array) -> jax.Array:
+    """Flattens float[batch, ...] to float[batch, features], channels fastest, as in Keras."""
+    check_pixels(x)
+    return x.reshape(x.shape[0], -1)
+
+
+def _resize(images: jax.Array, side: int) -> jax.Array:
+    """Resizes float[batch, height, width, channels] bilinearly to height and width `side`."""
+    batch, height, width, channels = images.shape
+    if (height, width) == (side, side):
+        return images
+    return jax.image.resize(images, (batch, side, side, channels), "bilinear")
+
+
+def _convolve_grey(images: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    """Convolves equal channels: one of them with the sum of the kernel over the channels."""
+    kernel = kernel.sum(axis=2, keepdims=True)
+    return lax.conv_general_dilated(images[..., :1], kernel, *args, **kwargs)
 
 
 ARCHS: Mapping[str, type[nn.Module]] = MappingProxyType(

@@ -5,9 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fmnist_jax.nn import ops
-from fmnist_jax.nn.layers import BatchNorm, Dense
-
+glorot_uniform = nn.initializers.glorot_uniform()
 he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015
 
 
@@ -27,7 +25,7 @@ class ResNet20(nn.Module):
             for block in range(3):
                 stride = 2 if stage > 0 and block == 0 else 1
                 x = Block(width, stride)(x, train=train)
-        return Dense(self.num_classes)(x.mean(axis=(1, 2)))
+        return nn.Dense(self.num_classes, kernel_init=glorot_uniform)(x.mean(axis=(1, 2)))
 
 
 class Block(nn.Module):
@@ -56,8 +54,10 @@ class NormConv(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         shape = (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", he_normal, shape, jnp.float32)
-        x = _strided(ops.conv2d(x, kernel, "SAME"), self.stride)
-        return BatchNorm(use_scale=True)(x, train=train)
+        strides, pads = (self.stride,) * 2, ((1, 1), (1, 1))
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        x = lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=dimensions)
+        return nn.BatchNorm(use_running_average=not train, momentum=0.95)(x)
 
 
 def _strided(x: jax.Array, stride: int) -> jax.Array:

@@ -1,12 +1,15 @@
 """Networks that train fast: airbench94 (Jordan 2024), adapted to 28 x 28 grey images."""
 
+import functools
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from fmnist_jax.nn import ops
-from fmnist_jax.nn.layers import BatchNorm, Dense
+from fmnist_jax.errors import ConfigError
 
 # Variances of the discrete cosine transform of 5 x 5 patches, [vertical, horizontal frequency].
 # Measured on every tenth training image; those of all 60,000 differ by at most 2 %. The
@@ -20,6 +23,8 @@ _PATCH_VARIANCES = np.array(
         [0.0175, 0.0069, 0.0048, 0.0032, 0.0021],
     ]
 )
+
+max_pool = functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
 
 
 class Sprint(nn.Module):
@@ -39,15 +44,20 @@ class Sprint(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        x = WhitenedConv(self.widths[0])(images)
-        x = nn.relu(BatchNorm()(x, train=train))
-        x = nn.relu(BatchNorm()(DiracConv(self.widths[0])(x), train=train))
+        norm = functools.partial(
+            nn.BatchNorm, use_running_average=not train, momentum=0.95, use_scale=False
+        )
+        conv = functools.partial(nn.Conv, kernel_size=(3, 3), use_bias=False, kernel_init=dirac)
+        names = (f"DiracConv_{number}" for number in itertools.count())
+        x = nn.relu(norm()(max_pool(WhitenedConv(self.widths[0])(images))))
+        x = nn.relu(norm()(conv(self.widths[0], name=next(names))(x)))
         for width in self.widths[1:]:
-            x = nn.relu(BatchNorm()(DiracConv(width, pool=True)(x), train=train))
-            x = nn.relu(BatchNorm()(DiracConv(width)(x), train=train))
-        x = ops.global_max_pool(x)
+            x = nn.relu(norm()(max_pool(conv(width, name=next(names))(x))))
+            x = nn.relu(norm()(conv(width, name=next(names))(x)))
+        check_pixels(x)
+        x = x.max(axis=(1, 2))
         # Small weights give nearly uniform initial probabilities; airbench94 divides by 256.
-        return Dense(self.num_classes, kernel_init=nn.initializers.normal(1 / x.shape[-1]))(x)
+        return nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(1 / x.shape[-1]))(x)
 
 
 class SprintNarrow(Sprint):
@@ -63,7 +73,7 @@ class SprintWide(Sprint):
 
 
 class WhitenedConv(nn.Module):
-    """Whitening of 5 x 5 patches of grey images, 1x1 convolution, 2x2 max pooling.
+    """Whitening of 5 x 5 patches of grey images, then a 1x1 convolution.
 
     Both maps are linear, so they are computed as one convolution. The parameter is the kernel of
     the 1x1 convolution, float32[1, 1, 25, features]. Without padding, images of 28 x 28 give maps
@@ -78,27 +88,24 @@ class WhitenedConv(nn.Module):
         shape = (1, 1, patterns.shape[-1], self.features)
         mixing = self.param("kernel", torch_uniform, shape, jnp.float32)
         kernel = jnp.asarray(patterns, mixing.dtype) @ mixing[0, 0]
-        return ops.conv2d_max_pool(images, kernel[:, :, None], "VALID")
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(
+            images, kernel[:, :, None], (1, 1), "VALID", dimension_numbers=dimensions
+        )
 
 
-class DiracConv(nn.Module):
-    """3x3 convolution, padded and without bias; its first filters start as the identity."""
-
-    features: int
-    pool: bool = False
-
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        shape = (3, 3, images.shape[-1], self.features)
-        kernel = self.param("kernel", _dirac, shape, jnp.float32)
-        return (ops.conv2d_max_pool if self.pool else ops.conv2d)(images, kernel, "SAME")
+def check_pixels(x: jax.Array) -> None:
+    """Raises ConfigError if convolutions and pools have left no pixels."""
+    if 0 in x.shape:
+        raise ConfigError("the images are too small: convolutions and pooling leave no pixels")
 
 
 # PyTorch's default, with standard deviation 1 / sqrt(3 fan_in).
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def _dirac(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+def dirac(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Draws a kernel float[3, 3, channels, features] whose first filters are the identity."""
     count = min(shape[2:])
     identity = jnp.zeros((*shape[:3], count), dtype).at[1, 1].set(jnp.eye(shape[2], count))
     return torch_uniform(key, shape, dtype).at[..., :count].set(identity)

@@ -49,7 +49,7 @@ def summarize(model: Any, variables: Any, image_shape: tuple[int, int]) -> list[
       >>> init = functools.partial(model.init, train=False)
       >>> rows = summarize(model, jax.eval_shape(init, jax.random.key(0), images), (28, 28))
       >>> rows[1]["layer"], rows[1]["shape"], rows[1]["params"], rows[1]["flops"]
-      ('Conv_0', [14, 14, 64], 640, 978432)
+      ('Conv_0', [28, 28, 64], 640, 1003520)
     """
     images = jax.ShapeDtypeStruct((1, *image_shape, 1), jnp.float32)
     jaxpr = inlined_jaxpr(functools.partial(model.apply, train=False), variables, images).jaxpr

@@ -270,7 +270,7 @@ def _in_range(inputs: TrainInputs, state: TrainState, config: StepConfig) -> Tra
         raise ValueError(
             "the state was donated to an earlier call; continue with the state that it returned"
         )
-    image_shape = _image_shape(inputs, config)
+    image_shape = seen_image_shape(inputs, config)
     num_outputs = abstract_logits(state.variables, image_shape, model=config.model).shape[-1]
     for name, values, size in (
         ("labels", np.asarray(inputs.labels), num_outputs),
@@ -285,7 +285,7 @@ def _in_range(inputs: TrainInputs, state: TrainState, config: StepConfig) -> Tra
     return inputs
 
 
-def _image_shape(inputs: TrainInputs, config: StepConfig) -> tuple[int, ...]:
+def seen_image_shape(inputs: TrainInputs, config: StepConfig) -> tuple[int, ...]:
     """Returns height and width of the images that the model sees."""
     size = getattr(config.augment, "image_size", None)
     return inputs.images.shape[1:3] if size is None else (size, size)
@@ -296,6 +296,6 @@ def with_microbatch_size(config: StepConfig, state: TrainState, inputs: TrainInp
     if config.microbatch_size is not None:
         return config
     part_size = config.layout.part_size(config.batch_size)
-    image_shape = _image_shape(inputs, config)
+    image_shape = seen_image_shape(inputs, config)
     size = choose_microbatch_size(state.variables, config.model, image_shape, part_size)
     return dataclasses.replace(config, microbatch_size=size)

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from fmnist_jax.data.batches import check_labels, checked_images, join, scale
+from fmnist_jax.fast.rewrite import optimize_for_cpu
 from fmnist_jax.train import metrics as metrics_lib
 from fmnist_jax.train.layout import ONE_DEVICE, Layout
 from fmnist_jax.train.metrics import Metrics, cross_entropy
@@ -110,9 +111,8 @@ def _predict(variables: Any, batches: jax.Array, *, model: Model, layout: Layout
     """Maps uint8[batches, batch, height, width] to float32[batches * batch, num_classes]."""
 
     def apply(variables: Any, batches: jax.Array) -> jax.Array:
-        return join(
-            lax.map(lambda batch: model.apply(variables, scale(batch), train=False), batches)
-        )
+        logits = optimize_for_cpu(functools.partial(model.apply, train=False))
+        return join(lax.map(lambda batch: logits(variables, scale(batch)), batches))
 
     return layout.map(apply, variables, batches)
 

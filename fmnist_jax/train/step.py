@@ -17,6 +17,7 @@ from jax import lax
 from fmnist_jax.data.augment import Augmentation
 from fmnist_jax.data.batches import Batch, join, split
 from fmnist_jax.errors import ConfigError
+from fmnist_jax.fast.rewrite import optimize_for_cpu
 from fmnist_jax.nn.adapters import init_variables
 from fmnist_jax.train import metrics as metrics_lib
 from fmnist_jax.train.layout import ONE_DEVICE, Layout
@@ -82,6 +83,8 @@ class StepConfig:
         (`train_steps`) or takes the whole batch (`train_step`).
       layout: the devices, and how they divide a batch; `distributed.shards.Shards` has several.
       log_norms: whether the metrics have the norms of gradient, parameters and updates.
+      optimize: whether slow operations of the model are replaced by faster forms on a CPU
+        (`optimize_for_cpu`); values differ by rounding only.
 
     Raises:
       ValueError: if a size is below 1.
@@ -98,6 +101,7 @@ class StepConfig:
     microbatch_size: int | None = None
     layout: Layout = ONE_DEVICE
     log_norms: bool = False
+    optimize: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
@@ -343,7 +347,7 @@ def _mean_loss(
     params = jax.tree.map(lambda leaf: leaf.astype(config.dtype), params)
     logits, model_state = apply_in_training(
         key, batch.images.astype(config.dtype), params, model_state, hyperparams.dropout,
-        model=config.model,
+        model=config.model, optimize=config.optimize,
     )  # fmt: skip
     logits = logits.astype(batch.images.dtype)
     smoothing = hyperparams.label_smoothing
@@ -362,13 +366,15 @@ def apply_in_training(
     dropout: float | jax.Array | None = None,
     *,
     model: Model,
+    optimize: bool = True,
 ) -> tuple[jax.Array, Any]:
     """Calls the model as training does; returns the logits and the next `model_state`."""
     options: dict[str, Any] = {} if dropout is None else {"dropout": dropout}
     if model_state:
         options["mutable"] = list(model_state)
     variables = {"params": params, **model_state}
-    outputs = model.apply(variables, images, train=True, rngs={"dropout": key}, **options)
+    apply = optimize_for_cpu(model.apply) if optimize else model.apply
+    outputs = apply(variables, images, train=True, rngs={"dropout": key}, **options)
     return outputs if model_state else (outputs, model_state)
 
 

@@ -158,7 +158,8 @@ def test_dry_run_shows_the_plan(tmp_path, capsys):
     assert run_command.main(["--sample", "--dry-run", *flags, "--workdir", str(workdir)]) == 0
     output = " ".join(capsys.readouterr().out.split())
     for expected in (
-        "Conv_2 │ conv, add, relu │ 3 x 3 x 128 │ 73,856 │ 1,329,408", "241,546 │ 6,520,458",
+        "Conv_2 │ conv, add, relu │ 3 x 3 x 128 │ 73,856 │ 1,329,408", "241,546 │ 6,565,194",
+        "on a CPU: 3 conv_general_dilated, 2 reduce_window_max, 2 dot_general.",
         "GFLOP", "MiB", "1,290, 43 per epoch",
         "dropout 0.25", "label smoothing 0.1", "weight decay 0.001",
     ):  # fmt: skip

@@ -2,9 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import summary
+from linen_loop import create, init
+from networks import ARCHS, keras_networks
+from ours import compare_steps, flops
+from worker import Case
 
 from tests.conftest import ROOT, load_module
 
@@ -48,6 +53,34 @@ def test_steps_that_differ_from_a_plain_network_are_found(bench, loss, update):
     bench.check_steps(loss=1e-6, update=1e-3)
     with pytest.raises(bench.CompetitorError, match="fmnist_jax: losses differ"):
         bench.check_steps(loss, update)
+
+
+# Those of PyTorch's networks, too, which these tests cannot import.
+PARAMS = dict(zip(ARCHS, (669_706, 61_706, 77_562, 17_802, 64_234, 204_938), strict=True))
+# Multiplications and additions of layers per image, in millions: three times those of the forward
+# pass, less the gradient of the images.
+MEGAFLOPS = dict(zip(ARCHS, (3.21, 2.26, 55.8, 18.8, 73.5, 65.4), strict=True))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_networks_of_two_frameworks_have_equal_numbers_of_parameters(arch):
+    case = Case(arch, 8)
+    params, _ = jax.eval_shape(lambda: init(create(case), case))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMS[arch]
+    weights = keras_networks.create(arch).trainable_variables
+    assert sum(np.prod(weight.shape) for weight in weights) == PARAMS[arch]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_flops_are_counted_by_the_definitions_of_the_layers(arch):
+    assert flops(Case(arch, 8)) / 8e6 == pytest.approx(MEGAFLOPS[arch], rel=0.08)
+
+
+@pytest.mark.parametrize(("arch", "stock"), [("small_resnet", False), ("valid_2x2", True)])
+def test_stock_networks_take_the_steps_of_a_plain_loop(bench, sample, tmp_path, arch, stock):
+    path = tmp_path / "data.npz"
+    np.savez(path, images=sample.train_images, labels=sample.train_labels)
+    bench.check_steps(**compare_steps(str(path), Case(arch, 8), stock=stock))
 
 
 @pytest.mark.slow

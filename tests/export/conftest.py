@@ -4,7 +4,6 @@ import flax.linen as nn
 import pytest
 
 import fmnist_jax as fm
-from fmnist_jax.nn.layers import BatchNorm, Conv, Dense, flatten
 
 
 class SmallNorm(nn.Module):
@@ -14,8 +13,10 @@ class SmallNorm(nn.Module):
 
     @nn.compact
     def __call__(self, images, *, train):
-        x = Conv(4, kernel_size=2, pool=True)(images)
-        return Dense(self.num_classes)(flatten(BatchNorm()(x, train=train)))
+        x = nn.relu(nn.Conv(4, (2, 2), padding="VALID")(images))
+        x = nn.max_pool(x, (2, 2), (2, 2))
+        x = nn.BatchNorm(use_running_average=not train)(x)
+        return nn.Dense(self.num_classes)(x.reshape(len(x), -1))
 
 
 @pytest.fixture(scope="session")

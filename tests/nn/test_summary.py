@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import fmnist_jax as fm
 from fmnist_jax.nn.summary import format_rows, summarize
@@ -137,8 +138,24 @@ def test_statistics_belong_to_their_normalization():
 
 
 def test_pooling_inside_a_layer_belongs_to_it():
-    rows = rows_of(fm.create_model("same_3x3"))
-    assert [row["layer"] for row in rows] == ["input", "Conv_0", "Conv_1", "Dense_0", "Dense_1"]
+    class Pooled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            kernel = self.param("kernel", nn.initializers.ones, (3, 3, 1, 4))
+            bias = self.param("bias", nn.initializers.ones, (1, 1, 1, 4))
+            x = lax.conv_general_dilated(
+                x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            return nn.relu(nn.max_pool(x, (2, 2), (2, 2)) + bias)
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train):
+            del train
+            return nn.Dense(10)(Pooled()(x).reshape(len(x), -1))
+
+    rows = rows_of(Network())
+    assert [row["layer"] for row in rows] == ["input", "Pooled_0", "Dense_0"]
     assert rows[1]["operations"] == ["conv", "max pool", "add", "relu"]
 
 

@@ -1,4 +1,4 @@
-"""The operations against plain lax."""
+"""Convolutions, sums and products in their faster forms against plain lax."""
 
 from typing import Any
 
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from fmnist_jax.nn import ops
+from fmnist_jax.fast.rewrite import explain_for_cpu, optimize_for_cpu
+from tests.fast import comparison
 
 
 def plain_conv(images, kernel, padding):
@@ -21,6 +22,9 @@ def plain_conv(images, kernel, padding):
 def plain_conv_pool(images, kernel, padding):
     outputs = plain_conv(images, kernel, padding)
     return lax.reduce_window(outputs, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+
+fast_conv, fast_conv_pool = optimize_for_cpu(plain_conv), optimize_for_cpu(plain_conv_pool)
 
 
 def draw(key, *shape):
@@ -53,8 +57,8 @@ SHAPES = [
 )
 @pytest.mark.parametrize(
     ("fast", "plain"),
-    [(ops.conv2d, plain_conv), (ops.conv2d_max_pool, plain_conv_pool)],
-    ids=["conv2d", "conv2d_max_pool"],
+    [(fast_conv, plain_conv), (fast_conv_pool, plain_conv_pool)],
+    ids=["conv", "conv_pool"],
 )
 def test_convolution_and_its_gradients_equal_those_of_lax(
     fast, plain, images_shape, kernel_shape, padding, getkey
@@ -77,13 +81,64 @@ def test_convolution_and_its_gradients_equal_those_of_lax(
     chex.assert_trees_all_close(result[2], expected[2], rtol=1e-5, atol=1e-4)
 
 
+# Options of lax.conv_general_dilated, channels of the images, features.
+KINDS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "strides": ({"window_strides": (2, 2)}, 8, 3),
+    "uneven strides": ({"window_strides": (3, 2)}, 9, 2),
+    "strides of few channels": ({"window_strides": (2, 3)}, 2, 3),
+    "one stride": ({"window_strides": (1, 2)}, 8, 3),
+    "transposed": ({"lhs_dilation": (2, 2)}, 3, 2),
+    "uneven transposed": ({"lhs_dilation": (3, 2)}, 2, 3),
+    "dilated": ({"rhs_dilation": (2, 2)}, 3, 2),
+    "uneven dilated": ({"rhs_dilation": (1, 3)}, 2, 2),
+    "groups": ({"feature_group_count": 2}, 4, 6),
+    "strided groups": ({"feature_group_count": 2, "window_strides": (2, 2)}, 4, 6),
+    "depthwise": ({"feature_group_count": 4}, 4, 4),
+    "several features per channel": ({"feature_group_count": 3}, 3, 6),
+    "strided depthwise": ({"feature_group_count": 3, "window_strides": (2, 1)}, 3, 3),
+}
+# Padding and the sides of the kernel.
+EDGES = [
+    (((1, 1), (1, 1)), (3, 3)),
+    (((0, 0), (0, 0)), (3, 2)),
+    (((2, 1), (0, 3)), (4, 3)),
+    (((-1, 0), (1, -1)), (1, 1)),
+    (((0, 2), (2, 0)), (2, 5)),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("pads", "sides"),
+    [pytest.param(*EDGES[0]), *(pytest.param(*e, marks=pytest.mark.slow) for e in EDGES[1:])],
+)
+def test_every_kind_of_convolution(kind, pads, sides):
+    options, channels, features = KINDS[kind]
+    options = {"window_strides": (1, 1)} | options
+    groups = options.get("feature_group_count", 1)
+
+    def convolution(images, kernel):
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(
+            images, kernel, padding=pads, dimension_numbers=dimensions, **options
+        )
+
+    with jax.enable_x64(True):
+        images, kernel = (
+            comparison.draw(2, 9, 11, channels),
+            comparison.draw(*sides, channels // groups, features),
+        )
+        comparison.compare(convolution, images, kernel)
+        assert [op.replaced for op in explain_for_cpu(convolution, images, kernel)] == [True]
+
+
 @pytest.mark.slow
 # One channel, 2x2 tiles with both kernels, no tiles, 4x4 tiles.
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize(
     ("images_shape", "kernel_shape"), [SHAPES[index] for index in (0, 1, 2, 6, 11)]
 )
-@pytest.mark.parametrize("conv", [ops.conv2d, ops.conv2d_max_pool])
+@pytest.mark.parametrize("conv", [fast_conv, fast_conv_pool])
 def test_gradients_equal_finite_differences_in_float64(conv, images_shape, kernel_shape, padding):
     with jax.enable_x64(True):
         generator = np.random.default_rng(0)
@@ -112,7 +167,7 @@ def test_rounding_error_of_tiles_is_bounded(side, limit, getkey):
         return outputs, *vjp(cotangent)
 
     computed = jax.jit(outputs_and_gradients, static_argnums=0)
-    result = computed(ops.conv2d, images, kernel, cotangent)
+    result = computed(fast_conv, images, kernel, cotangent)
     with jax.enable_x64(True):
         exact = computed(plain_conv, *(jnp.float64(x) for x in (images, kernel, cotangent)))
         errors = [
@@ -127,7 +182,7 @@ def test_outputs_that_read_only_zeros_are_zero(padding, getkey):
     # As in the background of an image; a ReLU would pass positive rounding errors.
     images = draw(getkey(), 2, 25, 30, 3).at[:, 6:15, 6:17].set(0).at[:, 20, :, 1].set(0)
     kernel = draw(getkey(), 3, 3, 3, 4)
-    outputs = jax.jit(ops.conv2d, static_argnums=2)(images, kernel, padding)
+    outputs = jax.jit(fast_conv, static_argnums=2)(images, kernel, padding)
     expected = plain_conv(images, kernel, padding)
     assert np.count_nonzero(expected == 0) >= 2 * 7 * 9 * 4
     np.testing.assert_array_equal(outputs == 0, expected == 0)
@@ -138,7 +193,7 @@ def test_outputs_that_read_only_zeros_are_zero(padding, getkey):
         return loss(images)[:, 6:15, 6:17]
 
     chex.assert_trees_all_close(
-        gradient(ops.conv2d_max_pool), gradient(plain_conv_pool), rtol=1e-5, atol=1e-5
+        gradient(fast_conv_pool), gradient(plain_conv_pool), rtol=1e-5, atol=1e-5
     )
 
 
@@ -160,8 +215,8 @@ def test_tiles_reduce_the_operations_of_a_convolution():
         return flops(jax.grad(loss, argnums=(0, 1)))
 
     # 36 multiplications instead of 144, plus the additions.
-    assert outputs(ops.conv2d) < 0.30 * outputs(plain_conv)
-    assert both(ops.conv2d) < 0.29 * both(plain_conv)
+    assert outputs(fast_conv) < 0.30 * outputs(plain_conv)
+    assert both(fast_conv) < 0.29 * both(plain_conv)
 
 
 def test_conv2d_under_jit_vmap_and_grad(getkey):
@@ -170,7 +225,7 @@ def test_conv2d_under_jit_vmap_and_grad(getkey):
     def loss(conv, kernel):
         return jnp.sum(jnp.sin(conv(images, kernel, "VALID")))
 
-    mapped = jax.jit(jax.vmap(jax.grad(lambda kernel: loss(ops.conv2d, kernel))))(kernels)
+    mapped = jax.jit(jax.vmap(jax.grad(lambda kernel: loss(fast_conv, kernel))))(kernels)
     expected = [jax.grad(lambda kernel: loss(plain_conv, kernel))(kernel) for kernel in kernels]
     chex.assert_trees_all_close(mapped, jnp.stack(expected), rtol=1e-4, atol=1e-4)
 
@@ -191,7 +246,7 @@ def test_pool_sends_the_gradient_of_a_tie_to_the_first():
                     jnp.asarray(images, jnp.float32), jnp.asarray(kernel, jnp.float32)
                 )
             )
-            for conv_pool in (ops.conv2d_max_pool, plain_conv_pool)
+            for conv_pool in (fast_conv_pool, plain_conv_pool)
         )
         expected = np.zeros((len(windows), 4))
         expected[np.arange(len(windows)), windows.reshape(-1, 4).argmax(axis=1)] = 1
@@ -199,21 +254,22 @@ def test_pool_sends_the_gradient_of_a_tie_to_the_first():
         np.testing.assert_array_equal(gradient, plain)
 
 
-def test_global_max_pool_sends_the_gradient_of_a_tie_to_the_first(getkey):
+def test_the_gradient_of_a_global_maximum_is_that_of_jax(getkey):
     x = jnp.round(2 * draw(getkey(), 5, 3, 4, 6))  # with many ties
-    cotangent = draw(getkey(), 5, 6)
-    outputs, pullback = jax.vjp(ops.global_max_pool, x)
-    (gradient,) = pullback(cotangent)
-    pixels = np.asarray(x).reshape(5, 12, 6)
-    np.testing.assert_array_equal(outputs, pixels.max(1))
-    expected = np.zeros_like(pixels)
-    np.put_along_axis(expected, pixels.argmax(1)[:, None], np.asarray(cotangent)[:, None], 1)
-    np.testing.assert_array_equal(gradient, expected.reshape(x.shape))
+
+    def gradient(function):
+        return jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(function(jnp.tanh(x))))))(x)
+
+    chex.assert_trees_all_close(
+        gradient(optimize_for_cpu(lambda x: x.max((1, 2)))), gradient(lambda x: x.max((1, 2))),
+        rtol=1e-6,
+    )  # fmt: skip
 
 
 def test_dense_layer_and_its_gradients_equal_those_of_numpy(getkey):
     inputs, kernel, bias = draw(getkey(), 5, 3), draw(getkey(), 3, 4), draw(getkey(), 4)
-    result, vjp = jax.vjp(lambda x, w, b: ops.add_bias(ops.matmul(x, w), b), inputs, kernel, bias)
+    dense = optimize_for_cpu(lambda x, w, b: x @ w + b.reshape(1, -1))
+    result, vjp = jax.vjp(dense, inputs, kernel, bias)
     arrays = (inputs, kernel, bias, draw(getkey(), 5, 4))
     x, w, b, g = (np.asarray(array, np.float64) for array in arrays)
     np.testing.assert_allclose(result, x @ w + b, rtol=1e-6, atol=1e-6)
@@ -224,84 +280,8 @@ def test_dense_layer_and_its_gradients_equal_those_of_numpy(getkey):
 @pytest.mark.parametrize("shape", [(2, 3), (4, 5, 6, 3)])
 def test_bias_gradient_is_the_sum_over_all_but_the_features(shape, getkey):
     cotangent = draw(getkey(), *shape)
-    _, vjp = jax.vjp(lambda b: ops.add_bias(jnp.zeros(shape), b), jnp.zeros(shape[-1]))
+    wide = (1,) * (len(shape) - 1) + shape[-1:]
+    add = optimize_for_cpu(lambda bias: jnp.zeros(shape) + bias.reshape(wide))
+    _, vjp = jax.vjp(add, jnp.zeros(shape[-1]))
     expected = np.float64(cotangent).reshape(-1, shape[-1]).sum(axis=0)
     np.testing.assert_allclose(vjp(cotangent)[0], expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(7, 3), (3, 4, 5, 2)])
-def test_batch_norm_and_its_gradient_equal_those_of_autodiff(shape, getkey):
-    arrays = [2 + 3 * draw(getkey(), *shape), *(draw(getkey(), shape[-1]) for _ in range(2))]
-    cotangent = draw(getkey(), *shape)
-    axes = tuple(range(len(shape) - 1))
-
-    def plain(x, scale, bias):
-        mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
-        with jax.numpy_rank_promotion("allow"):
-            return (x - mean) / jnp.sqrt(var + 1e-5) * scale + bias
-
-    with jax.enable_x64(True):
-        *exact, exact_cotangent = (
-            jnp.asarray(np.asarray(array), jnp.float64) for array in (*arrays, cotangent)
-        )
-        expected, pullback = jax.vjp(plain, *exact)
-        expected_gradients = pullback(exact_cotangent)
-    (outputs, mean, var), pullback = jax.vjp(ops.batch_norm, *arrays)
-    gradients = pullback((cotangent, jnp.zeros_like(mean), jnp.zeros_like(var)))
-    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
-    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
-        np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(mean, np.asarray(exact[0]).mean(axes), rtol=1e-5)
-    np.testing.assert_allclose(var, np.asarray(exact[0]).var(axes), rtol=1e-5)
-    inputs = (arrays[0], mean, var, *arrays[1:])
-    np.testing.assert_allclose(ops.normalize(*inputs), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("platform", "plain"), [("cpu", False), ("cuda", True), ("tpu", True)])
-def test_other_platforms_get_the_plain_operations(platform, plain):
-    def loss(images, kernel):
-        return jnp.sum(ops.conv2d_max_pool(images, kernel, "VALID"))
-
-    text = (
-        jax.jit(jax.grad(loss, argnums=(0, 1)))
-        .trace(jnp.zeros((2, 6, 6, 2)), jnp.zeros((3, 3, 2, 4)))
-        .lower(lowering_platforms=(platform,))
-        .as_text()
-    )
-    assert ("select_and_scatter" in text) == plain
-    # JAX's own gradients swap batch and channels, which is not NHWC.
-    assert ("[f, 0, 1, b]" in text) == plain
-    assert ("inlineable" in text) != plain
-
-
-@pytest.mark.parametrize(("rate", "actual"), [(0.2, 51 / 256), (0.3, 77 / 256), (0.5, 0.5), (0, 0)])
-def test_dropout_drops_the_rounded_rate_and_keeps_the_mean(rate, actual, getkey):
-    ones = jnp.ones((1000, 1001))
-    result = np.asarray(ops.dropout(getkey(), ones, rate))
-    kept = result > 0
-    # Five standard errors of a million draws.
-    assert abs(np.mean(~kept) - actual) <= 5 * np.sqrt(actual * (1 - actual) / ones.size)
-    np.testing.assert_allclose(result[kept], 1 / (1 - actual), rtol=1e-6)
-    # Neighbors share a random word and are independent.
-    both = np.mean(~kept[:, :-1] & ~kept[:, 1:])
-    assert abs(both - actual**2) <= 5 * np.sqrt(actual**2 / ones.size)
-
-
-def test_dropout_depends_on_its_key_alone(getkey):
-    key, other = getkey(), getkey()
-    x = draw(getkey(), 3, 5, 7)
-    first = ops.dropout(key, x, 0.5)
-    chex.assert_equal_shape([first, x])
-    chex.assert_trees_all_equal(first, jax.jit(ops.dropout, static_argnums=2)(key, x, 0.5))
-    assert not np.array_equal(first, ops.dropout(other, x, 0.5))
-    gradient = jax.grad(lambda x: jnp.sum(ops.dropout(key, x, 0.5)))(x)
-    chex.assert_trees_all_equal(gradient, jnp.where(first != 0, 2.0, 0.0))
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.2, 0.5, 0.999])
-def test_the_rate_of_dropout_may_be_traced(rate, getkey):
-    key, x = getkey(), draw(getkey(), 3, 5, 7)
-    traced = jax.jit(ops.dropout)(key, x, rate)
-    chex.assert_trees_all_equal(traced, ops.dropout(key, x, rate))
-    half = ops.dropout(key, x.astype(jnp.bfloat16), rate)
-    assert half.dtype == jnp.bfloat16

@@ -1,0 +1,1 @@
+"""Programs in the forms that XLA:CPU compiles to fast code."""
