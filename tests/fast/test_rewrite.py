@@ -210,7 +210,7 @@ def test_calls_are_entered(name):
 def test_checkpoint_keeps_its_memory():
     def bytes_of(apply):
         shapes = (
-            jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32),
+            jax.ShapeDtypeStruct((2, 24, 24, 3), jnp.float32),
             jax.ShapeDtypeStruct((3, 3, 3, 3), jnp.float32),
         )
         residuals = jax.eval_shape(lambda *arrays: jax.vjp(apply, *arrays)[1], *shapes)
