@@ -334,7 +334,7 @@ def _pixels(equation: Any, *inputs: Any) -> _Pixels | None:
         if sides != wanted:
             return None
         return pixels.arrange([axes.pop(0) if side != 1 else None for side in after])
-    if name == "custom_jvp_call" and _is_relu(params["call_jaxpr"]):
+    if name == "custom_jvp_call" and _is_relu(equation):
         return pixels.step(jax.nn.relu)
     if name in _MONOTONIC:
         return pixels.step(lambda images: equation.primitive.bind(images, **params))
@@ -420,12 +420,37 @@ def _windows(params: Any, axes: Sequence[int | None]) -> Windows | None:
     return windows if math.prod(windows.size) <= _MOST_VIEWS else None
 
 
-def _is_relu(program: Any) -> bool:
-    (equation, *rest) = program.eqns
-    if equation.primitive.name in _CALLS and not rest:
-        return _is_relu(equation.params["jaxpr"])
-    literals = [v.val for v in equation.invars if isinstance(v, core.Literal)]
-    return equation.primitive.name == "max" and not rest and literals == [0]
+def _is_relu(equation: Any) -> bool:
+    """Whether a function with a gradient of its own is `jax.nn.relu`, and so is its gradient."""
+    jaxpr, (output,) = equation.params["call_jaxpr"], equation.outvars
+    while len(jaxpr.eqns) == 1 and jaxpr.eqns[0].primitive.name in _CALLS:
+        jaxpr = jaxpr.eqns[0].params["jaxpr"]
+    if [inner.primitive.name for inner in jaxpr.eqns] != ["max"] or len(equation.invars) != 1:
+        return False
+    aval = jax.ShapeDtypeStruct(output.aval.shape, output.aval.dtype)
+    params = equation.primitive.get_bind_params(equation.params)
+
+    def gradient(x: jax.Array, tangent: jax.Array) -> jax.Array:
+        return jax.jvp(lambda x: equation.primitive.bind(x, **params)[0], (x,), (tangent,))[1]
+
+    program = jax.make_jaxpr(gradient)(aval, aval).jaxpr
+    if len(program.eqns) < 3:
+        return False
+    _, compared, *zeros, selected = program.eqns
+    literals = [
+        v.val
+        for e in (*jaxpr.eqns, compared, *zeros)
+        for v in e.invars
+        if isinstance(v, core.Literal)
+    ]
+    names = [e.primitive.name for e in (compared, *zeros, selected)]
+    return (
+        names == ["gt", *["broadcast_in_dim"] * len(zeros), "select_n"]
+        and not np.any([float(value) for value in literals])
+        and selected.invars[0] is compared.outvars[0]
+        and selected.invars[2] is program.invars[1]
+        and program.outvars == selected.outvars
+    )
 
 
 def _elementwise(equation: Any, inputs: Sequence[Any]) -> jax.Array:

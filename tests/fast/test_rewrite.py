@@ -207,6 +207,28 @@ def test_calls_are_entered(name):
             assert "[f, 0, 1, b]" in plain.lower(*arrays).as_text()
 
 
+def test_a_gradient_of_its_own_is_kept():
+    @jax.custom_jvp
+    def straight_through(x):
+        return jnp.maximum(x, 0)
+
+    @straight_through.defjvp
+    def _(primals, tangents):
+        return straight_through(*primals), tangents[0]
+
+    @jax.custom_jvp
+    def same(x):
+        return x
+
+    same.defjvp(lambda primals, tangents: (primals[0], 3 * tangents[0]))
+
+    def apply(x, kernel):
+        return nn.max_pool(same(straight_through(convolve(x, kernel))), (2, 2), (2, 2))
+
+    with jax.enable_x64(True):
+        compare(apply, draw(2, 8, 8, 3), draw(3, 3, 3, 4))
+
+
 def test_checkpoint_keeps_its_memory():
     def bytes_of(apply):
         shapes = (
