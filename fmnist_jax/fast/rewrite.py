@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,6 +14,7 @@ from jax.extend import core
 from fmnist_jax.fast import convolution, pooling, products
 from fmnist_jax.fast.convolution import Window
 from fmnist_jax.fast.pooling import Windows
+from fmnist_jax.xla.inline import evaluate
 from fmnist_jax.xla.noinline import fence
 
 R = TypeVar("R")
@@ -150,10 +150,6 @@ class _Pixels:
         shape = [1 if axis is None else self.images.shape[axis] for axis in self.axes]
         return self.images.transpose(*present, *absent).reshape(shape)
 
-    def read_again(self) -> "_Pixels":
-        """The same images for several readers, which must not compute them again."""
-        return _Pixels(lambda: self.images, self.axes)
-
     def arrange(self, axes: Sequence[int | None]) -> "_Pixels":
         return _Pixels(self.start, axes, self.pooled, self.steps)
 
@@ -169,6 +165,11 @@ class _Pixels:
 
 def _value(value: Any) -> Any:
     return value.value if isinstance(value, _Pixels) else value
+
+
+def _share(value: Any) -> Any:
+    """Returns a value for one of several readers, which must not compute its images again."""
+    return _Pixels(lambda: value.images, value.axes) if isinstance(value, _Pixels) else value
 
 
 class _Evaluation:
@@ -198,34 +199,18 @@ class _Evaluation:
         leaves, tree = others
         return jax.tree.unflatten(tree, _merge(results, leaves))
 
-    def run(self, closed: Any, arguments: Sequence[Any]) -> list[Any]:
+    def run(self, program: Any, arguments: Sequence[Any]) -> list[Any]:
         """Evaluates a program."""
-        return [_value(value) for value in self._evaluate(closed, arguments)]
-
-    def _evaluate(self, closed: Any, arguments: Sequence[Any]) -> list[Any]:
-        jaxpr, constants = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
-        values = dict(zip(jaxpr.constvars, constants, strict=True))
-        values |= dict(zip(jaxpr.invars, arguments, strict=True))
-        read = [v for equation in jaxpr.eqns for v in equation.invars] + list(jaxpr.outvars)
-        uses = Counter(variable for variable in read if not isinstance(variable, core.Literal))
-
-        def value_of(variable: Any) -> Any:
-            if isinstance(variable, core.Literal):
-                return variable.val
-            value = values[variable]
-            is_shared = uses[variable] > 1 and isinstance(value, _Pixels)
-            return value.read_again() if is_shared else value
-
-        for equation in jaxpr.eqns:
-            with _scope(equation), equation.ctx.manager:
-                results = self._apply(equation, [value_of(v) for v in equation.invars])
-            values |= dict(zip(equation.outvars, results, strict=True))
-        return [value_of(variable) for variable in jaxpr.outvars]
+        return [_value(value) for value in evaluate(program, arguments, self._apply, _share)]
 
     def _apply(self, equation: Any, inputs: list[Any]) -> Sequence[Any]:
+        with _scope(equation), equation.ctx.manager:
+            return self._results(equation, inputs)
+
+    def _results(self, equation: Any, inputs: list[Any]) -> Sequence[Any]:
         name = equation.primitive.name
         if name in _CALLS:
-            return self._evaluate(equation.params["jaxpr"], inputs)
+            return evaluate(equation.params["jaxpr"], inputs, self._apply, _share)
         pixels = _pixels(equation, *inputs)
         if pixels is not None:
             if name in _IMAGE_OPERATIONS:
@@ -241,6 +226,8 @@ class _Evaluation:
                 return [result]
         elif name in _ELEMENTWISE:
             return [_elementwise(equation, inputs)]
+        elif name == "broadcast_in_dim":
+            return [_broadcast(equation, *inputs)]
         elif name == "checkpoint" or name == "remat2":
             params = {key: equation.params[key] for key in ("policy", "prevent_cse")}
             function = functools.partial(self.run, equation.params["jaxpr"])
@@ -279,7 +266,7 @@ class _Evaluation:
     def _fence_compared(
         self, name: str, inputs: Sequence[Any], results: Sequence[Any]
     ) -> Sequence[Any]:
-        """XLA:CPU would draw random bits anew in each operation that reads what depends on them."""
+        """Stores what depends on random bits, which XLA:CPU would draw again for each reader."""
         if name == "random_bits" or any(id(value) in self.random for value in inputs):
             if name in _COMPARISONS:
                 return [fence(value) for value in results]
@@ -497,15 +484,15 @@ def _max(equation: Any, array: jax.Array) -> jax.Array:
     return equation.primitive.bind(fence(array), **equation.params)
 
 
-def _broadcast(equation: Any, values: jax.Array, *sizes: Any) -> jax.Array | None:
+def _broadcast(equation: Any, values: jax.Array, *sizes: Any) -> jax.Array:
+    """Repeats one value per feature such that the gradient is a fast sum."""
     shape, axes = equation.params["shape"], equation.params["broadcast_dimensions"]
-    if sizes or values.size in (1, math.prod(shape)):
-        return None
-    widened = [1] * len(shape)
-    for axis, side in zip(axes, values.shape, strict=True):
-        widened[axis] = side
-    result = _spread(values.reshape(widened), shape)
-    return result if result.shape == shape else None
+    if not sizes and values.size not in (1, math.prod(shape)):
+        sides = dict(zip(axes, values.shape, strict=True))
+        result = _spread(values.reshape([sides.get(i, 1) for i in range(len(shape))]), shape)
+        if result.shape == shape:
+            return result
+    return equation.primitive.bind(values, *sizes, **equation.params)
 
 
 def _is_float(array: jax.Array) -> bool:
@@ -516,5 +503,4 @@ _RULES: dict[str, Callable[..., jax.Array | None]] = {
     "dot_general": _dot,
     "reduce_sum": _sum,
     "reduce_max": _max,
-    "broadcast_in_dim": _broadcast,
 }

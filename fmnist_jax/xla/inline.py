@@ -1,5 +1,6 @@
-"""`inlined_jaxpr`: a program as one flat list of operations."""
+"""`evaluate`: a program, operation by operation; `inlined_jaxpr`: a program without calls."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,22 +28,41 @@ def inlined_jaxpr(function: Callable[..., Any], *arguments: Any) -> core.ClosedJ
       ['max', 'add']
     """
     closed = jax.make_jaxpr(function)(*arguments)
-    inlined = jax.make_jaxpr(lambda *values: _evaluate(closed.jaxpr, closed.consts, values))(
+    inlined = jax.make_jaxpr(lambda *values: evaluate(closed, values, _apply))(
         *(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in closed.in_avals)
     )
     return inlined.replace(jaxpr=inlined.jaxpr.replace(eqns=_needed(inlined.jaxpr)))
 
 
-def _evaluate(jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+def evaluate(
+    program: Any,
+    arguments: Sequence[Any],
+    apply: Callable[[Any, list[Any]], Sequence[Any]],
+    share: Callable[[Any], Any] = lambda value: value,
+) -> list[Any]:
+    """Evaluates a program, and returns its results.
+
+    Args:
+      program: a jaxpr, closed or without constants.
+      arguments: its arguments.
+      apply: maps an operation and its inputs to its results.
+      share: applied to a value each time that it is read, if it is read more than once.
+    """
+    jaxpr, constants = getattr(program, "jaxpr", program), getattr(program, "consts", ())
     values = dict(zip(jaxpr.constvars, constants, strict=True))
     values |= dict(zip(jaxpr.invars, arguments, strict=True))
+    inputs = [v for equation in jaxpr.eqns for v in equation.invars] + list(jaxpr.outvars)
+    uses = Counter(v for v in inputs if not isinstance(v, core.Literal))
 
     def read(variable: Any) -> Any:
-        return variable.val if isinstance(variable, core.Literal) else values[variable]
+        if isinstance(variable, core.Literal):
+            return variable.val
+        value = values[variable]
+        return share(value) if uses[variable] > 1 else value
 
     for equation in jaxpr.eqns:
-        inputs = [read(variable) for variable in equation.invars]
-        values |= dict(zip(equation.outvars, _apply(equation, inputs), strict=True))
+        results = apply(equation, [read(variable) for variable in equation.invars])
+        values |= dict(zip(equation.outvars, results, strict=True))
     return [read(variable) for variable in jaxpr.outvars]
 
 
@@ -52,12 +72,9 @@ def _apply(equation: Any, inputs: Sequence[Any]) -> Sequence[Any]:
         platforms = params["platforms"]
         return [platforms.index(None) if None in platforms else 0]
     if kind == "cond" and isinstance(inputs[0], int):
-        branch = params["branches"][inputs[0]]
-        return _evaluate(branch.jaxpr, branch.consts, inputs[1:])
+        return evaluate(params["branches"][inputs[0]], inputs[1:], _apply)
     if kind in _CALLS:
-        called = params.get("call_jaxpr") or params.get("jaxpr")
-        jaxpr, constants = getattr(called, "jaxpr", called), getattr(called, "consts", ())
-        return _evaluate(jaxpr, constants, inputs)
+        return evaluate(params.get("call_jaxpr") or params.get("jaxpr"), inputs, _apply)
     result = equation.primitive.bind(*inputs, **equation.primitive.get_bind_params(params))
     return result if equation.primitive.multiple_results else [result]
 
