@@ -207,14 +207,16 @@ def test_calls_are_entered(name):
             assert "[f, 0, 1, b]" in plain.lower(*arrays).as_text()
 
 
-def test_a_gradient_of_its_own_is_kept():
+@pytest.mark.parametrize(
+    "rule",
+    [lambda x, t: t, lambda x, t: jnp.where(x > 0, 0, t), lambda x, t: jnp.where(x > 1, t, 0)],
+)
+def test_a_gradient_of_its_own_is_kept(rule):
     @jax.custom_jvp
-    def straight_through(x):
+    def rectified(x):
         return jnp.maximum(x, 0)
 
-    @straight_through.defjvp
-    def _(primals, tangents):
-        return straight_through(*primals), tangents[0]
+    rectified.defjvp(lambda primals, tangents: (rectified(*primals), rule(*primals, *tangents)))
 
     @jax.custom_jvp
     def same(x):
@@ -223,7 +225,7 @@ def test_a_gradient_of_its_own_is_kept():
     same.defjvp(lambda primals, tangents: (primals[0], 3 * tangents[0]))
 
     def apply(x, kernel):
-        return nn.max_pool(same(straight_through(convolve(x, kernel))), (2, 2), (2, 2))
+        return nn.max_pool(same(rectified(convolve(x, kernel))), (2, 2), (2, 2))
 
     with jax.enable_x64(True):
         compare(apply, draw(2, 8, 8, 3), draw(3, 3, 3, 4))
