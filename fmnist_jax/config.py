@@ -29,9 +29,12 @@ PARTS = ("arch", "optimizer", "loss", "augmentation", "schedule")
 _NO_EFFECT = ("workdir", "checkpoint_every", "keep_every", "tta", "devices", "parts")
 
 # Fields of a recipe that earlier versions did not have, with the values that they had in effect.
-ADDED = {"shards": 1, "loss": "cross_entropy", "patience": None} | {
-    f"{part}_options": None for part in PARTS
-}
+ADDED = {
+    "shards": 1,
+    "loss": "cross_entropy",
+    "patience": None,
+    "matmul_precision": "float32",
+} | {f"{part}_options": None for part in PARTS}
 
 
 class _Range(NamedTuple):
@@ -167,6 +170,9 @@ class Recipe:
       augmentation_strength: scales every range of the augmentation, at least 0; None is 1.
       dtype: "float32", or "bfloat16" for accelerators; the network computes in it during training.
         Parameters and evaluation are float32.
+      matmul_precision: "float32", or "bfloat16", which rounds the factors of products in training;
+        parameters, sums and statistics stay float32. See "Products in bfloat16" in the
+        documentation.
       image_size: side to which images are resized, in pixels; None keeps their own.
       val_fraction: fraction of the training images held out for validation, in [0, 1).
       patience: training ends after this many epochs without a better validation accuracy; None
@@ -209,6 +215,7 @@ class Recipe:
         "scales the ranges of the augmentation", None, _SCALE
     )
     dtype: DtypeName = _flag("dtype of the network in training", "float32")
+    matmul_precision: DtypeName = _flag("precision of products in training", "float32")
     image_size: int | None = _flag("side to which images are resized, in pixels", None, _COUNT)
     val_fraction: float = _flag("fraction held out for validation, in [0, 1)", 0.1, _FRACTION)
     patience: int | None = _flag(

@@ -36,6 +36,7 @@ from fmnist_jax.studies.executors import Executor
 from fmnist_jax.studies.sweep import format_params
 from fmnist_jax.train.loop import seen_image_shape
 from fmnist_jax.train.step import apply_in_training
+from fmnist_jax.xla.jit import has_bfloat16_instructions
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -248,6 +249,13 @@ def _print_plan(plan: Plan, console: Console) -> None:
         "seed": str(run.seed),
         "folder": str(run.workdir),
     }
+    if run.recipe.matmul_precision == "bfloat16" and jax.default_backend() == "cpu":
+        facts["products"] = "in bfloat16"
+        if not has_bfloat16_instructions():
+            facts["products"] += (
+                ", for which this processor has no instructions (avx512_bf16, amx_bf16); on Zen 3, "
+                "training is 0.87 to 0.97 times as fast as in float32"
+            )
     shell.print_facts(console, facts, bold="network")
     headings, *rows, totals = format_rows(plan.network)
     table = Table(*headings[:2])

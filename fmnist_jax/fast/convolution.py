@@ -29,6 +29,7 @@ from fmnist_jax.fast.pooling import (
     scatter,
     views,
 )
+from fmnist_jax.fast.precision import factors, product, transposed
 from fmnist_jax.fast.products import matmul, sum_rows
 from fmnist_jax.xla.noinline import fence, fenced_transpose
 
@@ -147,8 +148,9 @@ def _strided(
         images, kernel = residuals
         rows, columns, channels, features = kernel.shape
         cotangent = fence(cotangent)
-        transposed = fenced_transpose(cotangent.reshape(-1, features))
-        sums = [transposed @ fence(v).reshape(-1, channels) for v in views(images, windows, 0)]
+        rows_of = fenced_transpose(factors(cotangent).reshape(-1, features))
+        pixels = (fence(factors(view)) for view in views(images, windows, 0))
+        sums = [product(rows_of, view.reshape(-1, channels), images.dtype) for view in pixels]
         kernel_gradient = jnp.stack(sums).reshape(rows, columns, features, channels)
         images_gradient = _scattered(kernel, cotangent, images.shape, windows)
         return images_gradient, kernel_gradient.swapaxes(2, 3)
@@ -273,8 +275,9 @@ def _outputs(images: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     if kernel.shape[2] == 1:
         # With one channel, this product is four times as fast as XLA's convolution: 0.25 ms
         # against 1.10 ms for 32 filters on [128, 28, 28, 1].
-        patches = _patches(images, kernel, pads)
-        products = patches.reshape(-1, patches.shape[-1]) @ kernel.reshape(-1, kernel.shape[3])
+        patches = factors(_patches(images, kernel, pads))
+        weights = factors(kernel.reshape(-1, kernel.shape[3]))
+        products = product(patches.reshape(-1, patches.shape[-1]), weights, images.dtype)
         return products.reshape(*patches.shape[:3], -1)
     tile = _tile(images, kernel, pads)
     if tile is None:
@@ -301,10 +304,10 @@ def _gradients(
     # The gradient of kernel[i, j] is the images shifted by (i, j) times the cotangent, summed over
     # batch and pixels.
     if kernel.shape[2] == 1:
-        patches = _patches(images, kernel, pads)
-        kernel_gradient = patches.reshape(-1, patches.shape[-1]).T @ cotangent.reshape(
-            -1, kernel.shape[3]
-        )
+        patches = factors(_patches(images, kernel, pads))
+        patches = transposed(patches.reshape(-1, patches.shape[-1]))
+        columns = factors(cotangent).reshape(-1, kernel.shape[3])
+        kernel_gradient = product(patches, columns, images.dtype)
         return images_gradient, kernel_gradient.reshape(kernel.shape)
     # This sum is a convolution whose batch is the channels and whose channels are the batch.
     kernel_gradient = xla_convolve(
@@ -334,10 +337,9 @@ def _scattered(
 ) -> jax.Array:
     """Returns the gradient of images of that shape by one product, whose results are shifted."""
     rows, columns, channels, features = kernel.shape
-    taps = fence(kernel.transpose(3, 0, 1, 2)).reshape(features, -1)
-    products = (cotangent.reshape(-1, features) @ taps).reshape(
-        *cotangent.shape[:3], rows, columns, channels
-    )
+    taps = factors(fence(kernel.transpose(3, 0, 1, 2))).reshape(features, -1)
+    products = product(factors(cotangent).reshape(-1, features), taps, kernel.dtype)
+    products = products.reshape(*cotangent.shape[:3], rows, columns, channels)
     (top, _), (left, _) = windows.pads
     return crop(overlapping(lambda i, j: products[:, :, :, i, j], windows), (top, left), shape)
 

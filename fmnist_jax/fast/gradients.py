@@ -2,13 +2,16 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
+from fmnist_jax.fast.precision import default_precision
+
+R = TypeVar("R")
 Arrays = tuple[jax.Array, ...]
 Pull = Callable[[Arrays, jax.Array], Arrays]
 
@@ -30,7 +33,8 @@ def with_gradients(
 
     `jax.custom_vjp` would refuse forward mode. Here the derivative is one operation, which is
     linear in the tangents. Reverse mode transposes it, by `pull`; forward mode computes it, by
-    `push`; a second derivative is that of `push`.
+    `push`; a second derivative is that of `push`. The default precision of products where this is
+    called is that of the gradients as well.
 
     Args:
       function: maps arrays to an array.
@@ -47,6 +51,9 @@ def with_gradients(
       >>> print(square(3.0), jax.grad(square)(3.0), jax.jvp(square, (3.0,), (1.0,))[1])
       9.0 6.0 6.0
     """
+    # All but `function` are traced later, where another precision may be the default.
+    forward, pull = _with_precision(forward), _with_precision(pull)
+    push = _with_precision(push)
 
     @jax.custom_jvp
     def operation(*arrays: jax.Array) -> jax.Array:
@@ -59,6 +66,17 @@ def with_gradients(
         return result, _tangent.bind(*residuals, *tangents, count=count, push=push, pull=pull)
 
     return operation
+
+
+def _with_precision(rule: Callable[..., R]) -> Callable[..., R]:
+    """Returns a function that is traced in the default precision of now."""
+    precision = default_precision()
+
+    def traced(*arrays: Any) -> R:
+        with jax.default_matmul_precision(precision):
+            return rule(*arrays)
+
+    return traced
 
 
 # The tangent of the result: of `count` residuals, then of the tangents of the arguments.

@@ -14,6 +14,7 @@ from jax.extend import core
 from fmnist_jax.fast import convolution, pooling, products
 from fmnist_jax.fast.convolution import Window
 from fmnist_jax.fast.pooling import Windows
+from fmnist_jax.fast.precision import is_bfloat16, rounded
 from fmnist_jax.xla.inline import evaluate
 from fmnist_jax.xla.noinline import fence
 
@@ -22,6 +23,7 @@ Step = Callable[[jax.Array], jax.Array]
 
 # Calls that are evaluated in place.
 _CALLS = ("jit", "pjit", "closed_call")
+_CHECKPOINTS = ("checkpoint", "remat2")
 _LOOPS = ("cond", "scan", "while")
 # Elementwise operations of two arrays whose shapes may differ.
 _ELEMENTWISE = ("add", "div", "mul", "sub")
@@ -31,6 +33,7 @@ _BITS = (
     "shift_right_logical", "slice", "squeeze", "sub", "xor",
 )  # fmt: skip
 _COMPARISONS = ("eq", "ge", "gt", "le", "lt", "ne")
+_ROUNDED = ("conv_general_dilated", "dot_general")
 _IMAGE_OPERATIONS = ("conv_general_dilated", "reduce_window_max", "reduce_window_sum")
 # They map larger values to larger or equal ones.
 _MONOTONIC = ("exp", "logistic", "tanh")
@@ -65,6 +68,10 @@ def optimize_for_cpu(function: Callable[..., R]) -> Callable[..., R]:
 
     If the default backend is a GPU or a TPU, the function is called as it is.
 
+    `jax.default_matmul_precision("bfloat16")` around the call rounds the factors of the products to
+    bfloat16, and adds in float32: those of matrices and of convolutions that become such products.
+    On a GPU and a TPU, all products and convolutions are rounded then, also their results.
+
     Args:
       function: pure, of arrays and trees of arrays. Arguments that are no arrays, such as
         `train=True`, are passed as they are.
@@ -79,9 +86,11 @@ def optimize_for_cpu(function: Callable[..., R]) -> Callable[..., R]:
 
     @functools.wraps(function)
     def optimized(*args: Any, **kwargs: Any) -> R:
-        if jax.default_backend() != "cpu":
+        on_cpu = jax.default_backend() == "cpu"
+        if not on_cpu and not is_bfloat16():
             return function(*args, **kwargs)
-        return _Evaluation([]).call(function, *args, **kwargs)
+        evaluation = _Evaluation([]) if on_cpu else _Rounding([])
+        return evaluation.call(function, *args, **kwargs)
 
     return optimized
 
@@ -211,6 +220,15 @@ class _Evaluation:
         name = equation.primitive.name
         if name in _CALLS:
             return evaluate(equation.params["jaxpr"], inputs, self._apply, _share)
+        if name in _CHECKPOINTS:
+            values = self._fence_random(name, [_value(value) for value in inputs])
+            params = {key: equation.params[key] for key in ("policy", "prevent_cse")}
+            function = functools.partial(self.run, equation.params["jaxpr"])
+            return jax.checkpoint(lambda *values: function(values), **params)(*values)
+        return self._replaced(equation, inputs)
+
+    def _replaced(self, equation: Any, inputs: list[Any]) -> Sequence[Any]:
+        name = equation.primitive.name
         pixels = _pixels(equation, *inputs)
         if pixels is not None:
             if name in _IMAGE_OPERATIONS:
@@ -228,10 +246,6 @@ class _Evaluation:
             return [_elementwise(equation, inputs)]
         elif name == "broadcast_in_dim":
             return [_broadcast(equation, *inputs)]
-        elif name == "checkpoint" or name == "remat2":
-            params = {key: equation.params[key] for key in ("policy", "prevent_cse")}
-            function = functools.partial(self.run, equation.params["jaxpr"])
-            return jax.checkpoint(lambda *values: function(values), **params)(*inputs)
         return self._fence_compared(name, inputs, self._bind(equation, inputs))
 
     def _bind(self, equation: Any, inputs: Sequence[Any]) -> Sequence[Any]:
@@ -273,6 +287,17 @@ class _Evaluation:
             if name in (*_BITS, "random_bits"):
                 self.random |= {id(value): value for value in results}
         return results
+
+
+class _Rounding(_Evaluation):
+    """Evaluates programs with products and convolutions of bfloat16; all else stays as it is."""
+
+    def _replaced(self, equation: Any, inputs: list[Any]) -> Sequence[Any]:
+        if equation.primitive.name not in _ROUNDED or equation.outvars[0].aval.dtype != jnp.float32:
+            return self._bind(equation, inputs)
+        params = equation.params | {"preferred_element_type": jnp.bfloat16}
+        (result,) = self._bind(equation.replace(params=params), jax.tree.map(rounded, inputs))
+        return [result.astype(jnp.float32)]
 
 
 def _scope(equation: Any) -> Any:

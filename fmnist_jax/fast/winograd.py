@@ -24,7 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
+from fmnist_jax.fast.precision import factors, product, transposed
 from fmnist_jax.xla.noinline import fence, fenced_transpose
 
 # Evaluation points by the sides of tile and kernel; infinity is implied. The polynomials of data
@@ -91,8 +93,9 @@ def tile_outputs(images: jax.Array, kernel: jax.Array, tiles: tuple[int, int], t
       ((1, 2, 2, 3), 8.0)
     """
     transforms = matrices(tile, len(kernel))
-    data = _transformed(transforms.data, images, tile, tiles)
-    products = _map(_product, data, _transformed_kernel(kernel, transforms))
+    data = factors(_transformed(transforms.data, images, tile, tiles))
+    weights = factors(_transformed_kernel(kernel, transforms))
+    products = _map(functools.partial(_product, dtype=images.dtype), data, weights)
     lines = _stored([_combined(transforms.outputs, row) for row in products], tile)
     columns = [_combined(transforms.outputs, line) for line in zip(*lines, strict=True)]
     outputs = [list(row) for row in zip(*columns, strict=True)]
@@ -115,24 +118,21 @@ def tile_gradients(
     """
     transforms = matrices(tile, len(kernel))
     tiles = [-(-side // tile) for side in cotangent.shape[1:3]]
-    data = fence(_transformed(transforms.data, images, tile, tiles))
-    factors = _transformed_kernel(kernel, transforms)
-    # With respect to the products of data and factors.
-    products_gradient = fence(_transformed(transforms.outputs.T, cotangent, tile, tiles))
+    multiply = functools.partial(_product, dtype=images.dtype)
+    data = fence(factors(_transformed(transforms.data, images, tile, tiles)))
+    weights = factors(_transformed_kernel(kernel, transforms))
+    # With respect to the products of data and kernel.
+    products_gradient = fence(factors(_transformed(transforms.outputs.T, cotangent, tile, tiles)))
 
-    data_gradient = _map(lambda p, factor: _product(p, factor.T), products_gradient, factors)
+    data_gradient = _map(lambda p, w: multiply(p, transposed(w)), products_gradient, weights)
     images_gradient = _untransformed_images(data_gradient, transforms)
     height, width = images.shape[1:3]
     images_gradient = _extended(images_gradient[:, :height, :width], height, width)
 
-    factors_gradient = jnp.stack(
-        [
-            jnp.stack([_product_over_rows(d, p) for d, p in zip(*rows, strict=True)])
-            for rows in zip(data, products_gradient, strict=True)
-        ]
-    )
+    sums = _map(functools.partial(_product_over_rows, dtype=images.dtype), data, products_gradient)
+    weights_gradient = jnp.stack([jnp.stack(row) for row in sums])
     matrix = transforms.kernel.astype(kernel.dtype)
-    return images_gradient, jnp.einsum("ki,klcf,lj->ijcf", matrix, factors_gradient, matrix)
+    return images_gradient, jnp.einsum("ki,klcf,lj->ijcf", matrix, weights_gradient, matrix)
 
 
 def join(grid: Grid) -> jax.Array:
@@ -215,15 +215,15 @@ def _matrix(array: jax.Array) -> jax.Array:
     return array.reshape(-1, array.shape[-1])
 
 
-def _product(array: jax.Array, matrix: jax.Array) -> jax.Array:
-    return (_matrix(array) @ matrix).reshape(*array.shape[:-1], matrix.shape[1])
+def _product(array: jax.Array, matrix: jax.Array, dtype: DTypeLike) -> jax.Array:
+    return product(_matrix(array), matrix, dtype).reshape(*array.shape[:-1], matrix.shape[1])
 
 
-def _product_over_rows(left: jax.Array, right: jax.Array) -> jax.Array:
+def _product_over_rows(left: jax.Array, right: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Returns the sum over batch and tiles, [channels, features]."""
     # The transpose is stored, because XLA:CPU is slow at products that sum over the rows of both
     # matrices: 113 against 145 GFLOP/s for two of [2304, 64], including the transposition.
-    return fenced_transpose(_matrix(left)) @ _matrix(right)
+    return product(fenced_transpose(_matrix(left)), _matrix(right), dtype)
 
 
 def _untransformed_images(grid: Grid, transforms: Matrices) -> jax.Array:

@@ -194,6 +194,7 @@ def create_plan(
         augment=_fitted(created["augmentation"], run),
         schedule=created["schedule"],
         dtype=recipe.dtype,
+        matmul_precision=recipe.matmul_precision,
         microbatch_size=recipe.microbatch_size,
         layout=_create_layout(run),
         log_norms=run.log_grad_norms,

@@ -4,16 +4,18 @@
 traced: other values reuse the compiled program, and `vmap` or `lax.map` can train with many.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
+from fmnist_jax.config import DtypeName
 from fmnist_jax.data.augment import Augmentation
 from fmnist_jax.data.batches import Batch, join, split
 from fmnist_jax.errors import ConfigError
@@ -85,9 +87,12 @@ class StepConfig:
       log_norms: whether the metrics have the norms of gradient, parameters and updates.
       optimize: whether slow operations of the model are replaced by faster forms on a CPU
         (`optimize_for_cpu`); values differ by rounding only.
+      matmul_precision: "bfloat16" rounds the factors of the products that `optimize_for_cpu`
+        replaces, and of all products and convolutions on other devices; everything else stays in
+        `dtype`.
 
     Raises:
-      ValueError: if a size is below 1.
+      ValueError: if a size is below 1, or the precision is another, or needs `optimize`.
       ConfigError: if the layout cannot divide the batch size.
     """
 
@@ -102,6 +107,7 @@ class StepConfig:
     layout: Layout = ONE_DEVICE
     log_norms: bool = False
     optimize: bool = True
+    matmul_precision: DtypeName = "float32"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
@@ -109,6 +115,12 @@ class StepConfig:
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"{name} is {size}; expected at least 1")
+        if self.matmul_precision not in get_args(DtypeName):
+            raise ValueError(
+                f"matmul_precision is {self.matmul_precision!r}; expected float32 or bfloat16"
+            )
+        if self.matmul_precision == "bfloat16" and not self.optimize:
+            raise ValueError("matmul_precision is 'bfloat16', which needs optimize=True")
         self.layout.part_size(self.batch_size)
 
 
@@ -347,7 +359,7 @@ def _mean_loss(
     params = jax.tree.map(lambda leaf: leaf.astype(config.dtype), params)
     logits, model_state = apply_in_training(
         key, batch.images.astype(config.dtype), params, model_state, hyperparams.dropout,
-        model=config.model, optimize=config.optimize,
+        model=config.model, optimize=config.optimize, matmul_precision=config.matmul_precision,
     )  # fmt: skip
     logits = logits.astype(batch.images.dtype)
     smoothing = hyperparams.label_smoothing
@@ -367,6 +379,7 @@ def apply_in_training(
     *,
     model: Model,
     optimize: bool = True,
+    matmul_precision: DtypeName = "float32",
 ) -> tuple[jax.Array, Any]:
     """Calls the model as training does; returns the logits and the next `model_state`."""
     options: dict[str, Any] = {} if dropout is None else {"dropout": dropout}
@@ -374,7 +387,10 @@ def apply_in_training(
         options["mutable"] = list(model_state)
     variables = {"params": params, **model_state}
     apply = optimize_for_cpu(model.apply) if optimize else model.apply
-    outputs = apply(variables, images, train=True, rngs={"dropout": key}, **options)
+    # In float32, the default of JAX stays: a GPU may round to TF32, unless the user forbids it.
+    is_bfloat16 = matmul_precision == "bfloat16"
+    with jax.default_matmul_precision("bfloat16") if is_bfloat16 else contextlib.nullcontext():
+        outputs = apply(variables, images, train=True, rngs={"dropout": key}, **options)
     return outputs if model_state else (outputs, model_state)
 
 

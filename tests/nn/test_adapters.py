@@ -155,9 +155,9 @@ def test_seeds_in_vmap_shards_and_one_program(network, tiny):
     together = jax.jit(jax.vmap(lambda seed: train(seed, config)[1].loss))(jnp.arange(2))
     alone = [float(train(seed, config)[1].loss) for seed in range(2)]
     np.testing.assert_allclose(together, alone, rtol=1e-4)
-    before = fm.train_steps._outer._cache_size()
+    before = fm.train_steps._outer(is_bfloat16=False)._cache_size()
     train(3, fm.StepConfig(model=fm.create_model(network, width=3), tx=config.tx, batch_size=16))
-    assert fm.train_steps._outer._cache_size() == before
+    assert fm.train_steps._outer(is_bfloat16=False)._cache_size() == before
     sharded = fm.StepConfig(model=model, tx=config.tx, batch_size=16, layout=fm.Shards(2))
     assert np.isfinite(float(train(0, sharded)[1].loss))
 

@@ -51,9 +51,9 @@ def test_a_seed_is_bitwise_identical_to_its_own_run(workdir, tiny, tmp_path):
 def test_all_seeds_share_one_program(tiny, tmp_path):
     # A batch size of its own, so that no other test has compiled it.
     run = fm.Run(recipe=dataclasses.replace(RECIPE, batch_size=13, epochs=1), workdir=tmp_path)
-    before = train_steps._outer._cache_size()
+    before = train_steps._outer(is_bfloat16=False)._cache_size()
     fm.fit_seeds(run, tiny, 3, hooks=())
-    assert train_steps._outer._cache_size() == before + 1
+    assert train_steps._outer(is_bfloat16=False)._cache_size() == before + 1
 
 
 def test_the_summary_equals_the_files(workdir):

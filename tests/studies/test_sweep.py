@@ -36,10 +36,10 @@ def run(tmp_path):
 
 
 def test_a_sweep_compiles_once_and_its_winner_is_trained_from_fresh_seeds(run, sample):
-    before = train_steps._outer._cache_size()
+    before = train_steps._outer(is_bfloat16=False)._cache_size()
     report = fm.sweep(run, sample, SPACE, 4, num_seeds=2, hooks=())
     # The trials share a program with the fresh seeds.
-    assert train_steps._outer._cache_size() == before + 1
+    assert train_steps._outer(is_bfloat16=False)._cache_size() == before + 1
     assert len(report["trials"]) == 4
     best = report["best"]
     values = [trial["val_accuracy"][-1] for trial in report["trials"]]
