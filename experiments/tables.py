@@ -23,6 +23,9 @@ from fmnist_jax.analysis.stats import mean_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECTS = ("small_dropout", "valid_2x2", "same_3x3", "he_stack", "deep_augmented")
+# Of the benchmark, in float32 and in bfloat16.
+PEERS = ("keras_tensorflow", "torch_channels_last", "torch_compile_float32")
+HALF_PEERS = ("keras_tensorflow_bf16", "torch_channels_last_bf16", "torch_compile")
 TARGETS = (0.9133, 0.93, 0.94)
 LAYOUTS = ((1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1))
 PERCENTILES = {5: "5th percentile", 25: "25th percentile", 50: "median", 75: "75th percentile"}
@@ -165,10 +168,8 @@ def tables() -> dict[str, Iterable[str]]:
         ),
         "speed": _speeds("speed"),
         "speed zen5": _speeds("speed_zen5"),
-        "stock": (
-            f"`{n}` | {r.plain_loop:,} | {r.fmnist_jax:,} | {r.fmnist_jax / r.plain_loop:.1f}"
-            for n, r in load("stock").networks.items()
-        ),
+        "stock": _over("stock", "linen", "fmnist_jax_plain", *PEERS),
+        "peers": _over("peers", *PEERS, *HALF_PEERS, "fmnist_jax_matmul_bf16"),
         "limits": (
             "`{}` | {:,} | {:,} | {}% | {:,} | {:,} | {}%".format(n, *r.values())
             for n, r in load("speed").limits.items()
@@ -227,10 +228,18 @@ def _speeds(name: str) -> Iterator[str]:
     )
 
 
+def _over(name: str, *others: str) -> Iterator[str]:
+    for result in load(name).results:
+        competitors = result.competitors
+        cells = (f"{competitors[other].fmnist_jax_over_it:.2f}" for other in others)
+        speed = competitors.fmnist_jax.images_per_second.median
+        yield f"`{result.network}` | {speed:,} | {' | '.join(cells)}"
+
+
 def _processors() -> Iterator[str]:
     zen3, zen5 = (
-        {result.network: result.competitors for result in load(name).results}
-        for name in ("speed", "speed_zen5")
+        {result.network: result.competitors for name in names for result in load(name).results}
+        for names in (("speed", "peers"), ("speed_zen5",))
     )
     zen4 = load("speed_by_processor")["Zen 4"].keras_tensorflow
     xeon = load("versions")["over keras_tensorflow"]

@@ -24,9 +24,10 @@ OURS = "fmnist_jax"
 
 
 # Module in this folder, Python environment (None is that of this process), and options.
-COMPETITORS: dict[str, tuple[str, str | None, dict[str, bool]]] = {
+COMPETITORS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     OURS: ("ours", None, {}),
     f"{OURS}_bf16": ("ours", None, {"bf16": True}),
+    f"{OURS}_matmul_bf16": ("ours", None, {"matmul_precision": "bfloat16"}),
     # Stock Flax layers in the loop of fmnist_jax, and the same without its optimization of layers.
     f"{OURS}_stock": ("ours", None, {"stock": True}),
     f"{OURS}_plain": ("ours", None, {"stock": True, "optimize": False}),
@@ -35,6 +36,7 @@ COMPETITORS: dict[str, tuple[str, str | None, dict[str, bool]]] = {
     "torch": ("torch_loop", "torch", {}),
     "torch_channels_last": ("torch_loop", "torch", {"channels_last": True}),
     "torch_channels_last_bf16": ("torch_loop", "torch", {"channels_last": True, "bf16": True}),
+    "torch_compile_float32": ("torch_loop", "torch", {"channels_last": True, "compiled": True}),
     "torch_compile": (
         "torch_loop", "torch", {"channels_last": True, "bf16": True, "compiled": True}
     ),

@@ -326,10 +326,29 @@ def _images_gradient(
         rotated = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
         (top, bottom), (left, right) = pads
         full = (rows - 1 - top, rows - 1 - bottom), (columns - 1 - left, columns - 1 - right)
+        # Measured for 5x5 kernels, Zen 3: 2.4 against 4.8 ms for [128, 10, 10, 16] to 6 channels,
+        # 10.3 against 19.8 ms for [128, 24, 24, 16] to 8, and no difference for 16.
+        if kernel.shape[2] <= 8:
+            return _in_blocks(cotangent, rotated, full)
         return xla_convolve(cotangent, rotated, Window(pads=full))
     # A small map would be mostly padding. One matrix product and shifted additions are faster:
     # 0.38 ms against 1.16 ms for [128, 3, 3, 128] to [128, 5, 5, 64].
     return _scattered(kernel, cotangent, images.shape, Windows((rows, columns), (1, 1), pads))
+
+
+def _in_blocks(images: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
+    """Returns a convolution with few features: those of 2x2 pixels are computed as one pixel's."""
+    height, width = xla_shape(images, kernel, Window(pads=pads))
+    rows, columns, channels, features = kernel.shape
+    places = [((i, 1 - i), (j, 1 - j), (0, 0), (0, 0)) for i in range(2) for j in range(2)]
+    kernel = jnp.stack([jnp.pad(kernel, place) for place in places], axis=3)
+    kernel = kernel.reshape(rows + 1, columns + 1, channels, 4 * features)
+    (top, bottom), (left, right) = pads
+    pads = (top, bottom + height % 2), (left, right + width % 2)
+    outputs = xla_convolve(images, kernel, Window((2, 2), pads))
+    batch, tall, wide, _ = outputs.shape
+    outputs = outputs.reshape(batch, tall, wide, 2, 2, features).transpose(0, 1, 3, 2, 4, 5)
+    return outputs.reshape(batch, 2 * tall, 2 * wide, features)[:, :height, :width]
 
 
 def _scattered(
