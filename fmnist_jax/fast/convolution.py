@@ -148,9 +148,9 @@ def _strided(
         images, kernel = residuals
         rows, columns, channels, features = kernel.shape
         cotangent = fence(cotangent)
-        rows_of = fenced_transpose(factors(cotangent).reshape(-1, features))
-        pixels = (fence(factors(view)) for view in views(images, windows, 0))
-        sums = [product(rows_of, view.reshape(-1, channels), images.dtype) for view in pixels]
+        by_feature = fenced_transpose(factors(cotangent).reshape(-1, features))
+        pixels = [fence(factors(view)).reshape(-1, channels) for view in views(images, windows, 0)]
+        sums = [product(by_feature, view, images.dtype) for view in pixels]
         kernel_gradient = jnp.stack(sums).reshape(rows, columns, features, channels)
         images_gradient = _scattered(kernel, cotangent, images.shape, windows)
         return images_gradient, kernel_gradient.swapaxes(2, 3)

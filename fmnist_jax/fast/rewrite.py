@@ -66,11 +66,12 @@ def optimize_for_cpu(function: Callable[..., R]) -> Callable[..., R]:
     the pool comes first. Apply it to the function that is differentiated:
     `jax.grad(optimize_for_cpu(loss))`. All transformations of JAX take the result.
 
-    If the default backend is a GPU or a TPU, the function is called as it is.
+    `jax.default_matmul_precision("bfloat16")` around the call rounds the factors of products to
+    bfloat16 and adds in float32. It holds for products of matrices and for convolutions that become
+    such products, and for their gradients.
 
-    `jax.default_matmul_precision("bfloat16")` around the call rounds the factors of the products to
-    bfloat16, and adds in float32: those of matrices and of convolutions that become such products.
-    On a GPU and a TPU, all products and convolutions are rounded then, also their results.
+    If the default backend is a GPU or a TPU, the function is called as it is; with that precision,
+    factors and results of all its products and convolutions are rounded, and nothing else changes.
 
     Args:
       function: pure, of arrays and trees of arrays. Arguments that are no arrays, such as

@@ -113,18 +113,16 @@ class PlatformJit(Generic[P, R]):
         self._donate_argnames = donate_argnames
         self._quick = quick
         self._inner = jax.jit(function, static_argnames=static_argnames)
-
         self._outer = functools.cache(self._compiled)
 
     def _compiled(self, *, is_bfloat16: bool) -> Any:
-        # Created by the first call, because asking for the default backend initializes it.
+        # Called by the first call, because asking for the default backend initializes it.
         backend = jax.default_backend()
         options = supported_options(backend)
         if self._quick:
             options = options | _QUICK_OPTIONS.get(backend, {})
         if is_bfloat16 and backend == "cpu" and has_bfloat16_instructions():
-            known = {name: _BFLOAT16_OPTIONS.get(name, value) for name, value in options.items()}
-            options = known
+            options = {name: _BFLOAT16_OPTIONS.get(name, old) for name, old in options.items()}
         return jax.jit(
             self._function,
             static_argnames=self._static_argnames,
