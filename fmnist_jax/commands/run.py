@@ -112,7 +112,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
 def _print_operations(plan: Plan, console: Console) -> None:
     """Prints which operations of the network in training have faster forms on this device."""
     state, shape = plan.abstract_state, seen_image_shape(plan.inputs, plan.config)
-    images = jax.ShapeDtypeStruct((plan.config.batch_size, *shape, 1), jnp.float32)
+    images = jax.ShapeDtypeStruct((plan.config.batch_size, *shape), jnp.float32)
     key = jax.eval_shape(jax.random.key, 0)
     apply = functools.partial(apply_in_training, model=plan.model, optimize=False)
     operations = explain_for_cpu(apply, key, images, state.params, state.model_state)

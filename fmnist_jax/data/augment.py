@@ -5,6 +5,7 @@ integers.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
@@ -12,7 +13,6 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-_PIXEL_MEAN = 0.2860  # of the training images
 # Area of an erased rectangle, as a fraction of the image, and its minimum aspect ratio; the maximum
 # is the inverse (Zhong et al. 2017).
 _ERASE_AREA, _ERASE_ASPECT = (0.02, 0.4), 0.3
@@ -46,11 +46,11 @@ class Augmentation(Protocol):
           key: the augment stream of the run.
           epoch: int32[], counted from 0.
           examples: int32[batch], indices of the images in the training data.
-          images: uint8[batch, side, side].
+          images: uint8[batch, side, side], or [batch, side, side, 3] in colour.
           strength: scale of every range, may be traced; 0 changes only the size.
 
         Returns:
-          float32[batch, image_size, image_size, 1], values in [0, 1].
+          float32[batch, image_size, image_size, channels], values in [0, 1].
         """
         ...
 
@@ -58,6 +58,11 @@ class Augmentation(Protocol):
 def example_keys(key: jax.Array, epoch: int | jax.Array, examples: jax.Array) -> jax.Array:
     """Derives one key per example of an epoch from the augment stream."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, epoch), examples)
+
+
+def with_channels(images: jax.Array) -> jax.Array:
+    """Returns [batch, height, width, channels]: grey images get their channel."""
+    return images[..., None] if images.ndim == 3 else images
 
 
 class Transform(NamedTuple):
@@ -163,8 +168,10 @@ class RandomShift:
       shift: maximum shift of rows and of columns in pixels, in either direction.
       flip: whether each image is mirrored left to right in every second epoch, starting at random
         with the first or second ("alternating flip", Jordan 2024).
-      erase: probability of setting a rectangle to the mean pixel (random erasing, Zhong et al.
+      erase: probability of setting a rectangle to `erase_value` (random erasing, Zhong et al.
         2017). Sides are clipped to the image.
+      erase_value: one value per channel, in [0, 1]. The default is the mean pixel of Fashion-MNIST;
+        for other data a run takes theirs.
       image_size: None; images keep their size.
 
     Example:
@@ -180,6 +187,7 @@ class RandomShift:
     shift: int = 1
     flip: bool = True
     erase: float = 0.0
+    erase_value: tuple[float, ...] = (0.2860,)
     image_size: None = None
 
     def __call__(
@@ -199,12 +207,12 @@ class RandomShift:
         keys = example_keys(key, epoch, examples)
         draws = jax.vmap(lambda k: jax.random.uniform(k, (7,)))(keys)
         pixels = jax.vmap(self._transformed, (0, 0, 0, None))(images, mirrored, draws, strength)
-        return pixels[..., None]
+        return with_channels(pixels)
 
     def _transformed(
         self, image: jax.Array, mirrored: jax.Array, draws: jax.Array, strength: jax.Array
     ) -> jax.Array:
-        height, width = image.shape
+        height, width = image.shape[:2]
         limit = jnp.round(strength * self.shift)
         shift = jnp.floor(draws[:2] * (2 * limit + 1) - limit).astype(jnp.int32)
         rows, columns = jnp.arange(height) - shift[0], jnp.arange(width) - shift[1]
@@ -219,13 +227,15 @@ class RandomShift:
         area = height * width * strength * (low + (high - low) * draws[2])
         aspect = _ERASE_ASPECT ** (2 * draws[3] - 1)
         sides = jnp.sqrt(area * jnp.stack([aspect, 1 / aspect]))
-        corner = draws[4:6] * (jnp.array(image.shape) - sides)
+        corner = draws[4:6] * (jnp.array([height, width]) - sides)
         inside = [
             (jnp.arange(size) >= start) & (jnp.arange(size) < start + length)
-            for size, start, length in zip(image.shape, corner, sides, strict=True)
+            for size, start, length in zip((height, width), corner, sides, strict=True)
         ]
         erased = inside[0][:, None] & inside[1][None, :] & (draws[6] < self.erase)
-        return jnp.where(erased, _PIXEL_MEAN, pixels)
+        if image.ndim == 2:
+            return jnp.where(erased, self.erase_value[0], pixels)
+        return jnp.where(erased[..., None], jnp.float32(self.erase_value)[None, None, :], pixels)
 
 
 def apply(
@@ -239,19 +249,19 @@ def apply(
 
     Args:
       transforms: fields float32[batch].
-      images: uint8[batch, side, side].
+      images: uint8[batch, side, side], or [batch, side, side, 3] in colour.
       keras_shear: whether `shear` is in radians, else a slope.
       image_size: side of the result in pixels; None keeps that of the images.
 
     Returns:
-      float32[batch, image_size, image_size, 1], values in [0, 1].
+      float32[batch, image_size, image_size, channels], values in [0, 1].
     """
     side = images.shape[1]
     matrices = jax.vmap(lambda transform: _source_matrix(transform, side, keras_shear))(transforms)
-    pixels = jax.vmap(lambda image, matrix: _resample(image, matrix, image_size or side))(
-        images.astype(jnp.float32) / 255, matrices
-    )
-    return pixels[..., None]
+    resample = functools.partial(_resample, image_size=image_size or side)
+    if images.ndim == 4:
+        resample = jax.vmap(resample, (-1, None), -1)
+    return with_channels(jax.vmap(resample)(images.astype(jnp.float32) / 255, matrices))
 
 
 def _source_matrix(transform: Transform, side: int, keras_shear: bool) -> jax.Array:

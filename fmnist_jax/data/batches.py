@@ -4,12 +4,13 @@ Training images stay on the device as uint8. A batch is gathered, scaled to [0, 
 inside the compiled training loop.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from fmnist_jax.data.augment import Augmentation
+from fmnist_jax.data.augment import Augmentation, with_channels
 from fmnist_jax.rng import Streams
 from fmnist_jax.xla.jit import platform_jit
 from fmnist_jax.xla.noinline import reproducible
@@ -21,7 +22,7 @@ class Batch(NamedTuple):
     """The input of one training step.
 
     Attributes:
-      images: float32[batch, height, width, 1], values in [0, 1].
+      images: float32[batch, height, width, channels], values in [0, 1].
       labels: int32[batch].
       mask: bool[batch], False for the padding of an epoch's last batch.
     """
@@ -50,7 +51,7 @@ def read_batch(
     count in no loss and no metric, and only batch statistics see them.
 
     Args:
-      images: uint8[n, height, width], all training images.
+      images: uint8[n, height, width], or [n, height, width, 3] in colour, all training images.
       labels: int32[n], values in [0, num_classes).
       order: int32[m], the examples of the epoch in their order.
       step: int32[], number of steps taken so far in the run.
@@ -139,25 +140,35 @@ def join(tree: T) -> T:
 
 
 def scale(images: jax.Array) -> jax.Array:
-    """Maps uint8[batch, height, width] to float32[batch, height, width, 1] in [0, 1]."""
-    return images[..., None].astype(jnp.float32) / 255
+    """Maps uint8 images to float32[batch, height, width, channels], values in [0, 1]."""
+    return with_channels(images).astype(jnp.float32) / 255
+
+
+def input_shape(image_shape: Sequence[int]) -> tuple[int, ...]:
+    """Returns height, width and channels that a network sees of stored images.
+
+    Example:
+      >>> input_shape((28, 28)), input_shape((32, 32, 3))
+      ((28, 28, 1), (32, 32, 3))
+    """
+    return (*image_shape, 1)[:3]
 
 
 def checked_images(images: jax.Array) -> jax.Array:
-    """Returns the images as uint8[n, height, width].
+    """Returns the images as uint8[n, height, width], or [n, height, width, 3] in colour.
 
     Raises:
       TypeError: if they are not uint8.
-      ValueError: if their shape is neither this nor [n, height, width, 1].
+      ValueError: if their shape is neither one of these nor [n, height, width, 1].
     """
     if images.dtype != jnp.uint8:
         raise TypeError(f"images are {images.dtype}; expected uint8 with values 0 to 255")
     if images.ndim == 4 and images.shape[-1] == 1:
         images = images[..., 0]
-    if images.ndim != 3:
+    if images.ndim != 3 and (images.ndim, *images.shape[3:]) != (4, 3):
         raise ValueError(
-            f"images have shape {images.shape}; expected [n, height, width] or "
-            "[n, height, width, 1]"
+            f"images have shape {images.shape}; expected [n, height, width], or "
+            "[n, height, width, channels] with 1 or 3 channels"
         )
     return images
 

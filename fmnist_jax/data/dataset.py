@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from fmnist_jax.data.batches import input_shape
 from fmnist_jax.digest import sha256_array, sha256_bytes
 from fmnist_jax.errors import DataError
 
@@ -19,9 +20,9 @@ class Dataset:
     """Training and test images as NumPy arrays.
 
     Attributes:
-      train_images: uint8[n, height, width].
+      train_images: uint8[n, height, width], or [n, height, width, 3] in colour.
       train_labels: int32[n], values in [0, num_classes).
-      test_images: uint8[m, height, width].
+      test_images: uint8[m, ...], of the same shape.
       test_labels: int32[m].
       class_names: one name per class.
       test_indices: int32[m], each test image's position in the published test file.
@@ -43,14 +44,29 @@ class Dataset:
     sha256: str = ""
     sample: bool = False
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Height and width of an image, and 3 if it is in colour."""
+        return self.train_images.shape[1:]
+
+    @property
+    def mean_pixel(self) -> tuple[float, ...]:
+        """Mean of each channel of the training images, in [0, 1], to four decimals."""
+        num_channels = input_shape(self.image_shape)[2]
+        means = self.train_images.reshape(-1, num_channels).mean(axis=0) / 255
+        return tuple(round(float(mean), 4) for mean in means)
+
     def __post_init__(self) -> None:
         for split in ("train", "test"):
             images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
-            if images.dtype != np.uint8 or images.ndim != 3:
+            shape = (images.ndim, *images.shape[3:])
+            if images.dtype != np.uint8 or shape not in ((3,), (4, 1), (4, 3)):
                 raise DataError(
-                    f"{split}_images are {images.dtype}{list(images.shape)}; "
-                    "expected uint8[count, height, width]"
+                    f"{split}_images are {images.dtype}{list(images.shape)}; expected "
+                    "uint8[count, height, width], or [count, height, width, 3] in colour"
                 )
+            if shape == (4, 1):
+                object.__setattr__(self, f"{split}_images", images[..., 0])
             if labels.shape != images.shape[:1]:
                 raise DataError(
                     f"{split}_labels have shape {labels.shape} for {len(images):,} images; "

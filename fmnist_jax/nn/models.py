@@ -110,9 +110,11 @@ class DeepAugmented(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, dropout: Rate | None = None) -> jax.Array:
         images = _resize(images, self.image_size)
-        x = max_pool(
-            nn.relu(Conv(64, conv_general_dilated=_convolve_grey)(jnp.repeat(images, 3, axis=-1)))
-        )
+        first = Conv
+        if images.shape[-1] == 1:
+            images = jnp.repeat(images, 3, axis=-1)
+            first = functools.partial(Conv, conv_general_dilated=_convolve_grey)
+        x = max_pool(nn.relu(first(64)(images)))
         x = max_pool(nn.relu(Conv(64)(x)))
         x = max_pool(nn.relu(Conv(128)(x)))
         x = max_pool(nn.relu(Conv(128)(x)))

@@ -84,6 +84,11 @@ class WhitenedConv(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
+        if images.shape[-1] != 1:
+            raise ConfigError(
+                f"the images have {images.shape[-1]} channels, but this network whitens patches of "
+                "grey images; choose another, such as resnet20"
+            )
         patterns = whitening_patterns()
         shape = (1, 1, patterns.shape[-1], self.features)
         mixing = self.param("kernel", torch_uniform, shape, jnp.float32)

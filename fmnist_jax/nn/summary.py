@@ -26,7 +26,7 @@ _MOVES = (
 )  # fmt: skip
 
 
-def summarize(model: Any, variables: Any, image_shape: tuple[int, int]) -> list[dict[str, Any]]:
+def summarize(model: Any, variables: Any, image_shape: Sequence[int]) -> list[dict[str, Any]]:
     """Lists the layers of a network of any framework; it is traced, and nothing is computed.
 
     An operation that reads parameters belongs to their layer. Another one belongs to the layer
@@ -35,7 +35,7 @@ def summarize(model: Any, variables: Any, image_shape: tuple[int, int]) -> list[
     Args:
       model: has `apply`, as `fmnist_jax.train.step.Model` describes.
       variables: as `model.init` returns them, or their shapes and dtypes.
-      image_shape: height and width of the images.
+      image_shape: height and width of the images, and 3 if in colour.
 
     Returns:
       Rows from the images to the logits, ready for JSON: `layer`, a name; `inputs`, the rows whose
@@ -51,7 +51,7 @@ def summarize(model: Any, variables: Any, image_shape: tuple[int, int]) -> list[
       >>> rows[1]["layer"], rows[1]["shape"], rows[1]["params"], rows[1]["flops"]
       ('Conv_0', [28, 28, 64], 640, 1003520)
     """
-    images = jax.ShapeDtypeStruct((1, *image_shape, 1), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *(*image_shape, 1)[:3]), jnp.float32)
     jaxpr = inlined_jaxpr(functools.partial(model.apply, train=False), variables, images).jaxpr
     leaves = jax.tree.leaves_with_path(variables)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax.errors import InvalidRngError
 
 from fmnist_jax.config import short_name
+from fmnist_jax.data.batches import input_shape
 from fmnist_jax.errors import ConfigError, first_line
 from fmnist_jax.train.optim import check_scalars_act, first_update
 from fmnist_jax.train.predict import abstract_logits
@@ -22,7 +23,7 @@ _BATCH = 2
 def check_contract(
     config: StepConfig,
     given: tuple[str, ...],
-    image_shape: tuple[int, int],
+    image_shape: tuple[int, ...],
     num_classes: int,
     names: tuple[tuple[str, str], ...],
 ) -> None:
@@ -31,7 +32,7 @@ def check_contract(
     Args:
       config: the parts.
       given: names of the `Hyperparams` that are not None.
-      image_shape: height and width of the images.
+      image_shape: height and width of the images, and 3 if in colour.
       num_classes: number of classes.
       names: the name of each part of the recipe, for messages.
 
@@ -41,11 +42,11 @@ def check_contract(
     name_of = {part: short_name(name) for part, name in names}
     arch, model, scalar = name_of["arch"], config.model, jax.ShapeDtypeStruct((), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    images = jax.ShapeDtypeStruct((_BATCH, *image_shape, 1), jnp.float32)
+    images = jax.ShapeDtypeStruct((_BATCH, *input_shape(image_shape)), jnp.float32)
     labels = jax.ShapeDtypeStruct((_BATCH,), jnp.int32)
     # As `create_train_state` traces it, so that the trace serves there too.
     create = functools.partial(create_train_state, config=config, image_shape=image_shape)
-    image = jax.ShapeDtypeStruct((1, *image_shape, 1), jnp.float32)
+    image = images.update(shape=(1, *images.shape[1:]))
     with _explained(f"{arch} in init", image):
         state = jax.eval_shape(create, key)
     params = state.params
@@ -62,9 +63,10 @@ def check_contract(
             name_of["augmentation"], config.augment, key, labels.update(shape=()), labels, pixels,
             scalar,
         )  # fmt: skip
-        size = augmented.shape[1:3] if len(getattr(augmented, "shape", ())) == 4 else image_shape
+        is_batch = len(getattr(augmented, "shape", ())) == 4
+        size = augmented.shape[1:3] if is_batch else image_shape[:2]
         text = f"uint8{list(pixels.shape)}"
-        _check_shape(name_of["augmentation"], augmented, (_BATCH, *size, 1), text)
+        _check_shape(name_of["augmentation"], augmented, (_BATCH, *size, images.shape[3]), text)
     text = f"{arch} with train=True" + (" and dropout" if "dropout" in given else "")
     dropout = scalar if "dropout" in given else None
     train = functools.partial(apply_in_training, model=model)

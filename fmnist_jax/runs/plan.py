@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmnist_jax.config import PARTS, Interval, Run, to_dict
-from fmnist_jax.data.augment import Augmentation, RandomAffine
+from fmnist_jax.data.augment import Augmentation, RandomAffine, RandomShift
 from fmnist_jax.data.batches import steps_per_epoch
 from fmnist_jax.data.dataset import Dataset
+from fmnist_jax.data.sources import is_fashion_mnist
 from fmnist_jax.data.split import stratified_split
 from fmnist_jax.distributed.mesh import create_mesh
 from fmnist_jax.distributed.shards import Shards
@@ -104,8 +105,9 @@ class Plan:
 
     def create_state(self) -> TrainState:
         """Returns the state before the first step."""
-        height, width = self.dataset.train_images.shape[1:]
-        return create_train_state(self.streams.init, self.config, image_shape=(height, width))
+        return create_train_state(
+            self.streams.init, self.config, image_shape=self.dataset.image_shape
+        )
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -137,9 +139,8 @@ class Plan:
     @functools.cached_property
     def network(self) -> list[dict[str, Any]]:
         """The layers of the network, as `summarize` returns them; empty if it cannot."""
-        height, width = self.dataset.train_images.shape[1:]
         try:
-            return summarize(self.model, self.abstract_state.variables, (height, width))
+            return summarize(self.model, self.abstract_state.variables, self.dataset.image_shape)
         except Exception:  # noqa: BLE001 (of any network; a table is not worth a training)
             return []
 
@@ -191,7 +192,7 @@ def create_plan(
         tx=created["optimizer"],
         batch_size=recipe.batch_size,
         loss=created["loss"],
-        augment=_fitted(created["augmentation"], run),
+        augment=_fitted(created["augmentation"], run, dataset),
         schedule=created["schedule"],
         dtype=recipe.dtype,
         matmul_precision=recipe.matmul_precision,
@@ -212,9 +213,8 @@ def create_plan(
             f"schedule is {recipe.schedule}, but learning_rate is None; a schedule scales it"
         )
     given = [name for name, value in plan.hyperparams._asdict().items() if value is not None]
-    height, width = dataset.train_images.shape[1:]
     names = tuple((part, getattr(recipe, part)) for part in PARTS)
-    check_contract(config, tuple(given), (height, width), num_classes, names)
+    check_contract(config, tuple(given), dataset.image_shape, num_classes, names)
     return plan
 
 
@@ -280,9 +280,11 @@ def _create_layout(run: Run) -> Layout:
     return Shards(shards, create_mesh(num_devices))
 
 
-def _fitted(augment: Augmentation | None, run: Run) -> Augmentation | None:
-    """Returns the augmentation with the image size of the recipe, after checking its strength."""
+def _fitted(augment: Augmentation | None, run: Run, dataset: Dataset) -> Augmentation | None:
+    """Fills in the image size of the recipe and the mean pixel of the data; checks the strength."""
     recipe = run.recipe
+    if isinstance(augment, RandomShift) and not is_fashion_mnist(dataset.sha256):
+        return dataclasses.replace(augment, erase_value=dataset.mean_pixel)
     if not isinstance(augment, RandomAffine):
         return augment  # the network itself resizes the images
     augment = dataclasses.replace(augment, image_size=recipe.image_size)

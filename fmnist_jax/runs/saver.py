@@ -98,7 +98,7 @@ class Saver:
             "epoch_seconds": loop.epoch_seconds,
             "history": loop.history,
             "is_finished": loop.is_finished,
-            "image_shape": self._plan.dataset.train_images.shape[1:],
+            "image_shape": self._plan.dataset.image_shape,
         }
         try:
             processes.on_first(

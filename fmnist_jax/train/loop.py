@@ -15,6 +15,7 @@ from fmnist_jax.data.batches import (
     check_labels,
     checked_images,
     epoch_order,
+    input_shape,
     read_batch,
     steps_per_epoch,
 )
@@ -286,9 +287,10 @@ def _in_range(inputs: TrainInputs, state: TrainState, config: StepConfig) -> Tra
 
 
 def seen_image_shape(inputs: TrainInputs, config: StepConfig) -> tuple[int, ...]:
-    """Returns height and width of the images that the model sees."""
+    """Returns height, width and channels of the images that the model sees."""
+    height, width, channels = input_shape(inputs.images.shape[1:])
     size = getattr(config.augment, "image_size", None)
-    return inputs.images.shape[1:3] if size is None else (size, size)
+    return (height if size is None else size, width if size is None else size, channels)
 
 
 def with_microbatch_size(config: StepConfig, state: TrainState, inputs: TrainInputs) -> StepConfig:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fmnist_jax.data.batches import input_shape
 from fmnist_jax.train.step import apply_in_training
 
 # Bytes of residuals of a microbatch, such that the backward pass reads them from the cache.
@@ -29,7 +30,7 @@ def choose_microbatch_size(
     Args:
       variables: the model's variables, or their shapes and dtypes.
       model: as in `StepConfig`.
-      image_shape: height and width of the images that the model sees.
+      image_shape: height and width of the images that the model sees, and 3 if in colour.
       batch_size: examples per step; the microbatches are about equal parts of it.
 
     Example:
@@ -44,7 +45,7 @@ def choose_microbatch_size(
         return batch_size
 
     # The same number of images for all callers, so that the model is traced once for this.
-    images = jax.ShapeDtypeStruct((128, *image_shape, 1), jnp.float32)
+    images = jax.ShapeDtypeStruct((128, *input_shape(image_shape)), jnp.float32)
     key = jax.eval_shape(jax.random.key, 0)
     params = variables["params"]
     num_bytes = _num_bytes(_residuals.eval_shape(params, images, key, model=model))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fmnist_jax.data.batches import check_labels, checked_images, join, scale
+from fmnist_jax.data.batches import check_labels, checked_images, input_shape, join, scale
 from fmnist_jax.fast.rewrite import optimize_for_cpu
 from fmnist_jax.train import metrics as metrics_lib
 from fmnist_jax.train.layout import ONE_DEVICE, Layout
@@ -48,7 +48,8 @@ def predict(
 
     Args:
       variables: the model's variables, `state.variables`.
-      images: uint8[n, height, width] or uint8[n, height, width, 1], values 0 to 255.
+      images: uint8[n, height, width], or [n, height, width, channels] with 1 or 3 channels, values
+        0 to 255.
       model: as in `StepConfig`.
       batch_size: images per pass. It bounds the memory and changes results by rounding only. None
         chooses (`choose_microbatch_size`).
@@ -86,7 +87,7 @@ def predict(
     logits = []
     for start in range(0, max(len(images), 1), call_size):
         part = images[start : start + call_size]
-        part = pad(part, ((0, call_size - len(part)), (0, 0), (0, 0)))
+        part = pad(part, ((0, call_size - len(part)), *((0, 0) for _ in images.shape[1:])))
         batches: Any = part.reshape(num_batches, batch_size, *images.shape[1:])
         logits.append(_predict(variables, batches, model=model, layout=layout))
         if on_call is not None:
@@ -97,7 +98,7 @@ def predict(
 
 def abstract_logits(variables: Any, image_shape: Sequence[int], *, model: Model) -> Any:
     """Returns shape and dtype of the logits of one image; traced once for the same shapes."""
-    images = jax.ShapeDtypeStruct((1, *image_shape, 1), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *input_shape(image_shape)), jnp.float32)
     return _logits.eval_shape(variables, images, model=model)
 
 
@@ -108,7 +109,7 @@ def _logits(variables: Any, images: jax.Array, *, model: Model) -> jax.Array:
 
 @platform_jit(static_argnames=("model", "layout"))
 def _predict(variables: Any, batches: jax.Array, *, model: Model, layout: Layout) -> jax.Array:
-    """Maps uint8[batches, batch, height, width] to float32[batches * batch, num_classes]."""
+    """Maps uint8[batches, batch, height, width, ...] to float32[batches * batch, num_classes]."""
 
     def apply(variables: Any, batches: jax.Array) -> jax.Array:
         logits = optimize_for_cpu(functools.partial(model.apply, train=False))
@@ -180,7 +181,7 @@ def predict_tta(
 
     Args:
       variables: the model's variables, `state.variables`.
-      images: uint8[n, height, width], values 0 to 255.
+      images: as for `predict`.
       model: as in `StepConfig`.
       on_call: as for `predict`, with the images of all views counted.
       layout: as for `predict`.
@@ -202,8 +203,8 @@ def predict_tta(
       True
     """
     images = np.asarray(checked_images(images))
-    height, width = images.shape[1:]
-    padded = np.pad(images, ((0, 0), (1, 1), (1, 1)))
+    height, width = images.shape[1:3]
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0))[: images.ndim])
     views = []
     for row, column in _TTA_SHIFTS:
         view = padded[:, 1 - row : 1 - row + height, 1 - column : 1 - column + width]

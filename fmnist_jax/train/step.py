@@ -17,7 +17,7 @@ from jax import lax
 
 from fmnist_jax.config import DtypeName
 from fmnist_jax.data.augment import Augmentation
-from fmnist_jax.data.batches import Batch, join, split
+from fmnist_jax.data.batches import Batch, input_shape, join, split
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.fast.rewrite import optimize_for_cpu
 from fmnist_jax.nn.adapters import init_variables
@@ -39,7 +39,7 @@ class Model(Protocol):
 
         Args:
           variables: as `init` returns them.
-          *args: the images, float[batch, height, width, 1], values in [0, 1].
+          *args: the images, float[batch, height, width, channels], values in [0, 1].
           **kwargs: `train`, whether dropout and batch statistics are those of training. In
             training also `rngs`, {"dropout": a typed key}; for a model with collections besides
             its parameters `mutable`, their names, and it then returns logits and their new
@@ -169,14 +169,14 @@ class TrainState(NamedTuple):
 
 
 def create_train_state(
-    key: jax.Array, config: StepConfig, *, image_shape: tuple[int, int] = (28, 28)
+    key: jax.Array, config: StepConfig, *, image_shape: tuple[int, ...] = (28, 28)
 ) -> TrainState:
     """Draws the initial state.
 
     Args:
       key: a typed PRNG key, used here and nowhere else.
       config: its model and optimizer.
-      image_shape: height and width of the images that the model will see.
+      image_shape: height and width of the images that the model will see, and 3 if in colour.
 
     Example:
       >>> import fmnist_jax as fm
@@ -191,9 +191,9 @@ def create_train_state(
 # One program in place of some twenty small ones.
 @platform_jit(static_argnames=("model", "tx", "image_shape"), quick=True)
 def _create_train_state(
-    key: jax.Array, *, model: Model, tx: optax.GradientTransformation, image_shape: tuple[int, int]
+    key: jax.Array, *, model: Model, tx: optax.GradientTransformation, image_shape: tuple[int, ...]
 ) -> TrainState:
-    images = jnp.zeros((1, *image_shape, 1), jnp.float32)
+    images = jnp.zeros((1, *input_shape(image_shape)), jnp.float32)
     variables = init_variables(key, images, model=model)
     params = variables.pop("params", {})
     # Copied, because an optimizer may return one array twice, and donated arrays must be distinct.

@@ -251,3 +251,27 @@ def test_erased_rectangles_have_the_areas_and_ratios_of_the_paper(getkey):
     ratios = np.log(heights[some] / widths[some])
     assert np.abs(ratios).max() < np.log(1 / 0.3) + 0.15
     np.testing.assert_allclose(ratios.mean(), 0, atol=0.05)
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_colours_are_augmented_alike(name, getkey):
+    augmentation, key = AUGMENTATIONS[name], getkey()
+    if isinstance(augmentation, RandomShift):
+        augmentation = dataclasses.replace(augmentation, erase_value=(0.25, 0.25, 0.25))
+    images = jax.random.bits(getkey(), (20, 10, 10, 3), jnp.uint8)
+    examples = jnp.arange(20)
+    augmented = augmentation(key, jnp.int32(3), examples, images)
+    chex.assert_shape(augmented, images.shape)
+    for channel in range(3):
+        grey = augmentation(key, jnp.int32(3), examples, images[..., channel])
+        np.testing.assert_allclose(augmented[..., channel], grey[..., 0], atol=1e-6)
+
+
+def test_erased_rectangles_have_the_colour_that_is_given(getkey):
+    colour = (0.1, 0.5, 0.9)
+    augmentation = RandomShift(shift=0, flip=False, erase=1.0, erase_value=colour)
+    images = jnp.zeros((50, 12, 16, 3), jnp.uint8)
+    pixels = np.asarray(augmentation(getkey(), jnp.int32(0), jnp.arange(50), images))
+    erased = np.any(pixels > 0, axis=-1)
+    assert np.any(erased, axis=(1, 2)).mean() > 0.9
+    np.testing.assert_allclose(pixels[erased], np.tile(colour, (erased.sum(), 1)), rtol=1e-6)

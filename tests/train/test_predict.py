@@ -80,7 +80,7 @@ def test_images_may_have_a_channel_be_on_the_device_traced_or_missing(variables,
     [
         (np.zeros((2, 28, 28), np.float32), TypeError, "images are float32; expected uint8"),
         (np.zeros((28, 28), np.uint8), ValueError, r"images have shape \(28, 28\)"),
-        (np.zeros((2, 28, 28, 3), np.uint8), ValueError, r"expected \[n, height, width\]"),
+        (np.zeros((2, 28, 28, 4), np.uint8), ValueError, r"expected \[n, height, width\]"),
     ],
 )
 def test_other_images_are_refused(images, error, message, variables):
@@ -110,18 +110,20 @@ def test_sums_are_float32_whatever_the_dtype_of_the_model(tiny):
     chex.assert_trees_all_equal_dtypes(result, metrics.zeros())
 
 
-def test_tta_averages_the_probabilities_of_shifted_and_mirrored_images(sample):
+@pytest.mark.parametrize("shape", [(28, 28), (12, 20, 3)])
+def test_tta_averages_the_probabilities_of_shifted_and_mirrored_images(shape):
     config = fm.StepConfig(model=Linear(), tx=optax.sgd(0.1))
-    variables = fm.create_train_state(jax.random.key(1), config).variables
-    images = sample.test_images[:7]
+    variables = fm.create_train_state(jax.random.key(1), config, image_shape=shape).variables
+    images = np.random.default_rng(0).integers(0, 256, (7, *shape), np.uint8)
 
     def probabilities(view):
-        logits: Any = Linear().apply(variables, view[..., None] / np.float32(255), train=False)
+        pixels = view.reshape(*view.shape[:3], -1) / np.float32(255)
+        logits: Any = Linear().apply(variables, pixels, train=False)
         return jax.nn.softmax(logits)
 
     expected = np.zeros((7, 10))
     for shift, weight in (((0, 0), 0.25), ((1, 1), 0.125), ((-1, -1), 0.125)):
-        shifted = scipy.ndimage.shift(images, (0, *shift), order=0)
+        shifted = scipy.ndimage.shift(images, (0, *shift, 0)[: images.ndim], order=0)
         expected += weight * (probabilities(shifted) + probabilities(np.flip(shifted, axis=2)))
     result = predict_tta(variables, images, model=Linear())
     np.testing.assert_allclose(np.exp(result), expected, rtol=1e-4, atol=1e-6)
