@@ -1,4 +1,7 @@
-"""Pictures of articles, prepared like the images of Fashion-MNIST: light on black, 28 x 28."""
+"""Pictures in files: as images of a data set, or prepared like those of Fashion-MNIST.
+
+The latter are light on black, 28 x 28.
+"""
 
 import io
 import os
@@ -6,7 +9,7 @@ import stat
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,7 +92,61 @@ def read_pictures(path: Path) -> Iterator[Picture | DataError]:
             else:
                 yield Picture(f"{path}[{number}]", prepared, inverted, is_original)
     else:
-        yield Picture(str(path), *prepare(_read_grey(content, path)), False)
+        yield Picture(str(path), *prepare(_read(content, path, _grey)), False)
+
+
+def read_image(
+    source: Path | bytes, channels: int | None = None, size: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Reads a PNG, JPEG or WebP file as an image of a data set.
+
+    The picture is turned upright by its Exif orientation, transparent pixels are blended onto
+    white, and 16 bits are reduced to 8.
+
+    Args:
+      source: the file, which may be a pipe, or its content.
+      channels: 1 for grey, 3 for RGB; None keeps grey pictures grey and others RGB.
+      size: height and width, as in `resized`; None keeps those of the picture.
+
+    Returns:
+      uint8[height, width], or [height, width, 3] in colour.
+
+    Raises:
+      DataError: if the file has another format, or is empty, damaged, truncated or too large.
+
+    Example:
+      >>> file = io.BytesIO()
+      >>> Image.new("RGB", (80, 60), "red").save(file, "png")
+      >>> image = read_image(file.getvalue(), size=(32, 40))
+      >>> image.shape, image[0, 0].tolist(), read_image(file.getvalue(), 1).shape
+      ((32, 40, 3), [255, 0, 0], (60, 80))
+    """
+    content, name = (source, "picture") if isinstance(source, bytes) else (_content(source), source)
+    if not content:
+        raise DataError("is empty")
+    return _read(content, name, lambda picture: resized(_on_white(picture), channels, size))
+
+
+def resized(
+    picture: Image.Image, channels: int | None = None, size: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Converts a picture of 8 bits to uint8[height, width], or [height, width, 3] in colour.
+
+    Both sides are resized with antialiasing, so another ratio of the sides distorts the picture.
+
+    Args:
+      picture: without transparency.
+      channels: as for `read_image`.
+      size: as for `read_image`.
+    """
+    if channels is None:
+        channels = 1 if picture.mode in ("1", "L") else 3
+    picture = picture.convert("L" if channels == 1 else "RGB")
+    if size is not None:
+        # Bilinear, as most collections of networks were trained on; it adds no bright or dark
+        # seams along edges, as LANCZOS does. Pillow averages over all pixels that it reduces.
+        picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)
+    return np.asarray(picture)
 
 
 def _content(path: Path) -> bytes:
@@ -193,8 +250,10 @@ def _extent(shares: np.ndarray, factor: int) -> tuple[int, int]:
     return int(found[0]) * factor, (int(found[-1]) + 1) * factor
 
 
-def _read_grey(content: bytes, path: Path) -> np.ndarray:
-    """Reads uint8[height, width], turned upright, without transparency."""
+def _read(
+    content: bytes, name: Path | str, convert: Callable[[Image.Image], np.ndarray]
+) -> np.ndarray:
+    """Converts the picture in a file, turned upright; warnings have the name."""
     if content[:8] == _PNG:
         content = _pixels_of_png(content)
     try:
@@ -209,7 +268,7 @@ def _read_grey(content: bytes, path: Path) -> np.ndarray:
                         f"at most {_MAX_SIDE:,} in a row"
                     )
                 picture.load()
-                grey = _grey(ImageOps.exif_transpose(picture))
+                image = convert(ImageOps.exif_transpose(picture))
     except UnidentifiedImageError as error:
         raise DataError("is not a PNG, JPEG, WebP or IDX file") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -220,8 +279,8 @@ def _read_grey(content: bytes, path: Path) -> np.ndarray:
             raise
         raise DataError(f"is damaged: {error}") from error
     for note in noted:
-        warnings.warn(f"{path}: {note.message}", DataWarning, stacklevel=2)
-    return grey
+        warnings.warn(f"{name}: {note.message}", DataWarning, stacklevel=2)
+    return image
 
 
 def _pixels_of_png(content: bytes) -> bytes:
@@ -240,9 +299,25 @@ def _pixels_of_png(content: bytes) -> bytes:
     return b"".join(kept)
 
 
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    pixels = np.asarray(picture, np.float32) / 257
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    picture = _eight_bits(picture)
+    if not picture.has_transparency_data:
+        return picture
+    is_grey = picture.mode in ("1", "L", "LA", "La")
+    white = Image.new("RGBA", picture.size, "white")
+    blended = Image.alpha_composite(white, picture.convert("RGBA"))
+    return blended.convert("L" if is_grey else "RGB")
+
+
 def _grey(picture: Image.Image) -> np.ndarray:
-    if picture.mode.startswith(("I", "F")):  # 16 bits
-        return np.clip(np.asarray(picture, np.float32) / 257, 0, 255).astype(np.uint8)
+    picture = _eight_bits(picture)
     if not picture.has_transparency_data:
         return np.asarray(picture.convert("L"))
     picture = picture.convert("LA")

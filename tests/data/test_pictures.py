@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from fmnist_jax.data import idx
-from fmnist_jax.data.pictures import prepare, read_pictures
+from fmnist_jax.data.pictures import prepare, read_image, read_pictures
 from fmnist_jax.errors import DataError, DataWarning
 from tests.data.idx_files import write_idx
 
@@ -291,3 +291,80 @@ def test_pipes_are_read_and_without_a_writer_empty(article, tmp_path):
     np.testing.assert_array_equal(picture.image, read(tmp_path / "a.png").image)
     with pytest.raises(DataError, match="is neither a file nor a pipe"):
         read(Path("/dev/zero"))
+
+
+@pytest.fixture(scope="module")
+def photo():
+    """Three soft blobs, one per channel, uint8[60, 90, 3]."""
+    y, x = np.mgrid[:60, :90]
+    centers = ((20, 20), (40, 45), (25, 70))
+    blobs = [np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / 200) for cy, cx in centers]
+    return (255 * np.stack(blobs, -1)).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("channels", [None, 1, 3])
+def test_an_image_has_the_pixels_of_its_file(channels, photo, tmp_path):
+    grey = np.asarray(Image.fromarray(photo).convert("L"))
+    for name, pixels in (("grey", grey), ("colour", photo)):
+        path = tmp_path / f"{name}.png"
+        Image.fromarray(pixels).save(path)
+        expected = grey if channels == 1 else pixels
+        if channels == 3 and pixels is grey:
+            expected = np.stack([grey] * 3, -1)
+        for source in (path, path.read_bytes()):
+            np.testing.assert_array_equal(read_image(source, channels), expected)
+
+
+def test_resizing_averages_over_all_pixels(photo, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (600, 900, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    image = read_image(tmp_path / "noise.png", size=(20, 60))
+    assert image.shape == (20, 60, 3)
+    # Of uniform values; nearest pixels would have 74. A triangle of twice 30 x 15 pixels averages
+    # as many pixels as a box of 1.5 ** 2 * 30 * 15.
+    assert image.std() == pytest.approx(255 / 12**0.5 / (1.5 * 450**0.5), rel=0.1)
+    # No seams beside an edge.
+    Image.fromarray(np.repeat([[50, 200]], 300, 1).astype(np.uint8)).save(tmp_path / "edge.png")
+    edge = read_image(tmp_path / "edge.png", size=(1, 40))
+    assert (edge.min(), edge.max()) == (50, 200)
+    # Enlarged and not square: the blobs stay where they are.
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    large = read_image(tmp_path / "photo.png", size=(240, 180))
+    peaks = [np.unravel_index(large[..., k].argmax(), (240, 180)) for k in range(3)]
+    np.testing.assert_allclose(peaks, [(82, 41), (162, 91), (102, 141)], atol=2)
+
+
+def test_an_image_is_upright_on_white_and_of_eight_bits(photo, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to view
+    Image.fromarray(np.rot90(photo)).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), photo)
+    alpha = np.random.default_rng(0).integers(0, 256, photo.shape[:2], dtype=np.uint8)
+    Image.fromarray(np.dstack([photo, alpha])).save(tmp_path / "a.webp", lossless=True, exact=True)
+    share = alpha[..., None] / 255
+    expected = photo * share + 255 * (1 - share)
+    assert np.abs(read_image(tmp_path / "a.webp") - expected).max() < 1
+    Image.fromarray(np.dstack([photo[..., 0], alpha])).save(tmp_path / "b.png")
+    assert np.abs(read_image(tmp_path / "b.png") - expected[..., 0]).max() < 1
+    Image.fromarray(photo[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "deep.png"), photo[..., 0])
+    Image.fromarray(photo).quantize(16).save(tmp_path / "palette.png")
+    assert read_image(tmp_path / "palette.png").shape == photo.shape
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cut.png", "is damaged"), ("cut.jpg", "is damaged"), ("text.png", "is not a PNG, JPEG"),
+        ("empty.png", "is empty"), ("wide.png", "100,000 x 2 pixels"),
+        ("bomb.png", "too many pixels"), ("exif.png", "is damaged"),
+        ("missing.png", "cannot be read"), ("folder.png", "cannot be read"),
+    ],
+)  # fmt: skip
+def test_an_image_that_cannot_be_read_is_refused(name, message, tmp_path):
+    bad_files(tmp_path)
+    with pytest.raises(DataError, match=message):
+        read_image(tmp_path / name)
+    if (tmp_path / name).is_file():
+        with pytest.raises(DataError, match=message):
+            read_image((tmp_path / name).read_bytes(), 3, (28, 28))
