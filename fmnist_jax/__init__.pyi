@@ -8,6 +8,7 @@ from .data.batches import Batch as Batch
 from .data.batches import epoch_order as epoch_order
 from .data.dataset import Dataset as Dataset
 from .data.dataset import select_classes as select_classes
+from .data.sources import load_dataset as load_dataset
 from .data.sources import load_fashion_mnist as load_fashion_mnist
 from .distributed.mesh import create_mesh as create_mesh
 from .distributed.shards import Shards as Shards

@@ -21,6 +21,8 @@ from rich.table import Table
 import fmnist_jax as fm
 from fmnist_jax.analysis import stats
 from fmnist_jax.commands import flags, shell
+from fmnist_jax.data.sources import is_fashion_mnist
+from fmnist_jax.errors import ConfigError
 from fmnist_jax.recipes import CLAIMS, Claim
 from fmnist_jax.runs import files
 from fmnist_jax.runs.plan import create_plan
@@ -54,6 +56,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         archs.remove("deep_augmented")
     runs = [flags.create_run(arguments, arch, arguments.workdir) for arch in archs]
     dataset = flags.load_data(arguments)
+    if not is_fashion_mnist(dataset.sha256):
+        raise ConfigError(f"the claims are about Fashion-MNIST, but this is {dataset.source}")
     for run in runs:
         create_plan(run, dataset)  # refuses settings that do not fit before any training
     rows = []

@@ -41,9 +41,23 @@ def add_recipe_flag(parser: argparse.ArgumentParser, **options: Any) -> None:
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say where the data are."""
-    group = parser.add_argument_group("data").add_mutually_exclusive_group()
-    group.add_argument("--data-dir", type=Path, metavar="DIR", help="IDX files, or TFDS directory")
+    data = parser.add_argument_group("data", "Without these, Fashion-MNIST is found or downloaded.")
+    group = data.add_mutually_exclusive_group()
+    group.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="Fashion-MNIST: IDX files, or TFDS directory"
+    )
     group.add_argument("--sample", action="store_true", help="use the embedded sample")
+    group.add_argument(
+        "--dataset",
+        metavar="SOURCE",
+        help="other images: folder of pictures, .npz archive, IDX files, or name in TFDS",
+    )
+    data.add_argument(
+        "--resize", type=int, metavar="N", help="resize the images of --dataset to N x N pixels"
+    )
+    data.add_argument(
+        "--skip-unreadable", action="store_true", help="leave out pictures that cannot be read"
+    )
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -155,7 +169,8 @@ def load_data(arguments: argparse.Namespace) -> fm.Dataset:
     """Loads the data that the flags describe.
 
     Raises:
-      ConfigError: if --exclude was made for other data, or is combined with --classes.
+      ConfigError: if --exclude was made for other data, or is combined with --classes, or a flag
+        of --dataset is given without it.
       DataError: if the data cannot be read.
     """
     classes = getattr(arguments, "classes", None)
@@ -163,7 +178,16 @@ def load_data(arguments: argparse.Namespace) -> fm.Dataset:
         raise errors.ConfigError(
             "--exclude lists positions among the images of all classes; leave --classes out"
         )
-    dataset = fm.load_fashion_mnist(arguments.data_dir, sample=arguments.sample)
+    if arguments.dataset is not None:
+        dataset = fm.load_dataset(
+            arguments.dataset,
+            resize=arguments.resize,
+            skip_unreadable=arguments.skip_unreadable,
+        )
+    elif arguments.resize is not None or arguments.skip_unreadable:
+        raise errors.ConfigError("--resize and --skip-unreadable are for --dataset")
+    else:
+        dataset = fm.load_fashion_mnist(arguments.data_dir, sample=arguments.sample)
     check_excluded(arguments, dataset)
     return dataset if classes is None else fm.select_classes(dataset, classes)
 

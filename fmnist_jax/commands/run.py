@@ -22,6 +22,8 @@ from rich.table import Table
 
 import fmnist_jax as fm
 from fmnist_jax.commands import flags, shell
+from fmnist_jax.data.dataset import describe
+from fmnist_jax.data.sources import is_fashion_mnist
 from fmnist_jax.distributed import processes
 from fmnist_jax.distributed.watchdog import Watchdog
 from fmnist_jax.errors import ConfigError
@@ -42,7 +44,7 @@ from fmnist_jax.xla.jit import has_bfloat16_instructions
 def create_parser() -> argparse.ArgumentParser:
     """Creates the parser of the command line."""
     parser = flags.Parser(
-        description="Trains a recipe on Fashion-MNIST and writes a report.",
+        description="Trains a recipe on Fashion-MNIST, or other images, and writes a report.",
         epilog="The same command resumes an interrupted run.",
     )
     flags.add_recipe_flag(parser, default="small_dropout")
@@ -244,6 +246,7 @@ def _print_plan(plan: Plan, console: Console) -> None:
         "data": f"{dataset.source}: {len(plan.train_examples):,} training, "
         f"{len(plan.val_examples):,} validation, {len(dataset.test_labels):,} test images; "
         f"{len(dataset.class_names)} classes",
+        **({} if is_fashion_mnist(dataset.sha256) else describe(dataset)),
         "recipe": ", ".join(_format_recipe(run.recipe)),
         "steps": f"{plan.total_steps:,}, {plan.steps_per_epoch:,} per epoch",
         "seed": str(run.seed),

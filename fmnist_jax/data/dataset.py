@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from fmnist_jax.analysis.duplicates import exact_duplicates
 from fmnist_jax.data.batches import input_shape
 from fmnist_jax.digest import sha256_array, sha256_bytes
 from fmnist_jax.errors import DataError
@@ -13,6 +14,8 @@ CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
+
+_NUM_SHOWN = 20  # with more classes, `describe` gives the smallest and the largest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,9 +28,11 @@ class Dataset:
       test_images: uint8[m, ...], of the same shape.
       test_labels: int32[m].
       class_names: one name per class.
+      val_examples: int32[k], positions in the training images of the validation split that the
+        data bring; None if a run is to draw one.
       test_indices: int32[m], each test image's position in the published test file.
       source: where the data came from, for display.
-      sha256: of the four arrays, before classes were selected.
+      sha256: of the four arrays and `val_examples`, before classes were selected.
       sample: True for the embedded sample, whose accuracies are not comparable with published ones.
 
     Raises:
@@ -43,6 +48,7 @@ class Dataset:
     source: str = "arrays"
     sha256: str = ""
     sample: bool = False
+    val_examples: np.ndarray | None = None
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -89,7 +95,9 @@ class Dataset:
             indices = np.arange(len(self.test_labels), dtype=np.int32)
             object.__setattr__(self, "test_indices", indices)
         if not self.sha256:
-            arrays = (self.train_images, self.train_labels, self.test_images, self.test_labels)
+            arrays = [self.train_images, self.train_labels, self.test_images, self.test_labels]
+            if self.val_examples is not None:
+                arrays.append(self.val_examples)
             object.__setattr__(self, "sha256", combined_sha256(arrays))
 
 
@@ -118,6 +126,10 @@ def select_classes(dataset: Dataset, classes: str | Sequence[str | int]) -> Data
     new_label[numbers] = np.arange(len(numbers))
     train, test = new_label[dataset.train_labels] >= 0, new_label[dataset.test_labels] >= 0
     assert dataset.test_indices is not None  # set in __post_init__
+    val_examples = dataset.val_examples
+    if val_examples is not None:
+        is_val = np.isin(np.arange(len(train)), val_examples)
+        val_examples = np.flatnonzero(is_val[train]).astype(np.int32)
     return dataclasses.replace(
         dataset,
         train_images=dataset.train_images[train],
@@ -125,8 +137,41 @@ def select_classes(dataset: Dataset, classes: str | Sequence[str | int]) -> Data
         test_images=dataset.test_images[test],
         test_labels=new_label[dataset.test_labels[test]],
         test_indices=dataset.test_indices[test],
+        val_examples=val_examples,
         class_names=tuple(dataset.class_names[number] for number in numbers),
     )
+
+
+def describe(dataset: Dataset) -> dict[str, str]:
+    """Describes data that are not known: sizes, images by class, duplicates and SHA-256.
+
+    Example:
+      >>> images, labels = np.zeros((4, 8, 8), np.uint8), np.array([0, 0, 0, 1])
+      >>> for name, text in describe(Dataset(images, labels, images[:1], labels[:1],
+      ...                                    class_names=("a", "b"))).items():
+      ...     print(f"{name}: {text}")
+      images: 8 x 8 pixels, grey
+      training images by class: a 3, b 1
+      same pixels as another image: 4 training images, 1 test images
+      SHA-256: f6d018aa336e286f
+    """
+    height, width, channels = input_shape(dataset.image_shape)
+    counts = np.bincount(dataset.train_labels, minlength=len(dataset.class_names)).tolist()
+    by_class = ", ".join(
+        f"{name} {count:,}" for name, count in zip(dataset.class_names, counts, strict=True)
+    )
+    if len(counts) > _NUM_SHOWN:
+        by_class = f"{min(counts):,} to {max(counts):,}"
+    groups = exact_duplicates(np.concatenate([dataset.train_images, dataset.test_images]))
+    positions = [position for group in groups for position in group]
+    num_train = sum(position < len(dataset.train_labels) for position in positions)
+    return {
+        "images": f"{height} x {width} pixels, {'grey' if channels == 1 else 'colour'}",
+        "training images by class": by_class,
+        "same pixels as another image": f"{num_train:,} training images, "
+        f"{len(positions) - num_train:,} test images",
+        "SHA-256": dataset.sha256[:16],
+    }
 
 
 def combined_sha256(arrays: Sequence[np.ndarray]) -> str:

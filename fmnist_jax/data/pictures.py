@@ -3,6 +3,7 @@
 The latter are light on black, 28 x 28.
 """
 
+import contextlib
 import io
 import os
 import stat
@@ -121,10 +122,16 @@ def read_image(
       >>> image.shape, image[0, 0].tolist(), read_image(file.getvalue(), 1).shape
       ((32, 40, 3), [255, 0, 0], (60, 80))
     """
-    content, name = (source, "picture") if isinstance(source, bytes) else (_content(source), source)
-    if not content:
-        raise DataError("is empty")
-    return _read(content, name, lambda picture: resized(_on_white(picture), channels, size))
+    with _noted("picture" if isinstance(source, bytes) else source):
+        return decode_image(source, channels, size)
+
+
+def decode_image(
+    source: Path | bytes, channels: int | None = None, size: tuple[int, int] | None = None
+) -> np.ndarray:
+    """As `read_image`, for many files in threads: the warnings are those of Pillow."""
+    content = source if isinstance(source, bytes) else _content(source)
+    return _decoded(content, lambda picture: resized(_on_white(picture), channels, size))
 
 
 def resized(
@@ -253,34 +260,46 @@ def _extent(shares: np.ndarray, factor: int) -> tuple[int, int]:
 def _read(
     content: bytes, name: Path | str, convert: Callable[[Image.Image], np.ndarray]
 ) -> np.ndarray:
-    """Converts the picture in a file, turned upright; warnings have the name."""
+    with _noted(name):
+        return _decoded(content, convert)
+
+
+@contextlib.contextmanager
+def _noted(name: Path | str) -> Iterator[None]:
+    """Adds a name to warnings; not for threads, which share the filters of warnings."""
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error of `_decoded`
+        yield
+    for note in noted:
+        warnings.warn(f"{name}: {note.message}", DataWarning, stacklevel=2)
+
+
+def _decoded(content: bytes, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+    """Converts the picture in a file, turned upright."""
+    if not content:
+        raise DataError("is empty")
     if content[:8] == _PNG:
         content = _pixels_of_png(content)
     try:
-        with warnings.catch_warnings(record=True) as noted:
-            warnings.simplefilter("always")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as picture:
-                width, height = picture.size
-                if max(width, height) > _MAX_SIDE or width * height > _MAX_PIXELS:
-                    raise DataError(
-                        f"has {width:,} x {height:,} pixels; expected at most {_MAX_PIXELS:,}, and "
-                        f"at most {_MAX_SIDE:,} in a row"
-                    )
-                picture.load()
-                image = convert(ImageOps.exif_transpose(picture))
+        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as picture:
+            width, height = picture.size
+            if max(width, height) > _MAX_SIDE or width * height > _MAX_PIXELS:
+                raise DataError(
+                    f"has {width:,} x {height:,} pixels; expected at most {_MAX_PIXELS:,}, and "
+                    f"at most {_MAX_SIDE:,} in a row"
+                )
+            picture.load()
+            return convert(ImageOps.exif_transpose(picture))
     except UnidentifiedImageError as error:
         raise DataError("is not a PNG, JPEG, WebP or IDX file") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
         raise DataError(f"has too many pixels; expected at most {_MAX_PIXELS:,}") from error
     # Pillow has no common base class of its errors.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"is damaged: {error}") from error
-    for note in noted:
-        warnings.warn(f"{name}: {note.message}", DataWarning, stacklevel=2)
-    return image
 
 
 def _pixels_of_png(content: bytes) -> bytes:

@@ -1,20 +1,29 @@
-"""`load_fashion_mnist`: finds, verifies and loads the data.
+"""Fashion-MNIST, found, verified and loaded; and image sets of any other source."""
 
-Every source gives the arrays of the published files, in their order: images uint8[n, 28, 28] with
-values 0 (background) to 255, labels int32[n].
-"""
-
+import dataclasses
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
+from PIL import Image
 
 from fmnist_jax.data import idx
 from fmnist_jax.data import tfds as tfds_source
 from fmnist_jax.data.dataset import Dataset, combined_sha256, joined_sha256
+from fmnist_jax.data.image_sets import (
+    ImageSet,
+    Split,
+    read_archive,
+    read_class_names,
+    read_folder,
+)
+from fmnist_jax.data.pictures import resized
+from fmnist_jax.data.split import stratified_split
 from fmnist_jax.digest import sha256_array, sha256_bytes
 from fmnist_jax.errors import DataError, DataWarning
 from fmnist_jax.paths import local_path, user_folder
@@ -40,6 +49,152 @@ _SAMPLE_DIR = Path(__file__).parent / "sample"
 _TORCHVISION = "FashionMNIST/raw"
 # MNIST has the same file names and sizes, but other class counts.
 _MNIST_TRAIN_COUNTS = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
+
+
+# Of a source without test images, this fraction becomes test images, as in Fashion-MNIST.
+_TEST_FRACTION = 1 / 7
+
+
+def load_dataset(
+    source: str | Path = "fashion_mnist",
+    *,
+    resize: int | None = None,
+    skip_unreadable: bool = False,
+) -> Dataset:
+    """Loads an image classification set.
+
+    A validation split that the source has is kept (`Dataset.val_examples`). A source without test
+    images gets them from its training images, a seventh of each class, drawn with seed 0.
+
+    Args:
+      source: "fashion_mnist", as `load_fashion_mnist` finds it; a folder with four IDX files; an
+        .npz archive in the layout of MedMNIST or Keras; a folder of pictures with a subfolder per
+        class, or with such folders in train and test; a prepared TFDS version; or the name of an
+        image classification set in TFDS, such as "cifar10" or "emnist/letters", which is read from
+        the TFDS directory or downloaded.
+      resize: side in pixels to which all images are resized; None keeps their sizes, which must
+        then be equal.
+      skip_unreadable: whether pictures that cannot be read are left out, with a warning; otherwise
+        they are an error.
+
+    Returns:
+      The data; Fashion-MNIST is recognised by its SHA-256 in any of these forms. Class names are
+      those of TFDS, the subfolders, or the lines of a file classes.txt beside the data; otherwise
+      numbers.
+
+    Raises:
+      DataError: if there is no such source, or its images or labels are missing, damaged or of
+        another kind.
+
+    Example:
+      >>> from sklearn.datasets import load_digits
+      >>> digits = load_digits()
+      >>> images, labels = (digits.images * 15).astype("uint8"), digits.target
+      >>> folder = Path(tempfile.mkdtemp())
+      >>> np.savez(folder / "digits.npz", x_train=images[:1500], y_train=labels[:1500],
+      ...          x_test=images[1500:], y_test=labels[1500:])
+      >>> digits = load_dataset(folder / "digits.npz")
+      >>> digits.train_images.shape, digits.class_names[:3]
+      ((1500, 8, 8), ('0', '1', '2'))
+    """
+    if resize is not None and resize < 1:
+        raise DataError(f"resize is {resize}; expected at least 1 pixel")
+    size = None if resize is None else (resize, resize)
+    if source == "fashion_mnist":
+        return _resized(load_fashion_mnist(), size)
+    path = local_path(source)
+    try:
+        if path.is_dir():
+            image_set = _read_folder(path, size, skip_unreadable)
+        elif path.exists():
+            image_set = read_archive(path)
+        elif re.fullmatch(r"\w+(/[\w-]+)?", str(source)):
+            image_set = _read_tfds(str(source), size)
+        else:
+            raise DataError(
+                f"{source} is neither a file nor a folder, nor the name of a set in TFDS"
+            )
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    for note in image_set.notes:
+        warnings.warn(f"{path}: {note}", DataWarning, stacklevel=2)
+    return _resized(_create_dataset(image_set), size)
+
+
+def _read_folder(path: Path, size: tuple[int, int] | None, skip_unreadable: bool) -> ImageSet:
+    if (path / _TORCHVISION).is_dir():
+        path = path / _TORCHVISION
+    if any(_find_file(path, name) for name in _FILES):
+        arrays = _read_idx(path)
+        splits = {"train": Split(*arrays[:2]), "test": Split(*arrays[2:])}
+        return ImageSet(splits, read_class_names(path), str(path))
+    prepared = tfds_source.find_prepared(path)
+    if prepared is not None:
+        return tfds_source.read_prepared(prepared, size)
+    return read_folder(path, size, skip_unreadable=skip_unreadable)
+
+
+def _read_tfds(name: str, size: tuple[int, int] | None) -> ImageSet:
+    directory = _tfds_dir() or Path("tensorflow_datasets")
+    prepared = tfds_source.find_prepared(directory, name)
+    return tfds_source.read_prepared(prepared or tfds_source.prepare(name, directory), size)
+
+
+def _create_dataset(image_set: ImageSet) -> Dataset:
+    splits, source = dict(image_set.splits), image_set.source
+    for split, (_, labels) in splits.items():
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or len(labels) == 0:
+            raise DataError(
+                f"{source}: the {split} labels are {labels.dtype}{list(labels.shape)}; expected "
+                "integers, one per image"
+            )
+    if "test" not in splits:
+        images, labels = splits["train"]
+        kept, drawn = stratified_split(jax.random.key(0), labels, _TEST_FRACTION)
+        splits["train"] = Split(images[kept], labels[kept])
+        splits["test"] = Split(images[drawn], labels[drawn])
+        source += f", {len(drawn):,} of its training images, drawn with seed 0, as test images"
+    train, test = splits["train"], splits["test"]
+    val_examples = None
+    if "validation" in splits:
+        images, labels = splits["validation"]
+        val_examples = np.arange(len(train.labels), len(train.labels) + len(labels))
+        if images.shape[1:] != train.images.shape[1:]:
+            raise DataError(
+                f"{source}: the validation images have {list(images.shape[1:])} pixels and the "
+                f"training images {list(train.images.shape[1:])}; expected the same"
+            )
+        train = Split(
+            np.concatenate([train.images, images]), np.concatenate([train.labels, labels])
+        )
+    num_classes = 1 + max(train.labels.max(), test.labels.max())
+    names = image_set.class_names or tuple(map(str, range(num_classes)))
+    if len(names) < 2:
+        raise DataError(f"{source}: has the class {names[0]} only; expected two or more")
+    sha256 = combined_sha256(_published_form(train, test))
+    if is_fashion_mnist(sha256):
+        return Dataset(
+            *train, *test, source=f"Fashion-MNIST in {source}", sha256=sha256,
+            sample=sha256 == joined_sha256(SAMPLE_SHA256), val_examples=val_examples,
+        )  # fmt: skip
+    return Dataset(*train, *test, class_names=names, source=source, val_examples=val_examples)
+
+
+def _published_form(train: Split, test: Split) -> list[np.ndarray]:
+    """Returns the arrays of both splits, with labels as in IDX files, for the known SHA-256."""
+    return [train.images, train.labels.astype(np.uint8), test.images, test.labels.astype(np.uint8)]
+
+
+def _resized(dataset: Dataset, size: tuple[int, int] | None) -> Dataset:
+    if size is None or dataset.image_shape[:2] == size:
+        return dataset
+    train_images, test_images = (
+        np.stack([resized(Image.fromarray(image), size=size) for image in images])
+        for images in (dataset.train_images, dataset.test_images)
+    )
+    return dataclasses.replace(
+        dataset, train_images=train_images, test_images=test_images, sha256="", sample=False
+    )
 
 
 def load_fashion_mnist(data_dir: str | Path | None = None, *, sample: bool = False) -> Dataset:
@@ -76,7 +231,9 @@ def load_fashion_mnist(data_dir: str | Path | None = None, *, sample: bool = Fal
         except DataError as error:  # a damaged copy
             warnings.warn(f"skipped: {error}", DataWarning, stacklevel=2)
     try:
-        return _load_prepared(tfds_source.prepare(_tfds_dir() or Path("tensorflow_datasets")))
+        return _load_prepared(
+            tfds_source.prepare("fashion_mnist", _tfds_dir() or Path("tensorflow_datasets"))
+        )
     except DataError as error:
         warnings.warn(
             f"Fashion-MNIST was not found on this machine, and {error}. USING THE EMBEDDED SAMPLE "
@@ -120,6 +277,10 @@ def _read_directory(directory: Path) -> Dataset:
     prepared = tfds_source.find_prepared(directory)
     if prepared is not None:
         return _load_prepared(prepared)
+    return _verified(_read_idx(directory), str(directory))
+
+
+def _read_idx(directory: Path) -> list[np.ndarray]:
     found = {name: _find_file(directory, name) for name in _FILES}
     missing = [f"{name}-ubyte.gz" for name, path in found.items() if path is None]
     if missing:
@@ -128,7 +289,7 @@ def _read_directory(directory: Path) -> Dataset:
             f"{directory}: {', '.join(missing)} not found; expected the four IDX files of "
             "Fashion-MNIST or a TFDS directory"
         )
-    return _verified(_read_files([path for path in found.values() if path]), str(directory))
+    return _read_files([path for path in found.values() if path])
 
 
 def _read_files(paths: Sequence[Path]) -> list[np.ndarray]:
@@ -151,8 +312,8 @@ def _load_sample() -> Dataset:
 
 def _load_prepared(prepared: Path) -> Dataset:
     def read() -> list[np.ndarray]:
-        splits = tfds_source.read_prepared(prepared)
-        return [*splits["train"], *splits["test"]]
+        splits = tfds_source.read_prepared(prepared).splits
+        return _published_form(splits["train"], splits["test"])
 
     # Decoding 70,000 PNG files takes seconds, reading the cache a tenth of a second. The name of a
     # cache depends on the state of the files, and its content is verified.

@@ -1,129 +1,187 @@
-"""Fashion-MNIST through TensorFlow Datasets, without TensorFlow."""
+"""Image sets through TensorFlow Datasets, without TensorFlow."""
 
 import hashlib
-import io
+import json
 import socket
 import struct
+import sys
+import types
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
+from PIL import Image
 
-from fmnist_jax.data.idx import read_images, read_labels
-from fmnist_jax.errors import DataError
+from fmnist_jax.data.image_sets import ImageSet, Split, stack
+from fmnist_jax.data.pictures import decode_image
+from fmnist_jax.errors import DataError, first_line
 
 _TIMEOUT_SECONDS = 5.0
-_IDX_FILES = {
-    "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
-    "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
-}
+_SPLITS = ("train", "validation", "test")
+
+# Sets whose examples are numbered in the order of their files.
+_NUMBERED = ("fashion_mnist", "mnist", "kmnist")
 
 
-def find_prepared(directory: Path) -> Path | None:
-    """Returns the newest prepared version in or at a TFDS directory, or None.
+def find_prepared(directory: Path, name: str = "fashion_mnist") -> Path | None:
+    """Returns the newest prepared version of a set in or at a TFDS directory, or None.
 
     Example:
       >>> find_prepared(Path("/nowhere")) is None
       True
     """
-    places = [directory, *sorted(directory.glob("fashion_mnist/*.*.*"), reverse=True)]
+    places = [directory, *sorted(directory.glob(f"{name}/*.*.*"), reverse=True)]
     return next((place for place in places if record_files(place)), None)
 
 
 def record_files(prepared: Path) -> list[Path]:
     """Returns the record files of a prepared version, in the order of their shards."""
-    return sorted(prepared.glob("fashion_mnist-*record-*-of-*"))
+    return sorted(prepared.glob("*-*.*record-*-of-*"))
 
 
-def read_prepared(prepared: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Reads both splits in the order of the published files.
+def read_prepared(prepared: Path, size: tuple[int, int] | None = None) -> ImageSet:
+    """Reads the splits of an image classification set that TFDS has prepared.
 
-    TFDS stores the examples in the order of the MD5 of split name and position; the positions are
-    recovered from it.
+    TFDS stores the examples in the order of the MD5 of split name and key. Where the keys are
+    positions, they are recovered from it.
 
     Args:
       prepared: folder with the record files, in ArrayRecord or TFRecord format.
+      size: height and width to which the images are resized; None keeps theirs.
 
     Returns:
-      {"train": (uint8[count, 28, 28], uint8[count]), "test": ...}.
+      The splits train, test and validation, as far as there are any.
 
     Raises:
-      DataError: if the records are missing, damaged or of another data set.
+      DataError: if the records are missing, damaged or have no image with one class, or the images
+        have several sizes.
     """
-    # Imported here, because only this source needs them.
-    from PIL import Image
+    # Imported here, because only this source needs it.
     from tensorflow_datasets.proto import tf_example_pb2
 
-    splits = {}
-    for split in ("train", "test"):
+    name = record_files(prepared)[0].name.partition("-")[0]
+    is_numbered = name in _NUMBERED
+    features = _Features() if is_numbered else _read_features(prepared)
+    splits: dict[str, Split] = {}
+    for split in _SPLITS:
         paths = [path for path in record_files(prepared) if f"-{split}." in path.name]
         if not paths:
-            raise DataError(f"{prepared}: no record files of the {split} split; prepare it again")
+            continue
         images, labels = [], []
         try:
             for path in paths:
                 for record in _records(path):
                     feature = tf_example_pb2.Example.FromString(record).features.feature
-                    png = Image.open(io.BytesIO(feature["image"].bytes_list.value[0]))
-                    images.append(np.asarray(png))
-                    labels.append(feature["label"].int64_list.value[0])
-            stored = np.stack(images), np.array(labels, np.uint8)
-        except Exception as error:  # protobuf, PIL and array_record share no base class
+                    content = feature[features.image].bytes_list.value[0]
+                    images.append(decode_image(content, features.channels, size))
+                    labels.append(feature[features.label].int64_list.value[0])
+        except Exception as error:  # protobuf, Pillow and array_record share no base class
             raise DataError(
                 f"{prepared}: the {split} records cannot be read ({error}); prepare them again"
             ) from error
-        order = np.argsort(sorted(range(len(labels)), key=lambda i: _position_hash(split, i)))
-        splits[split] = (stored[0][order], stored[1][order])
-    return splits
+        stacked = stack(images, [f"{split} image {i}" for i in range(len(images))])
+        splits[split] = Split(stacked, np.array(labels))
+        if is_numbered:
+            order = sorted(range(len(labels)), key=lambda i: _position_hash(split, i))
+            splits[split] = Split(*(array[np.argsort(order)] for array in splits[split]))
+    for split in ("train", "test") if is_numbered else ("train",):
+        if split not in splits:
+            raise DataError(f"{prepared}: no record files of the {split} split; prepare it again")
+    return ImageSet(splits, features.class_names, f"TFDS {prepared}")
 
 
-def prepare(data_dir: Path) -> Path:
-    """Downloads Fashion-MNIST into a TFDS directory, and returns the folder of the version.
+class _Features(NamedTuple):
+    """Keys of image and label in an example, and what is known of both."""
 
-    Version, features and checksums are those of TFDS. Only its decoding and encoding, which need
-    TensorFlow, are replaced.
+    image: str = "image"
+    label: str = "label"
+    channels: int | None = None
+    class_names: tuple[str, ...] | None = None
+
+
+def _read_features(prepared: Path) -> _Features:
+    try:
+        info = json.loads((prepared / "dataset_info.json").read_text(encoding="utf-8"))
+        image, label = (item["featureKey"] for item in info["supervisedKeys"]["tuple"]["items"])
+        text = (prepared / "features.json").read_text(encoding="utf-8")
+        features = json.loads(text)["featuresDict"]["features"]
+        num_classes = int(features[label]["classLabel"]["numClasses"])
+        channels = {"1": 1, "3": 3}.get(features[image]["image"]["shape"]["dimensions"][-1])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{prepared} is no prepared set of images with one class each: its dataset_info.json "
+            f"and features.json say otherwise ({type(error).__name__}: {first_line(error)})"
+        ) from error
+    try:
+        names = (prepared / f"{label}.labels.txt").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        names = [str(number) for number in range(num_classes)]
+    return _Features(image, label, channels, tuple(filter(None, map(str.strip, names))))
+
+
+def prepare(name: str, data_dir: Path) -> Path:
+    """Downloads a set into a TFDS directory, and returns the folder of the version.
+
+    Version, features and checksums are those of TFDS. Only its access to files and the encoding of
+    images, which need TensorFlow, are replaced.
+
+    Args:
+      name: of an image classification set in TFDS, such as "cifar10" or "emnist/letters".
+      data_dir: the TFDS directory. A version that is there is not downloaded again.
 
     Raises:
-      DataError: if the files cannot be downloaded or their checksums differ.
+      DataError: if TFDS has no such set, or the files cannot be downloaded or their checksums
+        differ.
     """
     import tensorflow_datasets as tfds
-    from PIL import Image
 
+    name, _, config = name.partition("/")
+    try:
+        base: Any = tfds.builder_cls(name)
+    except tfds.core.registered.DatasetNotFoundError as error:
+        raise DataError(f"TFDS has no data set {name}") from error
     with tfds.core.registered.skip_registration():
 
-        class FashionMNIST(tfds.image_classification.FashionMNIST):
-            name = "fashion_mnist"
+        class Builder(base):
+            def _generate_examples(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+                for key, example in super()._generate_examples(*args, **kwargs):
+                    yield key, {feature: _as_picture(each) for feature, each in example.items()}
 
-            def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
-                urls = {
-                    name: urllib.parse.urljoin(self.URL, name)
-                    for names in _IDX_FILES.values()
-                    for name in names
-                }
-                paths = dl_manager.download(urls)
-                return {
-                    split: self._generate_examples(paths[images], paths[labels])
-                    for split, (images, labels) in _IDX_FILES.items()
-                }
-
-            def _generate_examples(self, images_path: Any, labels_path: Any) -> Iterator[Any]:
-                images, labels = read_images(Path(images_path)), read_labels(Path(labels_path))
-                for position, (image, label) in enumerate(zip(images, labels, strict=True)):
-                    yield position, {"image": Image.fromarray(image), "label": int(label)}
-
-    _check_reachable(FashionMNIST.URL)
+    Builder.name = base.name
+    options = {"config": config} if config else {}
     try:
-        builder = FashionMNIST(data_dir=str(data_dir), file_format="array_record")
-        config = tfds.download.DownloadConfig(
+        builder = Builder(data_dir=str(data_dir), file_format="array_record", **options)
+        if not record_files(Path(builder.data_dir)):
+            for url in list(builder.url_infos or ())[:1]:
+                _check_reachable(url)
+        settings = tfds.download.DownloadConfig(
             try_download_gcs=False, force_checksums_validation=True
         )
-        builder.download_and_prepare(download_config=config)
+        with _without_tensorflow(base):
+            builder.download_and_prepare(download_config=settings)
+    except DataError:
+        raise
     except Exception as error:  # requests, TFDS and the file system share no base class
-        raise DataError(f"TFDS could not prepare Fashion-MNIST: {error}") from error
+        raise DataError(f"TFDS could not prepare {name}: {error}") from error
     return Path(builder.data_dir)
+
+
+def _without_tensorflow(builder: Any) -> Any:
+    """Replaces TensorFlow in the file of a builder by what reads files."""
+    files = types.SimpleNamespace(gfile=types.SimpleNamespace(GFile=open))
+    module = sys.modules[builder.__module__]
+    return mock.patch.object(module, "tf", types.SimpleNamespace(io=files), create=True)
+
+
+def _as_picture(feature: Any) -> Any:
+    """Returns arrays of pixels as pictures, which TFDS encodes without TensorFlow."""
+    if not (isinstance(feature, np.ndarray) and feature.dtype == np.uint8 and feature.ndim == 3):
+        return feature
+    return Image.fromarray(feature[..., 0] if feature.shape[-1] == 1 else feature)
 
 
 def _check_reachable(url: str) -> None:

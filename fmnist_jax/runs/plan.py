@@ -179,9 +179,7 @@ def create_plan(
     created = {part: create_part(part, run, num_classes, origin) for part in PARTS}
     check_identity(created["arch"], recipe.arch)
     streams = create_streams(run.seed)
-    train_examples, val_examples = stratified_split(
-        streams.split, dataset.train_labels, recipe.val_fraction, run.train_examples, run.exclude
-    )
+    train_examples, val_examples = _split(run, dataset, streams.split)
     if recipe.batch_size > len(train_examples):
         raise ConfigError(
             f"batch_size is {recipe.batch_size:,}, but there are only {len(train_examples):,} "
@@ -216,6 +214,19 @@ def create_plan(
     names = tuple((part, getattr(recipe, part)) for part in PARTS)
     check_contract(config, tuple(given), dataset.image_shape, num_classes, names)
     return plan
+
+
+def _split(run: Run, dataset: Dataset, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the positions of the training and of the validation examples."""
+    if dataset.val_examples is None:
+        fraction = run.recipe.val_fraction
+        return stratified_split(
+            key, dataset.train_labels, fraction, run.train_examples, run.exclude
+        )
+    given = np.setdiff1d(dataset.val_examples, run.exclude).astype(np.int32)
+    exclude = sorted({*run.exclude, *given.tolist()})
+    train, _ = stratified_split(key, dataset.train_labels, 0.0, run.train_examples, exclude)
+    return train, given
 
 
 def loop_cost(plan: Plan) -> tuple[float, int]:

@@ -315,7 +315,7 @@ def test_tfds_prepares_without_tensorflow_under_its_own_checksums(tmp_path, monk
     config = functools.partial(download.DownloadConfig, manual_dir=str(manual))
     monkeypatch.setattr(download, "DownloadConfig", config)
     monkeypatch.setattr(tfds, "_check_reachable", lambda url: None)
-    prepared = tfds.prepare(tmp_path / "tfds")
+    prepared = tfds.prepare("fashion_mnist", tmp_path / "tfds")
     expected = fm.load_fashion_mnist(PUBLISHED_DIR)
     assert_same(fm.load_fashion_mnist(tmp_path / "tfds"), expected)
     assert (prepared / "dataset_info.json").exists()
@@ -325,8 +325,8 @@ def test_tfds_prepares_without_tensorflow_under_its_own_checksums(tmp_path, monk
     assert "tensorflow" not in sys.modules
 
     corrupt(manual / "train-images-idx3-ubyte.gz")
-    with pytest.raises(fm.errors.DataError, match="TFDS could not prepare Fashion-MNIST"):
-        tfds.prepare(tmp_path / "other")
+    with pytest.raises(fm.errors.DataError, match="TFDS could not prepare fashion_mnist"):
+        tfds.prepare("fashion_mnist", tmp_path / "other")
 
 
 def test_select_classes(sample):
