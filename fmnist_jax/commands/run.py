@@ -140,7 +140,7 @@ def _train(plan: Plan, log: Sequence[str], console: Console) -> None:
     for name in ("val_accuracy", "train_accuracy", "tta_accuracy"):
         if report[name] is not None:
             facts[name.replace("_", " ")] = f"{report[name]:.2%}"
-    if report["arch"] in CLAIMS:
+    if report["arch"] in CLAIMS and is_fashion_mnist(report["data"]["sha256"]):
         facts["claim of the Keras project"] = CLAIMS[report["arch"]].text
     facts["time"] = (
         f"{report['train_seconds']:,.0f} s of training at {report['images_per_second']:,.0f} "
@@ -241,10 +241,11 @@ def _print_recipes(console: Console) -> None:
 
 def _print_plan(plan: Plan, console: Console) -> None:
     run, dataset = plan.run, plan.dataset
+    own = "" if dataset.val_examples is None else " (the split of the data)"
     facts = {
         "network": run.recipe.arch,
         "data": f"{dataset.source}: {len(plan.train_examples):,} training, "
-        f"{len(plan.val_examples):,} validation, {len(dataset.test_labels):,} test images; "
+        f"{len(plan.val_examples):,} validation{own}, {len(dataset.test_labels):,} test images; "
         f"{len(dataset.class_names)} classes",
         **({} if is_fashion_mnist(dataset.sha256) else describe(dataset)),
         "recipe": ", ".join(_format_recipe(run.recipe)),

@@ -23,15 +23,13 @@ from tests.conftest import ROOT
 RUN = [sys.executable, str(ROOT / "experiments" / "run.py")]
 
 
-# tests/runs/test_verify.py trains sprint_93.
-SLOW = ("same_3x3", "he_stack", "deep_augmented", "sprint_91")
+SLOW = ("valid_2x2", "same_3x3", "he_stack", "deep_augmented", "sprint_91")
 
 
 @pytest.mark.parametrize(
     "arch",
     [
         "small_dropout",
-        "valid_2x2",
         *(pytest.param(arch, marks=pytest.mark.slow) for arch in SLOW),
         pytest.param("resnet20", marks=pytest.mark.soak),  # it compiles for minutes
     ],
@@ -105,6 +103,8 @@ def test_same_command_finds_the_finished_run(tmp_path, monkeypatch, capsys):
     [
         (["--arch", "resnet"], "unknown recipe 'resnet'"),
         (["--data-dir", "/nowhere"], "/nowhere: not a folder"),
+        (["--dataset", "/nowhere"], "/nowhere is neither a file nor a folder"),
+        (["--sample", "--resize", "8"], "--resize and --skip-unreadable are for --dataset"),
         (["--sample", "--classes", "hat,bag"], "unknown class 'hat'"),
         (["--sample", "--classes", ""], "unknown class ''"),
         (["--epochs", "0"], "epochs is 0"),
@@ -192,6 +192,7 @@ def test_seeds_and_replay(tmp_path, capsys):
     assert (workdir / "plots" / "replay-2.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_a_folder_may_have_the_name_of_markup(tmp_path, capsys):
     workdir = tmp_path / "x[/b]:bag:"
     command = [*SMALL, "--arch", "valid_2x2", "--workdir", str(workdir)]
@@ -206,6 +207,7 @@ def test_a_folder_may_have_the_name_of_markup(tmp_path, capsys):
     assert captured.err.startswith("error: ")
 
 
+@pytest.mark.slow
 def test_training_ends_without_a_reader(tmp_path):
     flags = [*SMALL, "--arch", "valid_2x2", "--workdir", str(tmp_path / "run")]
     process = subprocess.Popen([*RUN, *flags], stdout=subprocess.PIPE, text=True)

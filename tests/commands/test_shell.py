@@ -26,6 +26,7 @@ def environment(**variables):
     return os.environ | {"PYTHONPATH": str(ROOT)} | variables
 
 
+@pytest.mark.slow
 def test_training_ends_although_the_disk_of_the_log_is_full(tmp_path):
     with Path("/dev/full").open("w") as full:
         process = subprocess.run(
@@ -66,6 +67,7 @@ def test_a_table_on_a_full_disk_is_an_error(finished, tmp_path):
     assert process.stderr == "error: the output cannot be written: No space left on device\n"
 
 
+@pytest.mark.slow
 def test_names_that_the_output_cannot_encode_are_escaped(finished, tmp_path):
     Image.fromarray(np.eye(50, dtype=np.uint8) * 255).save(tmp_path / "\u9774.png")
     command = [sys.executable, str(ROOT / "experiments" / "predict.py"), str(finished)]

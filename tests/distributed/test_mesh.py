@@ -77,9 +77,9 @@ def test_small_network_has_the_same_bits_on_every_layout():
     assert len(hashes(lines)) == 1, lines
 
 
-# sprint_94 is sprint_93 with other epochs.
+# sprint_94 is sprint_93 with other epochs; sprint_91 has the same layers with half the filters.
 NAMES = [name for name in fm.RECIPES if name != "sprint_94"]
-SLOW = ("sprint_93",)
+SLOW = ("sprint_91",)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def expected(group, tmp_path_factory):
     return verify.outcome(workdir)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others_and_the_run_resumes(group, expected, tmp_path):
     for killed, instant in [(1, "train_steps:3"), (0, "rename:1")]:
         instants = ["never", "never"]

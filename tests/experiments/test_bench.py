@@ -76,7 +76,10 @@ def test_flops_are_counted_by_the_definitions_of_the_layers(arch):
     assert flops(Case(arch, 8)) / 8e6 == pytest.approx(MEGAFLOPS[arch], rel=0.08)
 
 
-@pytest.mark.parametrize(("arch", "stock"), [("small_resnet", False), ("valid_2x2", True)])
+@pytest.mark.parametrize(
+    ("arch", "stock"),
+    [pytest.param("small_resnet", False, marks=pytest.mark.slow), ("valid_2x2", True)],
+)
 def test_stock_networks_take_the_steps_of_a_plain_loop(bench, sample, tmp_path, arch, stock):
     path = tmp_path / "data.npz"
     np.savez(path, images=sample.train_images, labels=sample.train_labels)

@@ -190,6 +190,7 @@ class Normalized(nn.Module):
         return nn.Dense(10)(x.reshape(len(x), -1))
 
 
+@pytest.mark.slow
 def test_networks_of_another_dtype_and_batch_statistics(tiny, getkey):
     batch, key = make_batch(tiny, 20), getkey()
 

@@ -38,6 +38,7 @@ def read(folder):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.slow
 def test_a_crashed_run_has_no_double_points(run, sample, tmp_path):
     def fit(*hooks):
         return fm.fit(run, sample, hooks=[TensorBoardHook(tmp_path / "events"), *hooks])

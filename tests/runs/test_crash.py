@@ -194,7 +194,8 @@ def test_a_signal_that_is_ignored_stays_ignored(harness, tmp_path):
     harness.check(tmp_path / "run")
 
 
-@pytest.mark.parametrize("gone", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", [False, True])
 def test_a_run_without_undamaged_checkpoint_does_not_start_over(gone, harness, tmp_path):
     workdir = tmp_path / "run"
     assert harness.kill(workdir, "evaluate:2")

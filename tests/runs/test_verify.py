@@ -47,14 +47,14 @@ def test_a_signal_ends_the_trainings_too(tmp_path):
     assert subprocess.run(["pgrep", "-f", str(tmp_path)], check=False).returncode == 1
 
 
-SLOW = ("small_dropout", "sprint_93")
+SLOW = ("small_dropout", "sprint_91")
 
 
 @pytest.mark.parametrize(
     "arch",
     [
         pytest.param(arch, marks=pytest.mark.slow if arch in SLOW else pytest.mark.soak)
-        for arch in (*CLAIMS, "sprint_93")
+        for arch in (*CLAIMS, "sprint_91", "sprint_93")
     ],
 )
 def test_killed_runs_resume_to_identical_bits(arch, capsys):

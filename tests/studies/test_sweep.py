@@ -107,6 +107,7 @@ def test_trials_end_early_as_runs_do(run, sample):
     assert len(report["trials"][0]["val_accuracy"]) < 6
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_continues(tmp_path):
     def start(num_trials, kill_at):
         command = [sys.executable, str(CHILD), str(tmp_path / "sweep"), str(num_trials), kill_at]
