@@ -21,6 +21,7 @@ ScheduleName = Literal["constant", "cosine", "one_cycle", "linear"]
 DtypeName = Literal["float32", "bfloat16"]
 AugmentationName = Literal["none", "keras", "geometric", "shift", "shift_erase"]
 LossName = Literal["cross_entropy"]
+ClassWeightsName = Literal["none", "balanced"]
 
 # Fields of a recipe that name its parts; each has a field of options, such as `arch_options`.
 PARTS = ("arch", "optimizer", "loss", "augmentation", "schedule")
@@ -34,6 +35,7 @@ ADDED = {
     "loss": "cross_entropy",
     "patience": None,
     "matmul_precision": "float32",
+    "class_weights": "none",
 } | {f"{part}_options": None for part in PARTS}
 
 
@@ -163,6 +165,9 @@ class Recipe:
       weight_decay: decoupled, on kernels only, at least 0; None is none.
       dropout: one rate in [0, 1) for all dropout layers; None keeps the rate of each layer.
       label_smoothing: fraction of the target spread over all classes, in [0, 1); None is none.
+      class_weights: "none", or "balanced", which multiplies the training loss of an image by n /
+        (num_classes * n_class), counted on the training split; the mean weight of its images is 1.
+        The accuracy, and the loss of validation and test images, have no weights.
       augmentation: "none", "keras" (as Keras' `ImageDataGenerator`), "geometric", "shift" (by at
         most one pixel, and mirrored in every second epoch), or "shift_erase" (a random rectangle as
         well).
@@ -209,6 +214,7 @@ class Recipe:
     label_smoothing: float | None = _flag(
         "fraction of the target spread over all classes", None, _FRACTION
     )
+    class_weights: ClassWeightsName = _flag("weights of the classes in the training loss", "none")
     augmentation: str = _part("augmentation of training images", "none", AugmentationName)
     augmentation_options: Mapping[str, Any] | None = _options("augmentation")
     augmentation_strength: float | None = _flag(

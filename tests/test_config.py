@@ -41,6 +41,8 @@ GOOD = fm.Recipe(arch="same_3x3", epochs=1)
         ({"val_fraction": float("nan")}, "val_fraction is nan"),
         ({"dropout": 1.0}, "dropout is 1.0; expected a number in \\[0, 1\\)"),
         ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
+        ({"class_weights": "inverse"}, "class_weights is 'inverse'; choose one of none, balanced"),
+        ({"class_weights": None}, "class_weights is None"),
         ({"weight_decay": float("inf")}, "weight_decay is inf; expected a finite number"),
         ({"weight_decay": "0.1"}, "weight_decay is '0.1'; expected a finite number"),
         ({"augmentation_strength": 0.5}, "but augmentation is 'none'"),

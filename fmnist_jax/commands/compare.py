@@ -25,10 +25,12 @@ from fmnist_jax.errors import ConfigError
 from fmnist_jax.recipes import find_recipe
 from fmnist_jax.runs import files
 from fmnist_jax.runs.plan import Plan, create_plan
-from fmnist_jax.studies.seeds import seed_runs
+from fmnist_jax.studies.seeds import MACRO_FIGURES, seed_runs
 
 # With five seeds, the smallest p-value of a sign-flip test is 0.0625.
 _NUM_SEEDS = 6
+
+_MACRO_NAMES = dict(zip(MACRO_FIGURES, ("balanced accuracy", "macro F1", "AUC"), strict=True))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -130,12 +132,14 @@ def _facts(comparison: dict[str, Any]) -> dict[str, str]:
         for side in ("a", "b")
     }
     facts["settings that differ"] = "\n".join(comparison["differs_in"]) or "none"
-    facts["b minus a"] = f"{_points(difference['mean'])} points"
-    if difference["low"] is not None:
-        facts["b minus a"] += (
-            f", 95% interval {_points(difference['low'])} to {_points(difference['high'])} "
-            f"(n = {difference['n']})"
-        )
+    facts["b minus a"] = _difference(difference)
+    macro = [
+        f"{name} {_difference(one)}"
+        for key, name in _MACRO_NAMES.items()
+        if (one := comparison["macro_differences"][key]) is not None
+    ]
+    if macro:
+        facts["b minus a, means over classes"] = "\n".join(macro)
     if comparison["sign_flip_p"] is not None:
         facts["sign-flip test over seeds"] = (
             f"p = {comparison['sign_flip_p']:.4f}; the smallest possible with this number of seeds "
@@ -154,6 +158,14 @@ def _facts(comparison: dict[str, Any]) -> dict[str, str]:
             "more than 10,000" if needed is None else f"{needed:,} (80% power)"
         )
     return facts
+
+
+def _difference(estimate: dict[str, Any]) -> str:
+    text = f"{_points(estimate['mean'])} points"
+    if estimate["low"] is None:
+        return text
+    low, high = _points(estimate["low"]), _points(estimate["high"])
+    return f"{text}, 95% interval {low} to {high} (n = {estimate['n']})"
 
 
 def _points(fraction: float) -> str:

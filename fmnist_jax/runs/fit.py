@@ -354,7 +354,7 @@ def _end_epoch(plan: Plan, loop: LoopState, hooks: Sequence[Hook]) -> tuple[Loop
             val_images,
             val_labels,
             model=plan.model,
-            loss=plan.config.loss,
+            loss=plan.unweighted_loss,
             on_call=evaluation_progress(hooks, "val", num_val),
             layout=plan.config.layout,
         )

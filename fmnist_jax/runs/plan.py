@@ -28,7 +28,14 @@ from fmnist_jax.train import metrics as metrics_lib
 from fmnist_jax.train.layout import Layout
 from fmnist_jax.train.loop import TrainInputs, train_steps
 from fmnist_jax.train.metrics import Metrics
-from fmnist_jax.train.step import Hyperparams, StepConfig, TrainState, create_train_state
+from fmnist_jax.train.step import (
+    Hyperparams,
+    Loss,
+    StepConfig,
+    TrainState,
+    WeightedLoss,
+    create_train_state,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,6 +91,12 @@ class Plan:
         )
         total_steps = None if self.config.schedule is None else jnp.int32(self.total_steps)
         return Hyperparams(rate, total_steps, *others)
+
+    @property
+    def unweighted_loss(self) -> Loss:
+        """The loss of validation images: that of the recipe, without class weights."""
+        loss = self.config.loss
+        return loss.loss if isinstance(loss, WeightedLoss) else loss
 
     @property
     def tta(self) -> bool:
@@ -185,11 +198,14 @@ def create_plan(
             f"batch_size is {recipe.batch_size:,}, but there are only {len(train_examples):,} "
             "training examples; choose a smaller batch size"
         )
+    loss = created["loss"]
+    if recipe.class_weights == "balanced":
+        loss = WeightedLoss(loss, _balanced_weights(dataset, train_examples))
     config = StepConfig(
         model=created["arch"],
         tx=created["optimizer"],
         batch_size=recipe.batch_size,
-        loss=created["loss"],
+        loss=loss,
         augment=_fitted(created["augmentation"], run, dataset),
         schedule=created["schedule"],
         dtype=recipe.dtype,
@@ -249,6 +265,23 @@ def loop_cost(plan: Plan) -> tuple[float, int]:
     memory = compiled(plan.config).memory_analysis()
     sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return flops, sizes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+
+
+def _balanced_weights(dataset: Dataset, train_examples: np.ndarray) -> tuple[float, ...]:
+    """Returns a weight per class, whose mean over the training examples is 1.
+
+    Raises:
+      ConfigError: if a class has no training examples.
+    """
+    names = dataset.class_names
+    counts = np.bincount(dataset.train_labels[train_examples], minlength=len(names))
+    if not counts.all():
+        missing = ", ".join(str(names[label]) for label in np.flatnonzero(counts == 0))
+        raise ConfigError(
+            f"class_weights is 'balanced', but there are no training examples of {missing}; choose "
+            "'none', or leave the class out"
+        )
+    return tuple((len(train_examples) / (len(names) * counts)).tolist())
 
 
 def _create_layout(run: Run) -> Layout:

@@ -38,7 +38,7 @@ class Replay(NamedTuple):
       examples: int32[batch], positions of the images among the training images.
       images: float32[batch, height, width], augmented, values in [0, 1].
       labels: int32[batch].
-      losses: float32[batch], in nats, with dropout, before the update.
+      losses: float32[batch], in nats, with dropout and class weights, before the update.
       gradient_norm: Euclidean norm of the gradient of the mean loss.
     """
 

@@ -53,9 +53,12 @@ def write_results(
             "the logits of the test images are not finite; a lower learning rate often helps"
         )
     test = scores.score(predictions["logits"], dataset.test_labels, dataset.class_names)
+    macro = scores.macro_scores(predictions["logits"], dataset.test_labels)
     figures: dict[str, Any] = {
         "test_accuracy": test.accuracy,
         "test_loss": test.loss,
+        **{f"test_{name}": one.value for name, one in macro.items()},
+        "test_intervals": {f"test_{name}": list(one[1:]) for name, one in macro.items()},
         "tta_accuracy": None,
         "calibration": calibration.summarize(predictions),
         "classes": test.classes,

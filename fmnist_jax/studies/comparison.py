@@ -10,6 +10,7 @@ from fmnist_jax.config import ADDED
 from fmnist_jax.differences import differences_message, list_differences
 from fmnist_jax.errors import ConfigError
 from fmnist_jax.runs import files
+from fmnist_jax.studies.seeds import MACRO_FIGURES
 
 
 def compare(runs_a: Sequence[Path | str], runs_b: Sequence[Path | str]) -> dict[str, Any]:
@@ -22,6 +23,7 @@ def compare(runs_a: Sequence[Path | str], runs_b: Sequence[Path | str]) -> dict[
     Returns:
       A dictionary for a JSON file: `seeds`; `a` and `b`, the recipes and their test accuracies;
       `differs_in`, the settings that differ; `difference`, b minus a, with its 95% interval;
+      `macro_differences`, the same of balanced accuracy, macro F1 and area under the ROC curve;
       `sign_flip_p`, the p-value of the paired test over seeds, and `sign_flip_smallest`, the
       smallest p-value that so many seeds allow; `mcnemar`, the test over images; and, for a paired
       t test at the 5% level with a power of 80%, `minimum_detectable_effect` with so many seeds,
@@ -68,6 +70,7 @@ def compare(runs_a: Sequence[Path | str], runs_b: Sequence[Path | str]) -> dict[
         },
         "differs_in": list_differences(_complete(a[0]), _complete(b[0]), ("in a", "in b")),
         "difference": difference,
+        "macro_differences": {name: _difference(name, a, b) for name in MACRO_FIGURES},
         "sign_flip_p": stats.sign_flip_test(gains) if several else None,
         "sign_flip_smallest": stats.smallest_sign_flip_p(len(seeds)) if several else None,
         "mcnemar": {"only_a_right": mcnemar.only_a, "only_b_right": mcnemar.only_b, "p": mcnemar.p},
@@ -76,6 +79,16 @@ def compare(runs_a: Sequence[Path | str], runs_b: Sequence[Path | str]) -> dict[
         ),
         "seeds_needed": stats.seeds_needed(std, mean) if std and mean else None,
     }
+
+
+def _difference(name: str, a: Sequence["_Run"], b: Sequence["_Run"]) -> dict[str, Any] | None:
+    """Summarizes b minus a of a value of report.json; None if a run does not have it."""
+    from fmnist_jax.analysis import stats
+
+    values: list[list[Any]] = [[run.report.get(name) for run in side] for side in (a, b)]
+    if None in values[0] + values[1]:
+        return None
+    return stats.summarize([second - first for first, second in zip(*values, strict=True)])
 
 
 def _complete(run: "_Run") -> dict[str, Any]:

@@ -18,8 +18,18 @@ from fmnist_jax.runs.fit import Result, fit
 from fmnist_jax.studies.executors import Executor, fit_in_turn
 from fmnist_jax.train.hooks import Hook
 
+# Values of report.json in which every class counts the same; earlier versions did not have them.
+MACRO_FIGURES = ("test_balanced_accuracy", "test_macro_f1", "test_auc")
+
 # Values of report.json that are averaged over the runs.
-FIGURES = ("test_accuracy", "val_accuracy", "train_accuracy", "tta_accuracy", "test_loss")
+FIGURES = (
+    "test_accuracy",
+    "val_accuracy",
+    "train_accuracy",
+    "tta_accuracy",
+    "test_loss",
+    *MACRO_FIGURES,
+)
 
 
 class SeedsResult(NamedTuple):
@@ -119,7 +129,7 @@ def summarize(workdirs: Sequence[Path]) -> dict[str, Any]:
     reports = [files.read_results(workdir / files.REPORT) for workdir in workdirs]
     summary = {name: reports[0][name] for name in ("sample", "arch", "recipe", "data")}
     for name in FIGURES:
-        values = [report[name] for report in reports]
+        values: list[Any] = [report.get(name) for report in reports]
         summary[name] = None if None in values else stats.summarize(values)
     predictions = [files.read_arrays(workdir / files.PREDICTIONS) for workdir in workdirs]
     logits = ensemble_logits([one["logits"] for one in predictions])

@@ -418,6 +418,35 @@ def example_losses(loss: Loss, logits: jax.Array, labels: jax.Array, *options: A
     return losses
 
 
+@dataclasses.dataclass(frozen=True)
+class WeightedLoss:
+    """A loss times a weight of the label's class, as Keras' `class_weight`.
+
+    The mean over a batch is divided by the number of examples, not by the sum of their weights.
+
+    Attributes:
+      loss: the loss of each example, as in `StepConfig`.
+      weights: one number per class, at least 0.
+
+    Example:
+      >>> loss = WeightedLoss(cross_entropy, (1.0, 10.0))
+      >>> print(loss(jnp.zeros((2, 2)), jnp.array([0, 1])))
+      [0.6931472 6.931472 ]
+    """
+
+    loss: Loss
+    weights: tuple[float, ...]
+
+    def __call__(self, logits: jax.Array, labels: jax.Array, /, *options: Any) -> jax.Array:
+        """Returns float[batch]; see `Loss`. Raises ValueError for another number of classes."""
+        if len(self.weights) != logits.shape[-1]:
+            raise ValueError(
+                f"there are {len(self.weights)} weights for {logits.shape[-1]} classes"
+            )
+        losses = example_losses(self.loss, logits, labels, *options)
+        return losses * jnp.asarray(self.weights, losses.dtype)[labels]
+
+
 def _learning_rate(
     step: jax.Array, hyperparams: Hyperparams, schedule: Schedule | None
 ) -> jax.Array | None:

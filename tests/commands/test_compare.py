@@ -3,11 +3,13 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fmnist_jax.commands import compare as compare_command
 from fmnist_jax.commands import flags, shell
+from fmnist_jax.studies.seeds import MACRO_FIGURES
 from tests.commands.conftest import SMALL
 
 
@@ -36,6 +38,9 @@ def test_recipes_and_folders_are_compared(tmp_path, capsys):
     comparison = json.loads((tmp_path / "one" / "comparison.json").read_text())
     assert comparison["seeds"] == [0, 1]
     assert f"{100 * comparison['difference']['mean']:+.2f} points" in output
+    for name, text in (("test_balanced_accuracy", "balanced accuracy"), ("test_auc", "AUC")):
+        one = comparison["macro_differences"][name]
+        assert f"{text} {100 * one['mean']:+.2f} points, 95% interval" in output
 
     # Trained runs are reused.
     assert compare_command.main([*sides, "--seeds", "2", "--workdir", str(tmp_path / "one")]) == 0
@@ -49,6 +54,22 @@ def test_recipes_and_folders_are_compared(tmp_path, capsys):
     command = [str(a), "--against", str(b), "--workdir", str(tmp_path / "two")]
     assert compare_command.main(command) == 0
     assert json.loads((tmp_path / "two" / "comparison.json").read_text()) == comparison
+
+
+def test_comparisons_of_earlier_runs_have_no_scores_over_classes():
+    estimate = {"mean": 0.01, "std": None, "low": None, "high": None, "n": 1}
+    comparison: dict[str, Any] = {
+        "a": {"test_accuracy": estimate}, "b": {"test_accuracy": estimate}, "differs_in": [],
+        "difference": estimate, "sign_flip_p": None, "minimum_detectable_effect": None,
+        "mcnemar": {"p": 1.0, "only_a_right": 0, "only_b_right": 0},
+        "macro_differences": dict.fromkeys(MACRO_FIGURES),
+    }  # fmt: skip
+    assert not any("classes" in name for name in compare_command._facts(comparison))
+    comparison["macro_differences"] |= {"test_auc": estimate, "test_macro_f1": estimate}
+    facts = compare_command._facts(comparison)
+    assert facts["b minus a"] == "+1.00 points"
+    text = "macro F1 +1.00 points\nAUC +1.00 points"
+    assert facts["b minus a, means over classes"] == text
 
 
 @pytest.mark.parametrize(

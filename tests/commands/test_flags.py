@@ -20,7 +20,7 @@ RECIPE_VALUES: dict[str, Any] = {
     "learning_rate": 0.5, "schedule": "one_cycle", "weight_decay": 0.25, "dropout": 0.125,
     "label_smoothing": 0.5, "augmentation": "geometric", "augmentation_strength": 2.0,
     "dtype": "bfloat16", "image_size": 64, "val_fraction": 0.5, "patience": 4,
-    "loss": "losses:focal", "matmul_precision": "bfloat16",
+    "loss": "losses:focal", "matmul_precision": "bfloat16", "class_weights": "balanced",
 } | {
     f"{part}_options": {"width": 3, "act": "relu", "sizes": [1, 2]} for part in PARTS
 }  # fmt: skip

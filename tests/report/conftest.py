@@ -42,6 +42,14 @@ def write_run(workdir: Path, *, augmented: bool = False, **changes: Any) -> dict
         "val_accuracy": 0.92344,
         "test_accuracy": 0.93456,
         "test_loss": 0.45678,
+        "test_balanced_accuracy": 0.81234,
+        "test_macro_f1": 0.71234,
+        "test_auc": 0.98765,
+        "test_intervals": {
+            "test_balanced_accuracy": [0.80123, 0.82345],
+            "test_macro_f1": [None, None],
+            "test_auc": [0.97654, 0.99876],
+        },
         "tta_accuracy": 0.94567,
         "calibration": {
             "ece": 0.01234, "ece_low": 0.00456, "ece_high": 0.02346, "aurc": 0.00789,

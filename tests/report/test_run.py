@@ -49,6 +49,28 @@ def test_headline_numbers_are_those_of_the_file(page):
     ) in page.words
 
 
+def test_means_over_classes_are_those_of_the_file(page, tmp_path):
+    assert (
+        "Means over classes, test: balanced accuracy 81.23% (80.12% to 82.34%); F1 71.23%; area "
+        "under the ROC curve 98.77% (97.65% to 99.88%). In brackets are 95% confidence intervals "
+        "over images."
+    ) in page.words
+    report = write_run(tmp_path, test_auc=None)
+    report["test_intervals"]["test_auc"] = [None, None]
+    files.write_json(tmp_path / files.REPORT, report)
+    assert "area under the ROC curve none." in read_page(run.write_report(tmp_path)).words
+
+
+def test_reports_of_earlier_versions_have_no_means_over_classes(tmp_path):
+    report = write_run(tmp_path)
+    for name in ("test_balanced_accuracy", "test_macro_f1", "test_auc", "test_intervals"):
+        del report[name]
+    files.write_json(tmp_path / files.REPORT, report)
+    page = read_page(run.write_report(tmp_path))
+    assert "Means over classes" not in page.words
+    assert page.numbers["Test accuracy"] == "93.46%"
+
+
 def test_tables_are_those_of_the_file(page, report):
     for row in report["classes"]:
         cells = [f"{row[key]:.3f}" for key in ("precision", "recall", "f1")]

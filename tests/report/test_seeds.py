@@ -34,6 +34,9 @@ def write_seeds(workdir, n=3, **changes):
         "train_accuracy": metric(0.63, n),
         "tta_accuracy": metric(0.54, n),
         "test_loss": metric(1.4, n),
+        "test_balanced_accuracy": metric(0.45, n),
+        "test_macro_f1": metric(0.36, n),
+        "test_auc": metric(0.27, n),
         "ensemble": {
             "accuracy": 0.91234,
             "loss": 0.56789,
@@ -62,6 +65,9 @@ def test_numbers_are_those_of_the_file(tmp_path):
         ("val_accuracy", "Validation accuracy"),
         ("train_accuracy", "Training accuracy, last epoch"),
         ("tta_accuracy", "Test accuracy with test-time augmentation"),
+        ("test_balanced_accuracy", "Balanced accuracy, test"),
+        ("test_macro_f1", "Macro F1, test"),
+        ("test_auc", "Area under the ROC curve, test"),
     ):
         value = summary[key]
         assert [
@@ -91,6 +97,16 @@ def test_one_seed_has_no_intervals_and_no_ensemble(tmp_path):
     assert not any("Ensemble" in heading for heading in page.headings)
     assert not any("augmentation" in row[0] for row in page.rows)
     assert page.text.count("Trained on the embedded sample; these accuracies are not results") == 1
+
+
+def test_summaries_of_earlier_versions_have_no_means_over_classes(tmp_path):
+    summary = write_seeds(tmp_path, test_auc=None)
+    for name in ("test_balanced_accuracy", "test_macro_f1"):
+        del summary[name]
+    files.write_json(tmp_path / files.SEEDS, summary)
+    page = read_page(write_seeds_report(tmp_path))
+    assert not any(word in row[0] for row in page.rows for word in ("Balanced", "F1", "ROC"))
+    assert page.rows[1][:2] == ["Test accuracy", "81.00%"]
 
 
 def test_hostile_text_is_escaped(tmp_path):

@@ -8,13 +8,17 @@ import shutil
 import signal
 import time
 import types
+from typing import Any
 
 import chex
 import jax
 import numpy as np
 import pytest
+from sklearn.utils.class_weight import compute_class_weight
 
 import fmnist_jax as fm
+from fmnist_jax.analysis.scores import log_losses
+from fmnist_jax.config import to_dict
 from fmnist_jax.data.split import stratified_split
 from fmnist_jax.errors import (
     CheckpointError,
@@ -30,7 +34,7 @@ from fmnist_jax.runs.checkpoint import Checkpoints
 from fmnist_jax.runs.plan import create_plan
 from fmnist_jax.runs.signals import STOPPING
 from fmnist_jax.train.predict import predict_tta
-from tests.small import SMALL
+from tests.small import LINEAR, SMALL
 
 RECIPE = dataclasses.replace(
     fm.RECIPES["small_dropout"],
@@ -427,7 +431,8 @@ def test_the_files_of_a_run(straight, tiny):
     assert report == result.report
     assert set(report) >= {
         "arch", "recipe", "seed", "epochs", "steps", "params", "train_accuracy", "val_accuracy",
-        "test_accuracy", "test_loss", "classes", "confusion_matrix", "compile_seconds",
+        "test_accuracy", "test_loss", "test_balanced_accuracy", "test_macro_f1", "test_auc",
+        "test_intervals", "classes", "confusion_matrix", "compile_seconds",
         "train_seconds", "images_per_second", "data", "params_sha256", "versions", "device",
     }  # fmt: skip
     assert report["steps"] == 9
@@ -439,7 +444,13 @@ def test_the_files_of_a_run(straight, tiny):
         logits = predictions["logits"]
         np.testing.assert_array_equal(predictions["labels"], tiny.test_labels)
         np.testing.assert_array_equal(predictions["indices"], np.arange(20))
-    assert report["test_accuracy"] == np.mean(logits.argmax(axis=1) == tiny.test_labels)
+    predicted = logits.argmax(axis=1)
+    assert report["test_accuracy"] == np.mean(predicted == tiny.test_labels)
+    found = np.unique(tiny.test_labels)
+    recalls = [np.mean(predicted[tiny.test_labels == label] == label) for label in found]
+    assert report["test_balanced_accuracy"] == pytest.approx(np.mean(recalls))
+    low, high = report["test_intervals"]["test_balanced_accuracy"]
+    assert low < np.mean(recalls) < high
     expected = fm.predict(result.state.variables, tiny.test_images, model=result.model)
     chex.assert_trees_all_equal(logits, np.asarray(expected))
 
@@ -469,6 +480,66 @@ def test_seeds_differ_and_repeat(straight, tmp_path, tiny):
     other = fm.fit(make_run(tmp_path / "b", seed=1), tiny, hooks=())
     assert again.report["params_sha256"] == expected.report["params_sha256"]
     assert other.report["params_sha256"] != expected.report["params_sha256"]
+
+
+@pytest.fixture(scope="module")
+def weighted(tmp_path_factory, tiny):
+    """A run of a linear network with class weights, in one step per epoch."""
+    recipe = fm.Recipe(
+        arch=LINEAR, epochs=3, batch_size=48, val_fraction=0.2, class_weights="balanced"
+    )
+    run = fm.Run(recipe=recipe, workdir=tmp_path_factory.mktemp("weighted"))
+    return run, fm.fit(run, tiny, hooks=())
+
+
+def test_class_weights_are_those_of_the_training_split(weighted, tiny):
+    run, result = weighted
+    plan = create_plan(run, tiny)
+    labels = tiny.train_labels[plan.train_examples]
+    expected = compute_class_weight("balanced", classes=np.arange(10), y=labels)
+    loss: Any = plan.config.loss
+    assert len(set(expected)) > 1
+    np.testing.assert_allclose(loss.weights, expected)
+    assert files.read_json(run.workdir / files.CONFIG)["recipe"]["class_weights"] == "balanced"
+    plain = dataclasses.replace(run.recipe, class_weights="none")
+    assert "class_weights" not in to_dict(dataclasses.replace(run, recipe=plain))["recipe"]
+
+    # The training loss is weighted, in the log and in a replay.
+    first = fm.replay(run.workdir, tiny, 1)
+    state = plan.create_state()
+    images = tiny.train_images[first.examples]
+    logits: Any = fm.predict(state.variables, images, model=plan.model)
+    losses = log_losses(logits, first.labels)
+    np.testing.assert_allclose(first.losses, expected[first.labels] * losses, rtol=1e-4)
+    np.testing.assert_allclose(result.history[0]["loss"], first.losses.mean(), rtol=1e-5)
+    # Those of validation and test are not.
+    val = result.history[-1]
+    images, labels = (array[plan.val_examples] for array in (tiny.train_images, tiny.train_labels))
+    logits = fm.predict(result.state.variables, images, model=plan.model)
+    np.testing.assert_allclose(val["loss"], log_losses(logits, labels).mean(), rtol=1e-5)
+    logits = fm.predict(result.state.variables, tiny.test_images, model=plan.model)
+    expected_loss = log_losses(logits, tiny.test_labels).mean()
+    np.testing.assert_allclose(result.report["test_loss"], expected_loss, rtol=1e-5)
+
+
+def test_a_run_with_class_weights_resumes(weighted, tiny, tmp_path):
+    class Stopper(fm.Hook):
+        def epoch(self, log):
+            return log.epoch == 2
+
+    run = dataclasses.replace(weighted[0], workdir=tmp_path)
+    with pytest.raises(Interrupted):
+        fm.fit(run, tiny, hooks=[Stopper()])
+    result = fm.fit(run, tiny, hooks=())
+    assert result.report["params_sha256"] == weighted[1].report["params_sha256"]
+
+
+def test_class_weights_need_images_of_every_class(weighted, tiny):
+    missing = np.flatnonzero(np.isin(tiny.train_labels, (2, 9))).tolist()
+    run = dataclasses.replace(weighted[0], exclude=missing)
+    run = dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, batch_size=8))
+    with pytest.raises(ConfigError, match="no training examples of Pullover, Ankle boot; choose"):
+        create_plan(run, tiny)
 
 
 def test_a_run_without_validation(tmp_path, tiny):

@@ -13,7 +13,7 @@ from fmnist_jax.errors import ConfigError, DamagedFileError
 from fmnist_jax.runs import files
 
 
-def write_run(folder, seed, correct, recipe=None, indices=None):
+def write_run(folder, seed, correct, recipe=None, indices=None, **more):
     """The files of a finished run that got these test images right."""
     folder.mkdir(parents=True)
     files.write_json(folder / files.CONFIG, {"seed": seed, "recipe": recipe or {}})
@@ -22,7 +22,7 @@ def write_run(folder, seed, correct, recipe=None, indices=None):
     report = {
         "seed": seed, "arch": "same_3x3", "recipe": recipe or {},
         "test_accuracy": float(correct.mean()), "sample": False,
-    }  # fmt: skip
+    } | more  # fmt: skip
     files.write_json(folder / files.REPORT, report)
     files.write_arrays(
         folder / files.PREDICTIONS,
@@ -74,6 +74,24 @@ def test_results_match_scipy_and_statsmodels(sides):
     np.testing.assert_allclose(result["minimum_detectable_effect"], found, rtol=1e-4)
     assert result["sign_flip_smallest"] == 2 / 2**4
     json.dumps(result)
+
+
+def test_scores_over_classes_are_paired_by_seed(tmp_path):
+    values = {"a": [0.5, 0.6, 0.8], "b": [0.7, 0.65, 0.9]}
+    folders = {
+        side: [
+            write_run(tmp_path / side / str(seed), seed, [1, 0], test_macro_f1=f1, test_auc=auc)
+            for seed, f1, auc in zip(range(3), row, [0.5, None, 0.5], strict=True)
+        ]
+        for side, row in values.items()
+    }
+    found = fm.compare(folders["a"], folders["b"][::-1])["macro_differences"]
+    # One run has no area, and a report of an earlier version no balanced accuracy.
+    assert found["test_balanced_accuracy"] is found["test_auc"] is None
+    one = found["test_macro_f1"]
+    np.testing.assert_allclose(one["values"], [0.2, 0.05, 0.1])
+    interval = scipy.stats.ttest_rel(values["b"], values["a"]).confidence_interval(0.95)
+    np.testing.assert_allclose([one["low"], one["high"]], list(interval))
 
 
 def test_runs_are_paired_by_seed(sides, tmp_path):

@@ -73,6 +73,16 @@ def test_the_summary_equals_the_files(workdir):
     assert len(set(summary["params_sha256"])) == 3
 
 
+def test_runs_of_earlier_versions_are_summarized(workdir, tmp_path):
+    old = shutil.copytree(workdir / "seed-5", tmp_path / "seed-5")
+    report = files.read_json(old / files.REPORT)
+    assert report.pop("test_macro_f1") is not None
+    files.write_json(old / files.REPORT, report)
+    summary = seeds.summarize([old, workdir / "seed-6"])
+    assert summary["test_macro_f1"] is None
+    assert summary["test_auc"]["n"] == summary["test_accuracy"]["n"] == 2
+
+
 def test_the_ensemble_averages_probabilities(workdir):
     predictions = [
         files.read_arrays(workdir / f"seed-{seed}" / files.PREDICTIONS) for seed in (5, 6, 7)

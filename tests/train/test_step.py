@@ -14,8 +14,9 @@ import pytest
 
 import fmnist_jax as fm
 from fmnist_jax.data.batches import scale
+from fmnist_jax.errors import ConfigError
 from fmnist_jax.train.metrics import cross_entropy, merge
-from fmnist_jax.train.step import compute_grads
+from fmnist_jax.train.step import WeightedLoss, compute_grads
 from tests.conftest import train_step
 from tests.small import Linear, Small
 
@@ -72,6 +73,79 @@ def test_gradients_are_those_of_the_mean_loss(microbatch_size, getkey, tiny):
     logits: Any = Small().apply({"params": state.params}, batch.images, train=False)
     np.testing.assert_allclose(cross_entropy(logits, batch.labels), losses, rtol=1e-4)
     assert metrics.correct == jnp.sum(batch.mask & (logits.argmax(axis=1) == batch.labels))
+
+
+WEIGHTS = (0.5, 3.0, 0.0, 1.0, 0.25, 2.0, 1.0, 7.0, 1.5, 0.125)
+
+
+@pytest.mark.parametrize("smoothing", [None, 0.2])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"microbatch_size": 3},
+        {"layout": fm.Shards(4)},
+        {"layout": fm.Shards(4), "microbatch_size": 2},
+    ],
+)
+def test_a_step_with_class_weights_follows_plain_numpy(change, smoothing, getkey, tiny):
+    """The gradient of a linear network, written out."""
+    config = fm.StepConfig(
+        model=Linear(), tx=optax.sgd(0.1), batch_size=16, loss=WeightedLoss(cross_entropy, WEIGHTS),
+        **change,
+    )  # fmt: skip
+    state = fm.create_train_state(getkey(), config)
+    batch = make_batch(tiny, 16, mask=jnp.arange(16) < 13)
+    hyperparams = fm.Hyperparams(label_smoothing=smoothing)
+    after, metrics = train_step(state, batch, getkey(), hyperparams, config=config)
+
+    images = np.asarray(batch.images, np.float64).reshape(16, -1)[:13]
+    labels = np.asarray(batch.labels)[:13]
+    kernel, bias = (np.asarray(state.params["Dense_0"][name], float) for name in ("kernel", "bias"))
+    logits = images @ kernel + bias
+    predicted = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    targets = np.eye(10)[labels] * (1 - (smoothing or 0)) + (smoothing or 0) / 10
+    weights = np.array(WEIGHTS)[labels]
+    errors = weights[:, None] * (predicted - targets) / 13
+    moved = jax.tree.map(lambda a, b: (a - b) / 0.1, state.params, after.params)["Dense_0"]
+    np.testing.assert_allclose(moved["kernel"], images.T @ errors, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(moved["bias"], errors.sum(axis=0), rtol=1e-3, atol=1e-5)
+    losses = -np.sum(targets * np.log(predicted), axis=1)
+    np.testing.assert_allclose(metrics.loss, np.sum(weights * losses), rtol=1e-5)
+    assert metrics.correct == np.sum(predicted.argmax(axis=1) == labels)
+
+
+def test_class_weights_are_mapped_over_seeds(tiny):
+    config = fm.StepConfig(
+        model=Linear(), tx=optax.sgd(0.1), loss=WeightedLoss(cross_entropy, WEIGHTS)
+    )
+    batch = make_batch(tiny, 12)
+
+    def train(seed):
+        state = fm.create_train_state(jax.random.key(seed), config)
+        order = jax.random.permutation(jax.random.key(seed), 12)
+        drawn = jax.tree.map(lambda leaf: leaf[order[:5]], batch)
+        return fm.train_step(state, drawn, jax.random.key(seed), config=config)[0].params
+
+    together = jax.jit(jax.vmap(train))(jnp.arange(2))
+    for seed in (0, 1):
+        alone = jax.tree.map(lambda leaf, i=seed: leaf[i], together)
+        chex.assert_trees_all_close(alone, train(seed), rtol=1e-4, atol=1e-6)
+
+
+def test_class_weights_name_what_does_not_fit(getkey, tiny):
+    def step(loss, smoothing=None):
+        config = dataclasses.replace(PLAIN, loss=loss)
+        state = fm.create_train_state(getkey(), config)
+        hyperparams = fm.Hyperparams(label_smoothing=smoothing)
+        fm.train_step(state, make_batch(tiny, 4), getkey(), hyperparams, config=config)
+
+    with pytest.raises(ValueError, match="there are 3 weights for 10 classes"):
+        step(WeightedLoss(cross_entropy, (1.0, 2.0, 3.0)))
+    with pytest.raises(ConfigError, match="a third for label_smoothing, which is given"):
+        step(WeightedLoss(lambda logits, labels: logits[:, 0], WEIGHTS), smoothing=0.1)
+    with pytest.raises(ValueError, match=r"the loss has shape \(\); expected one value"):
+        step(WeightedLoss(lambda logits, labels: logits.mean(), WEIGHTS))
 
 
 def test_each_microbatch_has_its_own_dropout(getkey, sample):
