@@ -166,8 +166,9 @@ class Recipe:
       dropout: one rate in [0, 1) for all dropout layers; None keeps the rate of each layer.
       label_smoothing: fraction of the target spread over all classes, in [0, 1); None is none.
       class_weights: "none", or "balanced", which multiplies the training loss of an image by n /
-        (num_classes * n_class), counted on the training split; the mean weight of its images is 1.
-        The accuracy, and the loss of validation and test images, have no weights.
+        (num_classes * n_class), counted on the training images and the validation images that the
+        run draws from them; their mean weight is 1. The accuracy, and the loss of validation and
+        test images, have no weights.
       augmentation: "none", "keras" (as Keras' `ImageDataGenerator`), "geometric", "shift" (by at
         most one pixel, and mirrored in every second epoch), or "shift_erase" (a random rectangle as
         well).

@@ -200,7 +200,7 @@ def create_plan(
         )
     loss = created["loss"]
     if recipe.class_weights == "balanced":
-        loss = WeightedLoss(loss, _balanced_weights(dataset, train_examples))
+        loss = WeightedLoss(loss, _balanced_weights(dataset, train_examples, val_examples))
     config = StepConfig(
         model=created["arch"],
         tx=created["optimizer"],
@@ -267,20 +267,27 @@ def loop_cost(plan: Plan) -> tuple[float, int]:
     return flops, sizes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
 
 
-def _balanced_weights(dataset: Dataset, train_examples: np.ndarray) -> tuple[float, ...]:
-    """Returns a weight per class, whose mean over the training examples is 1.
+def _balanced_weights(
+    dataset: Dataset, train_examples: np.ndarray, val_examples: np.ndarray
+) -> tuple[float, ...]:
+    """Returns a weight per class, whose mean over the images that were split is 1.
 
     Raises:
       ConfigError: if a class has no training examples.
     """
     names = dataset.class_names
-    counts = np.bincount(dataset.train_labels[train_examples], minlength=len(names))
-    if not counts.all():
-        missing = ", ".join(str(names[label]) for label in np.flatnonzero(counts == 0))
+    absent = set(range(len(names))) - set(dataset.train_labels[train_examples].tolist())
+    if absent:
+        missing = ", ".join(str(names[label]) for label in sorted(absent))
         raise ConfigError(
             f"class_weights is 'balanced', but there are no training examples of {missing}; choose "
             "'none', or leave the class out"
         )
+    # With the validation images that a run draws, because the counts without them depend on the
+    # seed, and the weights are constants of the compiled program.
+    if dataset.val_examples is None:
+        train_examples = np.concatenate([train_examples, val_examples])
+    counts = np.bincount(dataset.train_labels[train_examples], minlength=len(names))
     return tuple((len(train_examples) / (len(names) * counts)).tolist())
 
 

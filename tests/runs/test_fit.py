@@ -492,10 +492,14 @@ def weighted(tmp_path_factory, tiny):
     return run, fm.fit(run, tiny, hooks=())
 
 
-def test_class_weights_are_those_of_the_training_split(weighted, tiny):
+def test_class_weights_are_those_of_the_split_images(weighted, tiny):
     run, result = weighted
     plan = create_plan(run, tiny)
-    labels = tiny.train_labels[plan.train_examples]
+    labels = tiny.train_labels
+    own = dataclasses.replace(tiny, val_examples=np.arange(12))
+    weights = compute_class_weight("balanced", classes=np.arange(10), y=labels[12:])
+    own_loss: Any = create_plan(run, own).config.loss
+    np.testing.assert_allclose(own_loss.weights, weights)
     expected = compute_class_weight("balanced", classes=np.arange(10), y=labels)
     loss: Any = plan.config.loss
     assert len(set(expected)) > 1
