@@ -139,41 +139,49 @@ def prepare(name: str, data_dir: Path) -> Path:
     """
     import tensorflow_datasets as tfds
 
-    name, _, config = name.partition("/")
+    settings = tfds.download.DownloadConfig(try_download_gcs=False, force_checksums_validation=True)
     try:
-        base: Any = tfds.builder_cls(name)
-    except tfds.core.registered.DatasetNotFoundError as error:
-        raise DataError(f"TFDS has no data set {name}") from error
-    with tfds.core.registered.skip_registration():
-
-        class Builder(base):
-            def _generate_examples(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-                for key, example in super()._generate_examples(*args, **kwargs):
-                    yield key, {feature: _as_picture(each) for feature, each in example.items()}
-
-    Builder.name = base.name
-    options = {"config": config} if config else {}
-    try:
-        builder = Builder(data_dir=str(data_dir), file_format="array_record", **options)
+        builder = tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
+        _check_features(name, builder.info)
         if not record_files(Path(builder.data_dir)):
             for url in list(builder.url_infos or ())[:1]:
                 _check_reachable(url)
-        settings = tfds.download.DownloadConfig(
-            try_download_gcs=False, force_checksums_validation=True
-        )
-        with _without_tensorflow(base):
+        generate = builder._generate_examples
+
+        def encodable(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            for key, example in generate(*args, **kwargs):
+                yield key, {feature: _as_picture(each) for feature, each in example.items()}
+
+        builder._generate_examples = encodable
+        with _without_tensorflow(builder):
             builder.download_and_prepare(download_config=settings)
     except DataError:
         raise
+    except tfds.core.registered.DatasetNotFoundError as error:
+        raise DataError(f"TFDS has no data set {name}") from error
     except Exception as error:  # requests, TFDS and the file system share no base class
-        raise DataError(f"TFDS could not prepare {name}: {error}") from error
+        raise DataError(f"TFDS could not prepare {name}: {first_line(error)}") from error
     return Path(builder.data_dir)
+
+
+def _check_features(name: str, info: Any) -> None:
+    """Refuses a set that has no pairs of an image and a class, before it is downloaded."""
+    from tensorflow_datasets import features
+
+    keys = info.supervised_keys or ()
+    kinds = [type(info.features[key]) for key in keys if isinstance(key, str)]
+    if kinds != [features.Image, features.ClassLabel]:
+        found = ", ".join(f"{key} {type(kind).__name__}" for key, kind in info.features.items())
+        raise DataError(
+            f"TFDS' {name} is no set of images with one class each, but one of {found}; "
+            "choose another"
+        )
 
 
 def _without_tensorflow(builder: Any) -> Any:
     """Replaces TensorFlow in the file of a builder by what reads files."""
     files = types.SimpleNamespace(gfile=types.SimpleNamespace(GFile=open))
-    module = sys.modules[builder.__module__]
+    module = sys.modules[type(builder).__module__]
     return mock.patch.object(module, "tf", types.SimpleNamespace(io=files), create=True)
 
 

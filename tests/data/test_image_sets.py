@@ -333,7 +333,10 @@ class Colours(tensorflow_datasets.core.GeneratorBasedBuilder):
 
 def test_a_set_of_tfds_is_prepared_without_tensorflow(tmp_path, colours, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-    monkeypatch.setattr(tensorflow_datasets, "builder_cls", {"colours": Colours}.__getitem__)
+    load = {"colours": Colours}
+    monkeypatch.setattr(
+        tensorflow_datasets, "builder", lambda name, **options: load[name](**options)
+    )
     monkeypatch.setattr(Colours, "path", str(write_archive(tmp_path / "set.npz", colours)))
     prepared = fm.load_dataset("colours")
     assert prepared.class_names == colours.class_names
