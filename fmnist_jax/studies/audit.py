@@ -1,6 +1,7 @@
 """`audit_images`, `audit_labels`: statistics, duplicates and label issues of a data set."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,9 @@ def image_statistics(
       >>> image_statistics(np.array([[[0, 255]]], np.uint8), np.array([0]), ["Bag"])["mean"]
       0.5
     """
-    histograms = np.array(
-        [
-            np.bincount(images[labels == label].ravel(), minlength=256)
-            for label in range(len(class_names))
-        ]
-    )
+    histograms = np.zeros((len(class_names), 256), np.int64)
+    for image, label in zip(images, labels, strict=True):
+        histograms[label] += np.bincount(image.ravel(), minlength=256)
     counts = np.bincount(labels, minlength=len(class_names))
     by_class = [
         {"name": name, "images": int(count)} | _pixels(histogram)
@@ -96,9 +94,7 @@ def _pixels(histogram: np.ndarray) -> dict[str, float]:
 def _exact_duplicates(dataset: Dataset) -> list[list[dict[str, Any]]]:
     num_train = len(dataset.train_labels)
     labels = np.concatenate([dataset.train_labels, dataset.test_labels])
-    groups = duplicates.exact_duplicates(
-        np.concatenate([dataset.train_images, dataset.test_images])
-    )
+    groups = duplicates.exact_duplicates(itertools.chain(dataset.train_images, dataset.test_images))
     return [
         [
             {
