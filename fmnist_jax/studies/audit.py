@@ -19,6 +19,7 @@ from fmnist_jax.train.hooks import Hook, say
 from fmnist_jax.train.predict import evaluate
 
 ARCH = "small_dropout"  # the fastest of the networks that reach 91%
+SMALL_ARCH, SMALL_SIDE = "same_3x3", 18  # for images of smaller sides, from 8 pixels on
 NUM_SEEDS = 3  # trainings with and without the label issues
 # A test label is doubtful if the mean of the folds' networks gives it a lower probability.
 DOUBTFUL = 0.01
@@ -163,8 +164,11 @@ def audit_labels(
       The entry `labels` of audit.json.
     """
     labels, names = dataset.train_labels, dataset.class_names
-    run = Run(recipe=dataclasses.replace(RECIPES[ARCH], epochs=epochs), workdir=Path(), seed=seed)
-    say(hooks, f"Cross-validating {ARCH} with {folds} folds ...")
+    arch = ARCH if min(dataset.image_shape[:2]) >= SMALL_SIDE else SMALL_ARCH
+    batch_size = min(RECIPES[arch].batch_size, max(1, len(labels) // 4))
+    recipe = dataclasses.replace(RECIPES[arch], epochs=epochs, batch_size=batch_size)
+    run = Run(recipe=recipe, workdir=Path(), seed=seed)
+    say(hooks, f"Cross-validating {arch} with {folds} folds ...")
     crossed = cross_validate(run, dataset, folds, hooks=hooks)
     found = find_label_issues(crossed.logits, labels)
     is_issue = np.zeros(len(labels), bool)
@@ -173,7 +177,7 @@ def audit_labels(
         row | {"forgotten": int(crossed.forgotten[row["index"]])} for row in _rows(found, names)
     ]
     return {
-        "arch": ARCH,
+        "arch": arch,
         "folds": folds,
         "epochs": epochs,
         "seed": seed,
