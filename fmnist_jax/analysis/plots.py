@@ -35,7 +35,8 @@ PALE, FILL = "#93b4f5", "#eff4fe"
 # Characters that fit over an image of a contact sheet, and of the name of a class elsewhere.
 _MAX_LINE, _MAX_NAME = 18, 14
 
-# A confusion matrix of more classes has no numbers, and names of about this many.
+# A confusion matrix of more classes has no numbers. It has at most this many names, and cells, a
+# side.
 _MAX_CLASSES, _MAX_CELLS = 20, 200
 
 # Sides of images whose pixels are shown as squares; larger ones are reduced with antialiasing.
@@ -150,7 +151,7 @@ def risk_coverage_curve(logits: np.ndarray, labels: np.ndarray) -> Figure:
 
 @style()
 def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
-    """Number of examples by label (rows) and prediction (columns); of many classes, as colors."""
+    """Number of examples by label (rows) and prediction (columns); of many classes, as colours."""
     counts = np.array(matrix)
     fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     num_classes = len(class_names)
