@@ -1,7 +1,9 @@
-"""Networks that compile quickly, where the network is not what is tested."""
+"""Networks that compile quickly, where the network is not what is tested, and data in colour."""
 
 import flax.linen as nn
+import numpy as np
 
+import fmnist_jax as fm
 from fmnist_jax.nn.dropout import Dropout
 
 SMALL, LINEAR = "tests.small:Small", "tests.small:Linear"
@@ -29,3 +31,18 @@ class Linear(nn.Module):
     def __call__(self, images, *, train):
         del train
         return nn.Dense(self.num_classes)(images.reshape(len(images), -1))
+
+
+def colour_dataset(num_classes=3, height=12, width=20):
+    """Noise around one colour per class: 40 training images of each, 10 test images."""
+    rng = np.random.default_rng(0)
+    colours = rng.integers(40, 216, (num_classes, 3))
+
+    def draw(count):
+        labels = np.arange(count * num_classes) % num_classes
+        noise = rng.integers(-40, 41, (len(labels), height, width, 3))
+        return (colours[labels][:, None, None] + noise).astype(np.uint8), labels
+
+    names = tuple(f"colour {number}" for number in range(num_classes))
+    (train, train_labels), (test, test_labels) = draw(40), draw(10)
+    return fm.Dataset(train, train_labels, test, test_labels, class_names=names, source="colours")

@@ -1,13 +1,15 @@
 """Exact and near-duplicate images.
 
 Float32 matrix products give exact squared distances. Pixels minus 128 are from -128 to 127, so
-the dot product of two images of at most 1,024 pixels and each of its partial sums are integers of
-magnitude at most 1,024 * 128 * 128 = 2**24, which float32 represents exactly.
+the dot product of 1,024 pixel values of two images and each of its partial sums are integers of
+magnitude at most 1,024 * 128 * 128 = 2**24, which float32 represents exactly. Products of more
+values are added as integers.
 """
 
-import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from hashlib import blake2b
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,14 +22,14 @@ NEAR = 0.1
 # Side of the square of pairs compared at once. On two cores, 2,048 x 60,000 images take 1.1 s with
 # 512, 1,024 or 2,048, and 1.2 to 1.7 s in blocks of 256 x 60,000, which exceed the cache.
 _BLOCK = 1024
-_MAX_PIXELS = 2**24 // 128**2
+_MAX_VALUES = 2**24 // 128**2
 
 
-def exact_duplicates(images: np.ndarray) -> list[list[int]]:
+def exact_duplicates(images: Iterable[np.ndarray]) -> list[list[int]]:
     """Groups images with the same bytes.
 
     Args:
-      images: [n, height, width], any dtype. Concatenate splits to find duplicates across them.
+      images: of one shape and dtype. Chain splits to find duplicates across them.
 
     Returns:
       The positions of each group of two or more, ascending, ordered by their first position.
@@ -36,13 +38,10 @@ def exact_duplicates(images: np.ndarray) -> list[list[int]]:
       >>> exact_duplicates(np.array([[[5]], [[7]], [[5]]], np.uint8))
       [[0, 2]]
     """
-    rows = np.ascontiguousarray(images).reshape(len(images), -1)
-    # One void scalar per image: compared as bytes, where `axis=0` compares field by field.
-    keys = rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))[:, 0]
-    _, group, sizes = np.unique(keys, return_inverse=True, return_counts=True)
-    # A stable sort by group keeps the positions of each group ascending.
-    groups = np.split(np.argsort(group, kind="stable"), np.cumsum(sizes)[:-1])
-    return sorted(positions.tolist() for positions in groups if len(positions) > 1)
+    groups = defaultdict(list)
+    for position, image in enumerate(images):
+        groups[blake2b(image.tobytes()).digest()].append(position)
+    return [positions for positions in groups.values() if len(positions) > 1]
 
 
 def nearest(
@@ -54,8 +53,8 @@ def nearest(
     """Finds the nearest neighbor of each image among others by exhaustive search.
 
     Args:
-      images: uint8[n, height, width], at most 1,024 pixels each.
-      others: uint8[m, height, width].
+      images: uint8[n, height, width], or [n, height, width, channels] in colour.
+      others: uint8[m, ...], of the same shape.
       track: wraps the iterable over the first positions of the blocks of others, for progress.
 
     Returns:
@@ -72,25 +71,24 @@ def nearest(
       ([1], 5.0)
     """
     for name, array in (("images", images), ("others", others)):
-        if array.dtype != np.uint8 or array.ndim != 3:
+        if array.dtype != np.uint8 or array.ndim not in (3, 4):
             raise ValueError(
                 f"{name} are {array.dtype}{list(array.shape)}; they must be uint8[n, height, width]"
+                " or uint8[n, height, width, channels]"
             )
-    shape = images.shape[1:]
-    if shape != others.shape[1:] or math.prod(shape) > _MAX_PIXELS or len(others) == 0:
+    if images.shape[1:] != others.shape[1:] or len(others) == 0:
         raise ValueError(
             f"images have shape {images.shape} and others {others.shape}; both must have the same "
-            f"height and width, with at most {_MAX_PIXELS:,} pixels, and others at least one image"
+            "height, width and channels, and others at least one image"
         )
-    rows, row_squares = _centered(images)
-    rows *= -2  # exact, like every product with a power of two
+    rows, columns = (array.reshape(len(array), -1) for array in (images, others))
+    row_squares = sum(_squares(part).astype(np.int64) for part in _parts(rows))
     positions = np.zeros(len(images), np.int64)
-    smallest = np.full(len(images), np.iinfo(np.int32).max)  # of |b|^2 - 2ab
+    smallest = np.full(len(images), np.iinfo(np.int64).max)  # of |b|^2 - 2ab
     for first in track(range(0, len(others), _BLOCK)):
-        columns, column_squares = _centered(others[first : first + _BLOCK])
         for start in range(0, len(images), _BLOCK):
             part = slice(start, start + _BLOCK)
-            block = (rows[part] @ columns.T).astype(np.int32) + column_squares
+            block = _compare(rows[part], columns[first : first + _BLOCK])
             found = block.argmin(axis=1)
             values = block[np.arange(len(block)), found]
             nearer = values < smallest[part]
@@ -123,8 +121,8 @@ def match(
     """Finds the nearest other image of each image and of its mirror image.
 
     Args:
-      images: uint8[n, height, width], at most 1,024 pixels each.
-      others: uint8[m, height, width].
+      images: uint8[n, height, width], or [n, height, width, channels] in colour.
+      others: uint8[m, ...], of the same shape.
       track: wraps the iterables of two calls of `nearest`.
 
     Raises:
@@ -140,14 +138,29 @@ def match(
     mirror, mirror_distances = nearest(images[:, :, ::-1], others, track=track)
     mirrored = mirror_distances < plain_distances
     distances = np.minimum(plain_distances, mirror_distances)
-    norms = np.linalg.norm(images.reshape(len(images), -1).astype(np.float64), axis=1) / 255
+    # One by one, because float64 takes the eightfold memory.
+    norms = np.array([np.linalg.norm(image.astype(np.float64)) for image in images]) / 255
     # A black image is a duplicate of a black image only.
     limits = np.where(distances > 0, np.inf, 0.0)
     relative = np.divide(distances, norms, out=limits, where=norms > 0)
     return Matches(np.where(mirrored, mirror, plain), relative, mirrored)
 
 
-def _centered(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float32[n, pixels], values from -128 to 127; int32[n], their squared norms."""
-    rows = images.reshape(len(images), -1).astype(np.float32) - 128
-    return rows, np.einsum("np,np->n", rows, rows).astype(np.int32)
+def _compare(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Integers [n, m], |b|^2 - 2ab of each row a of uint8[n, values] and b of uint8[m, values]."""
+    total: Any = None
+    for a, b in zip(_parts(rows), _parts(columns), strict=True):
+        block = ((-2 * a) @ b.T).astype(np.int32)  # exact, like every product with a power of two
+        block += _squares(b)
+        total = block if total is None else np.add(total, block, dtype=np.int64)
+    return total
+
+
+def _parts(rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields float32[n, at most 1,024], values from -128 to 127."""
+    for start in range(0, rows.shape[1], _MAX_VALUES):
+        yield rows[:, start : start + _MAX_VALUES].astype(np.float32) - 128
+
+
+def _squares(rows: np.ndarray) -> np.ndarray:
+    return np.einsum("np,np->n", rows, rows).astype(np.int32)

@@ -1,6 +1,7 @@
 """Figures, drawn by matplotlib from arrays and mappings alone.
 
-Unless stated otherwise, `images` are uint8[n, height, width], `labels` int[n] with values in
+Unless stated otherwise, `images` are uint8[n, height, width], or [n, height, width, 3] in colour,
+shown as they are; grey images are shown dark on white. `labels` are int[n] with values in
 [0, num_classes), `logits` float[n, num_classes], and `class_names` has one name per class. A
 `history` has the lines of metrics.jsonl; `trials` and `space` are those of sweep.json.
 """
@@ -31,8 +32,15 @@ INK, GRID = "#1f2937", "#e5e7eb"
 PRIMARY, SECONDARY = "#2563eb", "#ea7317"
 PALE, FILL = "#93b4f5", "#eff4fe"
 
-# Characters that fit over an image of a contact sheet.
-_MAX_LINE = 18
+# Characters that fit over an image of a contact sheet, and of the name of a class elsewhere.
+_MAX_LINE, _MAX_NAME = 18, 14
+
+# A confusion matrix of more classes has no numbers. It has at most this many names, and cells, a
+# side.
+_MAX_CLASSES, _MAX_CELLS = 20, 200
+
+# Sides of images whose pixels are shown as squares; larger ones are reduced with antialiasing.
+_MAX_SHARP = 64
 
 _STYLE = {
     "axes.axisbelow": True,
@@ -143,41 +151,56 @@ def risk_coverage_curve(logits: np.ndarray, labels: np.ndarray) -> Figure:
 
 @style()
 def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
-    """Number of examples by label (rows) and prediction (columns)."""
+    """Number of examples by label (rows) and prediction (columns); of many classes, as colours."""
     counts = np.array(matrix)
     fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    side = 2.2 + 0.48 * len(class_names)
+    num_classes = len(class_names)
+    side = 2.2 + 0.48 * min(num_classes, _MAX_CLASSES)
     figure, axes = _figure(side, side)
     axes.grid(visible=False)
+    # A cell of less than a few pixels cannot be seen, so that very many classes share cells.
+    block = -(-num_classes // _MAX_CELLS)
+    padding = -num_classes % block
+    size = num_classes + padding
+    cells = np.pad(fractions, (0, padding)).reshape(size // block, block, -1, block).max((1, 3))
+    extent = (-0.5, size - 0.5, size - 0.5, -0.5)
     # The square root keeps the few errors visible.
-    axes.imshow(np.sqrt(fractions), cmap="Blues", vmin=0, vmax=1)
-    for i, j in np.argwhere(counts):
+    axes.imshow(np.sqrt(cells), cmap="Blues", vmin=0, vmax=1, extent=extent)
+    for i, j in np.argwhere(counts if num_classes <= _MAX_CLASSES else ()):
         color = "white" if np.sqrt(fractions[i, j]) > 0.6 else INK
         axes.text(j, i, f"{counts[i, j]:,}", ha="center", va="center", fontsize=8, color=color)
-    positions = range(len(class_names))
-    axes.set_xticks(positions, class_names, rotation=45, ha="right")
-    axes.set_yticks(positions, class_names)
-    axes.set(xlabel="prediction", ylabel="label")
+    positions = range(0, num_classes, -(-num_classes // _MAX_CLASSES))
+    names = [_short_name(class_names[position]) for position in positions]
+    axes.set_xticks(positions, names, rotation=45, ha="right")
+    axes.set_yticks(positions, names)
+    shared = f", largest of {block} x {block} classes" if block > 1 else ""
+    axes.set(xlabel=f"prediction{shared}", ylabel="label")
     axes.tick_params(length=0)
     return figure
 
 
 @style()
 def class_samples(images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """A row of images for each class."""
-    rows = [images[labels == label] / 255 for label in range(len(class_names))]
-    figure, grid = _image_rows(rows, (1.3 + 0.7 * max(map(len, rows)), 0.7 * len(rows)))
-    for axes, name in zip(grid[:, 0], class_names, strict=True):
+    """A row of images for each class; of many classes, for those that have images."""
+    is_few = len(class_names) <= _MAX_CLASSES
+    classes = range(len(class_names)) if is_few else np.unique(labels)[:_MAX_CLASSES]
+    rows = [_pixels(images[labels == label]) for label in classes]
+    height = 0.7 * _ratio(images)
+    figure, grid = _image_rows(rows, (1.3 + 0.7 * max(map(len, rows)), height * len(rows)))
+    for axes, label in zip(grid[:, 0], classes, strict=True):
+        name = _short_name(class_names[label])
         axes.text(-0.15, 0.5, name, transform=axes.transAxes, ha="right", va="center")
     return figure
 
 
 @style()
 def augmented_samples(originals: np.ndarray, augmented: np.ndarray) -> Figure:
-    """Each original, uint8[n, height, width], and its float[n, epochs, side, side] in [0, 1]."""
+    """Each original, and its augmented images, float[n, epochs, side, side, ...] in [0, 1]."""
     columns = 1 + augmented.shape[1]
-    rows = [[original / 255, *row] for original, row in zip(originals, augmented, strict=True)]
-    figure, grid = _image_rows(rows, (1.3 * columns, 1.3 * len(rows) + 0.3))
+    pairs = zip(_pixels(originals), augmented, strict=True)
+    rows = [[original, *row] for original, row in pairs]
+    height = 1.3 * _ratio(originals)
+    figure, grid = _image_rows(rows, (1.3 * columns, height * len(rows) + 0.3))
     for epoch, axes in enumerate(grid[0]):
         axes.set_title(f"epoch {epoch}" if epoch else "original", fontsize=10)
     return figure
@@ -222,12 +245,12 @@ def replayed_batch(
     losses: np.ndarray,
     class_names: Sequence[str],
 ) -> Figure:
-    """Images of a training batch, float[batch, height, width] in [0, 1], and their losses in nats.
+    """Images of a training batch, float[batch, height, width, ...] in [0, 1], and losses in nats.
 
     `examples` are int[batch], the positions among the training images.
     """
     titles = [
-        f"{example}\n{class_names[label]}\nloss {loss:.2f}"
+        f"{example}\n{_short_name(class_names[label])}\nloss {loss:.2f}"
         for example, label, loss in zip(examples, labels, losses, strict=True)
     ]
     return _titled_images(images, titles, columns=8, side=1.3)
@@ -239,7 +262,7 @@ def contact_sheet(images: np.ndarray, titles: Sequence[str]) -> Figure:
     shortened = ["\n".join(map(_shorten, title.split("\n"))) for title in titles]
     columns = min(max(len(images), 1), 10)
     return _titled_images(
-        images / 255, shortened, columns=columns, side=1.3, cmap="gray", fontsize=7
+        _pixels(images), shortened, columns=columns, side=1.3, cmap="gray", fontsize=7
     )
 
 
@@ -439,7 +462,7 @@ def _titled_images(
 ) -> Figure:
     starts = range(0, max(len(images), 1), columns)
     rows = [images[start : start + columns] for start in starts]
-    size = side * columns, (side + 0.5) * len(rows)
+    size = side * columns, (side * _ratio(images) + 0.5) * len(rows)
     figure, grid = _image_rows(rows, size, columns, cmap)
     for axes, title in zip(grid.flat, titles, strict=False):
         axes.set_title(title, fontsize=fontsize)
@@ -454,16 +477,32 @@ def _predictions(
     prefixes: Sequence[str],
 ) -> Figure:
     probabilities = softmax(logits.astype(np.float64), axis=1)
+    names = [_short_name(name) for name in class_names]
     titles = [
-        f"{prefix}{class_names[label]}\npredicted {class_names[row.argmax()]} ({row.max():.0%})"
+        f"{prefix}{names[label]}\npredicted {names[row.argmax()]} ({row.max():.0%})"
         for prefix, label, row in zip(prefixes, labels, probabilities, strict=True)
     ]
-    return _titled_images(images / 255, titles, columns=5, side=1.8)
+    return _titled_images(_pixels(images), titles, columns=5, side=1.8)
 
 
 def _shorten(line: str, length: int = _MAX_LINE) -> str:
     line = line.encode(errors="replace").decode()  # not all bytes of a file name are text
     return line if len(line) <= length else f"…{line[1 - length :]}"
+
+
+def _short_name(name: str) -> str:
+    name = _shorten(name, len(name))  # a folder may be the name of a class
+    return name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 1]}…"
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
+    """Maps grey images to [0, 1]; colour images stay uint8, in an eighth of the memory."""
+    return images if images.ndim == 4 else images / 255
+
+
+def _ratio(images: np.ndarray) -> float:
+    """Height of images by width, for the rows of a figure."""
+    return float(np.clip(images.shape[1] / images.shape[2], 0.25, 4))
 
 
 def _image_rows(
@@ -478,5 +517,7 @@ def _image_rows(
         axes.axis("off")
     for axes_row, row in zip(grid, rows, strict=True):
         for axes, image in zip(axes_row, row, strict=False):
-            axes.imshow(image, cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
+            is_small = max(image.shape[:2]) <= _MAX_SHARP
+            interpolation = "nearest" if is_small else "antialiased"
+            axes.imshow(image, cmap=cmap, vmin=0, vmax=1, interpolation=interpolation)
     return figure, grid

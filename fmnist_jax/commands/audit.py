@@ -14,6 +14,7 @@ from rich.progress import track
 
 import fmnist_jax as fm
 from fmnist_jax.commands import flags, shell
+from fmnist_jax.data.sources import is_fashion_mnist
 from fmnist_jax.report.audit import write_audit
 from fmnist_jax.runs import files
 from fmnist_jax.studies.audit import Track, audit_images, audit_labels
@@ -63,7 +64,9 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     audit, distances = audit_images(dataset, progress)
     audit["labels"] = labels
     if labels:
-        source = "the embedded sample" if dataset.sample else "the published file"
+        is_published = is_fashion_mnist(dataset.sha256)
+        source = "the published file" if is_published else "the training images"
+        source = "the embedded sample" if dataset.sample else source
         lines = [
             f"# label issues of {len(dataset.train_labels)} training images: positions in "
             f"{source}, largest margin first; data SHA-256 {dataset.sha256}",

@@ -3,9 +3,10 @@
     fmnist-jax predict runs/mine photo.png folder/
     fmnist-jax predict runs/mine folder/ --json > predictions.jsonl
 
-Reads PNG, JPEG and WebP of any size and colour, and IDX files. The article is cut out of a plain
-background, light or dark, and reduced to the format of Fashion-MNIST. A contact sheet shows the
-input of the network. A file that cannot be read is reported, and the others are classified.
+Reads PNG, JPEG and WebP of any size and colour, and IDX files. Pictures are resized to the training
+images. For a network that was trained on Fashion-MNIST, the article is cut out of a plain
+background, light or dark, and reduced to its format. A contact sheet shows the input of the
+network. A file that cannot be read is reported, and the others are classified.
 
 Exit status: 0 done, 1 a file could not be read, 2 bad usage or bad input.
 """
@@ -27,12 +28,16 @@ from fmnist_jax.commands import flags, shell
 from fmnist_jax.data.pictures import SUFFIXES, Picture
 from fmnist_jax.errors import ConfigError, DataError
 from fmnist_jax.runs import files
-from fmnist_jax.runs.classifier import classify_files
+from fmnist_jax.runs.classifier import Classifier, classify_files
 
 # A contact sheet with more pictures is slow to draw and hard to read.
 MAX_SHOWN = 60
 
 NUM_TOP = 3
+
+# Longer names of classes are wrapped in the table, so that the file names keep some space, and cut
+# in the contact sheet.
+_MAX_NAME = 12
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -61,7 +66,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     if not paths:
         raise ConfigError(f"no picture was found; expected files that end in {', '.join(SUFFIXES)}")
     errors = shell.CommandConsole(stderr=True, highlight=False)
-    output = _Output(arguments, classifier.class_names, errors)
+    output = _Output(arguments, classifier, errors)
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -99,9 +104,9 @@ class _Output:
     """Prints objects and errors as they come; collects the table and the contact sheet."""
 
     def __init__(
-        self, arguments: argparse.Namespace, class_names: Sequence[str], errors: Console
+        self, arguments: argparse.Namespace, classifier: Classifier, errors: Console
     ) -> None:
-        self._json, self._errors, self._class_names = arguments.json, errors, class_names
+        self._json, self._errors, self._classifier = arguments.json, errors, classifier
         self._base = os.path.commonpath(
             [
                 path.absolute() if path.is_dir() else path.absolute().parent
@@ -110,8 +115,11 @@ class _Output:
         )
         self.table = Table(box=None, padding=(0, 2, 0, 0))
         self.table.add_column("file", overflow="fold", min_width=20)
-        for heading in ("class", *(f"{place}." for place in range(2, NUM_TOP + 1)), "inverted"):
-            self.table.add_column(heading, no_wrap=True)
+        places = range(2, min(NUM_TOP, len(classifier.class_names)) + 1)
+        last = ("inverted",) if classifier.prepares_articles else ()
+        is_short = all(len(name) <= _MAX_NAME for name in classifier.class_names)
+        for heading in ("class", *(f"{place}." for place in places), *last):
+            self.table.add_column(heading, no_wrap=is_short, overflow="fold")
         self.shown: list[tuple[Picture, str]] = []
         self.num_pictures = self.num_errors = 0
 
@@ -128,15 +136,16 @@ class _Output:
         assert isinstance(picture, Picture)
         self.num_pictures += 1
         top = np.argsort(-outcome, kind="stable")[:NUM_TOP]
-        names = [(self._class_names[index], float(outcome[index])) for index in top]
+        names = [(self._classifier.class_names[index], float(outcome[index])) for index in top]
         if self._json:
             print(json.dumps(_json(picture, names)))
         else:
-            cells = [f"{name} {probability:.0%}" for name, probability in names]
+            cells = [Text(f"{name} {probability:.0%}") for name, probability in names]
             name = Text(os.path.relpath(picture.name, self._base))
-            self.table.add_row(name, *cells, "yes" if picture.inverted else "no")
+            inverted = ["yes" if picture.inverted else "no"] * self._classifier.prepares_articles
+            self.table.add_row(name, *cells, *inverted)
         if len(self.shown) < MAX_SHOWN:
-            self.shown.append((picture, f"{names[0][0]} {names[0][1]:.0%}"))
+            self.shown.append((picture, f"{names[0][0][:_MAX_NAME]} {names[0][1]:.0%}"))
 
 
 def _json(picture: Picture, names: list[tuple[str, float]]) -> dict[str, Any]:

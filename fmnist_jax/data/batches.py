@@ -5,7 +5,7 @@ inside the compiled training loop.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -144,6 +144,11 @@ def scale(images: jax.Array) -> jax.Array:
     return with_channels(images).astype(jnp.float32) / 255
 
 
+def as_stored(images: Any) -> Any:
+    """Returns images without their last axis, the channels, if it has size 1: grey images."""
+    return images[..., 0] if images.shape[-1] == 1 else images
+
+
 def input_shape(image_shape: Sequence[int]) -> tuple[int, ...]:
     """Returns height, width and channels that a network sees of stored images.
 
@@ -163,8 +168,8 @@ def checked_images(images: jax.Array) -> jax.Array:
     """
     if images.dtype != jnp.uint8:
         raise TypeError(f"images are {images.dtype}; expected uint8 with values 0 to 255")
-    if images.ndim == 4 and images.shape[-1] == 1:
-        images = images[..., 0]
+    if images.ndim == 4:
+        images = as_stored(images)
     if images.ndim != 3 and (images.ndim, *images.shape[3:]) != (4, 3):
         raise ValueError(
             f"images have shape {images.shape}; expected [n, height, width], or "

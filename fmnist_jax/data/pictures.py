@@ -4,6 +4,7 @@ The latter are light on black, 28 x 28.
 """
 
 import contextlib
+import functools
 import io
 import os
 import stat
@@ -18,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fmnist_jax.data import idx
+from fmnist_jax.data.batches import input_shape
 from fmnist_jax.errors import DataError, DataWarning
 
 SIZE = 28
@@ -56,9 +58,9 @@ class Picture(NamedTuple):
 
     Attributes:
       name: path of the file, with the position of the image in an IDX file.
-      image: uint8[28, 28].
+      image: uint8[height, width], or [height, width, 3] in colour.
       inverted: whether the article was darker than the background.
-      is_original: whether it is an unchanged 28 x 28 image of an IDX file.
+      is_original: whether it is an image of an IDX file that already had the shape.
     """
 
     name: str
@@ -67,10 +69,15 @@ class Picture(NamedTuple):
     is_original: bool
 
 
-def read_pictures(path: Path) -> Iterator[Picture | DataError]:
+def read_pictures(
+    path: Path, image_shape: tuple[int, ...] | None = None
+) -> Iterator[Picture | DataError]:
     """Reads one picture from a PNG, JPEG or WebP file, or all from an IDX file.
 
-    The path may be a pipe, such as /dev/stdin.
+    Args:
+      path: the file. It may be a pipe, such as /dev/stdin.
+      image_shape: height and width, and 3 for colour, to which pictures are resized; None prepares
+        them like Fashion-MNIST, 28 x 28.
 
     Yields:
       A picture; or the error of an image in an IDX file that shows no article.
@@ -79,21 +86,32 @@ def read_pictures(path: Path) -> Iterator[Picture | DataError]:
       DataError: if the file has another format, or is empty, damaged, truncated or too large.
         Damage to the pixels is found in PNG and gzipped IDX files, which have checksums.
     """
+    convert: Callable[[Image.Image], np.ndarray] = _grey
+    if image_shape is not None:
+        height, width, channels = input_shape(image_shape)
+        convert = functools.partial(resized, channels=channels, size=(height, width))
+
+    def finish(image: np.ndarray) -> tuple[np.ndarray, bool]:
+        return prepare(image) if image_shape is None else (image, False)
+
     content = _content(path)
     if content[:2] == b"\x1f\x8b" or content[:4] == idx.IMAGES_MAGIC.to_bytes(4, "big"):
         images = idx.read_images(path, content)
         if not images.size:
             raise DataError(f"holds no pixel: its header says {images.shape}")
         for number, image in enumerate(images):
-            is_original = image.shape == (SIZE, SIZE)
+            is_original = image.shape == (image_shape or (SIZE, SIZE))
             try:
-                prepared, inverted = (image, False) if is_original else prepare(image)
+                if is_original:
+                    prepared, inverted = image, False
+                else:
+                    prepared, inverted = finish(convert(Image.fromarray(image)))
             except DataError as error:
                 yield DataError(f"image {number} {error}")
             else:
                 yield Picture(f"{path}[{number}]", prepared, inverted, is_original)
     else:
-        yield Picture(str(path), *prepare(_read(content, path, _grey)), False)
+        yield Picture(str(path), *finish(_read(content, path, convert)), False)
 
 
 def read_image(
@@ -101,8 +119,7 @@ def read_image(
 ) -> np.ndarray:
     """Reads a PNG, JPEG or WebP file as an image of a data set.
 
-    The picture is turned upright by its Exif orientation, transparent pixels are blended onto
-    white, and 16 bits are reduced to 8.
+    The picture is turned upright by its Exif orientation, and converted by `resized`.
 
     Args:
       source: the file, which may be a pipe, or its content.
@@ -131,23 +148,28 @@ def decode_image(
 ) -> np.ndarray:
     """As `read_image`, for many files in threads: the warnings are those of Pillow."""
     content = source if isinstance(source, bytes) else _content(source)
-    return _decoded(content, lambda picture: resized(_on_white(picture), channels, size))
+    return _decoded(content, functools.partial(resized, channels=channels, size=size))
 
 
 def resized(
     picture: Image.Image, channels: int | None = None, size: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """Converts a picture of 8 bits to uint8[height, width], or [height, width, 3] in colour.
+    """Converts a picture to uint8[height, width], or [height, width, 3] in colour.
 
-    Both sides are resized with antialiasing, so another ratio of the sides distorts the picture.
+    Transparent pixels are blended onto white, and 16 bits are reduced to 8. Both sides are resized
+    with antialiasing, so another ratio of the sides distorts the picture.
 
     Args:
-      picture: without transparency.
+      picture: of any mode.
       channels: as for `read_image`.
       size: as for `read_image`.
     """
+    picture = _eight_bits(picture)
     if channels is None:
-        channels = 1 if picture.mode in ("1", "L") else 3
+        channels = 1 if picture.mode in ("1", "L", "LA", "La") else 3
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
     picture = picture.convert("L" if channels == 1 else "RGB")
     if size is not None:
         # Bilinear, as most collections of networks were trained on; it adds no bright or dark
@@ -323,16 +345,6 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
         return picture
     pixels = np.asarray(picture, np.float32) / 257
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-
-
-def _on_white(picture: Image.Image) -> Image.Image:
-    picture = _eight_bits(picture)
-    if not picture.has_transparency_data:
-        return picture
-    is_grey = picture.mode in ("1", "L", "LA", "La")
-    white = Image.new("RGBA", picture.size, "white")
-    blended = Image.alpha_composite(white, picture.convert("RGBA"))
-    return blended.convert("L" if is_grey else "RGB")
 
 
 def _grey(picture: Image.Image) -> np.ndarray:

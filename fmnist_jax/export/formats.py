@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from fmnist_jax.data.batches import scale
+from fmnist_jax.data.batches import as_stored, input_shape, scale
 from fmnist_jax.data.sources import load_fashion_mnist
 from fmnist_jax.digest import params_sha256
 from fmnist_jax.errors import ConfigError, VerificationError, import_optional
@@ -40,8 +40,9 @@ def export_stablehlo(classifier: Classifier, folder: Path) -> Path:
     """Writes `model.stablehlo`, a program for CPU, CUDA and TPU, and `model.json`.
 
     `jax.export.deserialize(content).call(images)` runs it; this needs JAX and flatbuffers only. It
-    takes uint8[batch, height, width] with any batch size, and returns logits and probabilities. It
-    includes the weights. `model.json` has its SHA-256, because JAX does not verify the content.
+    takes uint8[batch, height, width], or [batch, height, width, 3] in colour, with any batch size,
+    and returns logits and probabilities. It includes the weights. `model.json` has its SHA-256,
+    because JAX does not verify the content.
     """
     import_optional("flatbuffers", "export")
     exported = export.export(_function(classifier), platforms=PLATFORMS)(_images(classifier))
@@ -69,7 +70,7 @@ def export_stablehlo(classifier: Classifier, folder: Path) -> Path:
 def export_onnx(classifier: Classifier, folder: Path) -> Path:
     """Writes `model.onnx`, with the input "images" and the outputs "logits" and "probabilities".
 
-    The input is uint8[batch, height, width], any batch size. The metadata has names and recipe.
+    The input is that of `export_stablehlo`. The metadata has names and recipe.
     """
     import_optional("onnx", "export")
     runtime = import_optional("onnxruntime", "export")
@@ -128,7 +129,8 @@ def _function(classifier: Classifier) -> Any:
 
 
 def _metadata(classifier: Classifier) -> dict[str, Any]:
-    _, height, width = _images(classifier).shape
+    shape = ", ".join(map(str, ("batch", *_images(classifier).shape[1:])))
+    content = ", the article light on black" if classifier.prepares_articles else ""
     num_classes = len(classifier.class_names)
     return {
         "fmnist_jax": __version__,
@@ -137,7 +139,7 @@ def _metadata(classifier: Classifier) -> dict[str, Any]:
         "recipe": dataclasses.asdict(classifier.recipe),
         "step": classifier.step,
         "params_sha256": params_sha256(classifier.variables["params"]),
-        "input": f"images: uint8[batch, {height}, {width}], the article light on black",
+        "input": f"images: uint8[{shape}]{content}",
         "outputs": [f"{name}: float32[batch, {num_classes}]" for name in OUTPUTS],
     }
 
@@ -148,8 +150,12 @@ def _check(
     in_memory: Callable[[np.ndarray], Any] | None = None,
 ) -> None:
     """Compares a deserialized export with the network, and bitwise with the export in memory."""
-    grid = (np.arange(size) * 28 // size for size in _images(classifier).shape[1:])
-    images = load_fashion_mnist(sample=True).test_images[np.ix_(range(NUM_TESTED), *grid)]
+    height, width, channels = input_shape(_images(classifier).shape[1:])
+    grid = np.arange(height) * 28 // height, np.arange(width) * 28 // width
+    # Channels are different images, so that exchanged ones are found.
+    images = load_fashion_mnist(sample=True).test_images[: NUM_TESTED * channels]
+    images = images[:, grid[0]][:, :, grid[1]]
+    images = as_stored(np.stack(np.split(images, channels), -1))
     found = [np.asarray(array) for array in exported(images)]
     expected = classifier.logits(images), classifier.probabilities(images)
     limits = TOLERANCE * np.abs(expected[0]).max(), TOLERANCE

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fmnist_jax.analysis import plots
-from fmnist_jax.data.sources import Dataset
+from fmnist_jax.data.sources import Dataset, is_fashion_mnist
 from fmnist_jax.report.render import write_page
 
 
@@ -34,6 +34,7 @@ def write_audit(
         "audit",
         sample=dataset.sample,
         audit=audit,
+        data_name="Fashion-MNIST" if is_fashion_mnist(dataset.sha256) else dataset.source,
         images={"train": dataset.train_images, "test": dataset.test_images},
         class_means=class_means,
         histogram=plots.encode(histogram, sample=dataset.sample),

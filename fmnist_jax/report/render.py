@@ -15,6 +15,9 @@ from fmnist_jax.config import short_name
 from fmnist_jax.errors import DamagedFileError
 from fmnist_jax.runs import files
 
+# Twice the size at which pages show an image.
+_MAX_SIDE = 136
+
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
     """Renders a page and returns its path.
@@ -56,9 +59,11 @@ def quantity(number: int, noun: str) -> str:
 
 
 def thumbnail(pixels: np.ndarray) -> bytes:
-    """Encodes an image of the data, uint8[height, width], as PNG, dark on white."""
+    """Encodes an image of the data as PNG: a grey one dark on white, a large one reduced."""
     buffer = io.BytesIO()
-    Image.fromarray(255 - pixels).save(buffer, "png", optimize=True)
+    picture = Image.fromarray(255 - pixels if pixels.ndim == 2 else pixels)
+    picture.thumbnail((_MAX_SIDE, _MAX_SIDE))
+    picture.save(buffer, "png", optimize=True)
     return buffer.getvalue()
 
 

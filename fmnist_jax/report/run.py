@@ -55,6 +55,7 @@ def write_report(workdir: Path) -> Path:
             workdir / "report.html", "run", sample=sample, report=report, images=images,
             claim=CLAIMS.get(report["arch"]) if is_published else None,
             data_name="Fashion-MNIST" if is_published else report["data"]["source"],
+            in_color=examples["sample_images"].ndim == 4,
             layers=format_rows(network or []),
             changes=changed_settings(report), pairs=most_confused(report),
         )  # fmt: skip

@@ -13,8 +13,9 @@ import numpy as np
 from flax.errors import ScopeParamShapeError
 
 from fmnist_jax.config import Recipe, Run, from_dict, short_name
-from fmnist_jax.data.batches import checked_images
+from fmnist_jax.data.batches import checked_images, input_shape
 from fmnist_jax.data.pictures import SIZE, Picture, read_pictures
+from fmnist_jax.data.sources import is_fashion_mnist
 from fmnist_jax.digest import params_sha256
 from fmnist_jax.errors import CheckpointError, ConfigError, DataError, EnvironmentWarning
 from fmnist_jax.nn.adapters import init_variables
@@ -39,8 +40,10 @@ class Classifier:
         if the run has none for this checkpoint.
       recipe: the recipe of the run.
       step: number of steps of the training.
-      image_shape: height and width of the training images; None if version 0.2, which did not
-        record them, trained the network.
+      image_shape: height and width of the training images, and 3 if in colour; None if version
+        0.2, which did not record them, trained the network.
+      prepares_articles: whether the training images are those of Fashion-MNIST, so that
+        `classify_files` prepares pictures like its authors.
 
     Example:
       >>> import tempfile, fmnist_jax as fm
@@ -63,7 +66,8 @@ class Classifier:
     temperature: float
     recipe: Recipe
     step: int
-    image_shape: tuple[int, int] | None
+    image_shape: tuple[int, ...] | None
+    prepares_articles: bool = True
 
     def __repr__(self) -> str:
         arch, num_classes = short_name(self.recipe.arch), len(self.class_names)
@@ -73,8 +77,8 @@ class Classifier:
         """Computes the logits.
 
         Args:
-          images: uint8[n, height, width] or [n, height, width, 1], values 0 to 255, the article
-            light on black.
+          images: uint8[n, height, width], or [n, height, width, channels] with 1 or 3 channels,
+            like the training images.
 
         Returns:
           float32[n, num_classes].
@@ -157,7 +161,8 @@ def load_classifier(
     shape = checkpoint.meta.get("image_shape")
     return Classifier(
         model, variables, class_names, temperature, recipe, checkpoint.step,
-        shape and (shape[0], shape[1]),
+        shape and tuple(shape),
+        shape is None or is_fashion_mnist(checkpoint.settings["data_sha256"]),
     )  # fmt: skip
 
 
@@ -182,7 +187,7 @@ def _variables(checkpoint: Checkpoint, model: Any, name: str) -> dict[str, Any]:
     """Returns the model's variables, which a checkpoint holds by name."""
     # Version 0.2 did not record the size; names do not depend on it.
     image_shape = checkpoint.meta.get("image_shape") or (SIZE, SIZE)
-    images = jnp.zeros((1, *image_shape, 1), jnp.float32)
+    images = jnp.zeros((1, *input_shape(image_shape)), jnp.float32)
     like = jax.eval_shape(lambda: init_variables(jax.random.key(0), images, model=model))
     leaves = []
     for leaf_name, leaf in named_leaves(like).items():
@@ -210,8 +215,10 @@ def classify_files(
 ) -> Iterator[tuple[Picture | Path, np.ndarray | DataError]]:
     """Classifies the pictures in files, in order, batch by batch.
 
-    The probabilities are the mean over the picture and its mirror image, because the shoes of
-    Fashion-MNIST point to the left. Images of 28 x 28 in IDX files are not mirrored.
+    Pictures are converted to the size and the channels of the training images. For a network that
+    was trained on Fashion-MNIST, they are prepared like its images, and the probabilities are the
+    mean over the picture and its mirror image, because the shoes of Fashion-MNIST point to the
+    left. Images of 28 x 28 in IDX files are not mirrored.
 
     Args:
       classifier: the network.
@@ -222,22 +229,14 @@ def classify_files(
     Yields:
       A picture and its probabilities, float[num_classes]; or the path of a file that cannot be read
       and its error.
-
-    Raises:
-      ConfigError: if the network was trained on images of another size.
     """
-    if classifier.image_shape not in (None, (SIZE, SIZE)):
-        height, width = classifier.image_shape
-        raise ConfigError(
-            f"pictures are reduced to {SIZE} x {SIZE}, but the network was trained on images of "
-            f"{height} x {width}; pass arrays to Classifier.probabilities"
-        )
-    stream = _read(paths, on_file)
+    image_shape = classifier.image_shape or (SIZE, SIZE)
+    stream = _read(paths, on_file, None if classifier.prepares_articles else image_shape)
     while batch := list(itertools.islice(stream, batch_size)):
         pictures = [item for item, error in batch if error is None]
         # Batches of one size, so that one program serves all.
         size = batch_size if len(paths) > batch_size else len(pictures)
-        images = np.zeros((size, SIZE, SIZE), np.uint8)
+        images = np.zeros((size, *image_shape), np.uint8)
         for number, picture in enumerate(pictures):
             images[number] = picture.image
         probabilities = iter(_mean_probabilities(classifier, images, pictures))
@@ -252,18 +251,18 @@ def _mean_probabilities(
         return np.zeros((0, len(classifier.class_names)), np.float32)
     plain = classifier.probabilities(images)[: len(pictures)]
     is_original = np.array([picture.is_original for picture in pictures])
-    if is_original.all():
+    if is_original.all() or not classifier.prepares_articles:
         return plain
     mirrored = classifier.probabilities(images[:, :, ::-1])[: len(pictures)]
     return np.where(is_original[:, None], plain, (plain + mirrored) / 2)
 
 
 def _read(
-    paths: Sequence[Path], on_file: Callable[[], None]
+    paths: Sequence[Path], on_file: Callable[[], None], image_shape: tuple[int, ...] | None
 ) -> Iterator[tuple[Any, DataError | None]]:
     for path in paths:
         try:
-            for picture in read_pictures(path):
+            for picture in read_pictures(path, image_shape):
                 yield (path, picture) if isinstance(picture, DataError) else (picture, None)
         except DataError as error:
             yield path, error

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from fmnist_jax.config import from_dict
-from fmnist_jax.data.batches import epoch_order
+from fmnist_jax.data.batches import as_stored, epoch_order
 from fmnist_jax.data.dataset import Dataset
 from fmnist_jax.differences import differences_message
 from fmnist_jax.errors import CheckpointError, ConfigError
@@ -36,7 +36,8 @@ class Replay(NamedTuple):
     Attributes:
       step: number of the step, counted from 1.
       examples: int32[batch], positions of the images among the training images.
-      images: float32[batch, height, width], augmented, values in [0, 1].
+      images: float32[batch, height, width], or [batch, height, width, 3] in colour, augmented,
+        values in [0, 1].
       labels: int32[batch].
       losses: float32[batch], in nats, with dropout and class weights, before the update.
       gradient_norm: Euclidean norm of the gradient of the mean loss.
@@ -88,7 +89,7 @@ def replay(workdir: Path, dataset: Dataset, step: int, **parts: Unpack[Parts]) -
     return Replay(
         step,
         np.asarray(examples)[is_real],
-        np.asarray(batch.images)[is_real, ..., 0],
+        as_stored(np.asarray(batch.images)[is_real]),
         np.asarray(batch.labels)[is_real],
         np.asarray(losses)[is_real],
         float(gradient_norm),

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from fmnist_jax.data.augment import Augmentation
-from fmnist_jax.data.batches import augmented
+from fmnist_jax.data.batches import as_stored, augmented
 from fmnist_jax.digest import params_sha256
 from fmnist_jax.errors import DivergedError
 from fmnist_jax.runs import environment, files
@@ -19,6 +19,9 @@ from fmnist_jax.train.hooks import Hook, evaluation_progress
 from fmnist_jax.train.predict import NUM_VIEWS, predict, predict_tta
 from fmnist_jax.train.step import TrainState
 from fmnist_jax.xla.jit import platform_jit
+
+# Of more classes, the report shows training images of this many, evenly spaced.
+_MAX_CLASSES = 20
 
 
 def write_results(
@@ -144,10 +147,12 @@ def _run_fields(plan: Plan, step: int, history: Sequence[Mapping[str, Any]]) -> 
 def _examples(plan: Plan, test_losses: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the images that the report shows."""
     dataset = plan.dataset
+    num_classes = len(dataset.class_names)
+    classes = np.linspace(0, num_classes - 1, min(num_classes, _MAX_CLASSES)).astype(int)
     shown = np.concatenate(
         [
             plan.train_examples[dataset.train_labels[plan.train_examples] == label][:10]
-            for label in range(len(dataset.class_names))
+            for label in classes
         ]
     )
     worst = np.argsort(-test_losses, kind="stable")[:20]
@@ -183,9 +188,9 @@ def _augmented(
     *,
     augment: Augmentation,
 ) -> jax.Array:
-    """Returns float32[example, epoch, side, side]: the images of the first five epochs."""
+    """Returns float32[example, epoch, side, side, ...]: the images of the first five epochs."""
 
     def of_epoch(epoch: jax.Array) -> jax.Array:
-        return augmented(key, epoch, examples, images, strength, augment=augment)[..., 0]
+        return as_stored(augmented(key, epoch, examples, images, strength, augment=augment))
 
     return lax.map(of_epoch, jnp.arange(5)).swapaxes(0, 1)

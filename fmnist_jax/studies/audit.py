@@ -1,6 +1,7 @@
 """`audit_images`, `audit_labels`: statistics, duplicates and label issues of a data set."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fmnist_jax.train.hooks import Hook, say
 from fmnist_jax.train.predict import evaluate
 
 ARCH = "small_dropout"  # the fastest of the networks that reach 91%
+SMALL_ARCH, SMALL_SIDE = "same_3x3", 18  # for images of smaller sides, from 8 pixels on
 NUM_SEEDS = 3  # trainings with and without the label issues
 # A test label is doubtful if the mean of the folds' networks gives it a lower probability.
 DOUBTFUL = 0.01
@@ -68,12 +70,9 @@ def image_statistics(
       >>> image_statistics(np.array([[[0, 255]]], np.uint8), np.array([0]), ["Bag"])["mean"]
       0.5
     """
-    histograms = np.array(
-        [
-            np.bincount(images[labels == label].ravel(), minlength=256)
-            for label in range(len(class_names))
-        ]
-    )
+    histograms = np.zeros((len(class_names), 256), np.int64)
+    for image, label in zip(images, labels, strict=True):
+        histograms[label] += np.bincount(image.ravel(), minlength=256)
     counts = np.bincount(labels, minlength=len(class_names))
     by_class = [
         {"name": name, "images": int(count)} | _pixels(histogram)
@@ -96,9 +95,7 @@ def _pixels(histogram: np.ndarray) -> dict[str, float]:
 def _exact_duplicates(dataset: Dataset) -> list[list[dict[str, Any]]]:
     num_train = len(dataset.train_labels)
     labels = np.concatenate([dataset.train_labels, dataset.test_labels])
-    groups = duplicates.exact_duplicates(
-        np.concatenate([dataset.train_images, dataset.test_images])
-    )
+    groups = duplicates.exact_duplicates(itertools.chain(dataset.train_images, dataset.test_images))
     return [
         [
             {
@@ -167,8 +164,11 @@ def audit_labels(
       The entry `labels` of audit.json.
     """
     labels, names = dataset.train_labels, dataset.class_names
-    run = Run(recipe=dataclasses.replace(RECIPES[ARCH], epochs=epochs), workdir=Path(), seed=seed)
-    say(hooks, f"Cross-validating {ARCH} with {folds} folds ...")
+    arch = ARCH if min(dataset.image_shape[:2]) >= SMALL_SIDE else SMALL_ARCH
+    batch_size = min(RECIPES[arch].batch_size, max(1, len(labels) // 4))
+    recipe = dataclasses.replace(RECIPES[arch], epochs=epochs, batch_size=batch_size)
+    run = Run(recipe=recipe, workdir=Path(), seed=seed)
+    say(hooks, f"Cross-validating {arch} with {folds} folds ...")
     crossed = cross_validate(run, dataset, folds, hooks=hooks)
     found = find_label_issues(crossed.logits, labels)
     is_issue = np.zeros(len(labels), bool)
@@ -177,7 +177,7 @@ def audit_labels(
         row | {"forgotten": int(crossed.forgotten[row["index"]])} for row in _rows(found, names)
     ]
     return {
-        "arch": ARCH,
+        "arch": arch,
         "folds": folds,
         "epochs": epochs,
         "seed": seed,

@@ -219,3 +219,26 @@ def test_summary_scales_by_the_temperature_of_the_validation_split():
     correct = {"val_logits": np.eye(num_classes), "val_labels": np.arange(num_classes)}
     perfect = test | correct
     assert summarize(perfect) == expected
+
+
+@pytest.mark.parametrize("num_classes", [2, 100])
+def test_any_number_of_classes(num_classes):
+    rng = np.random.default_rng(num_classes)
+    logits = rng.normal(0, 3, (2000, num_classes))
+    labels = (softmax(logits, axis=1).cumsum(axis=1) < rng.random((2000, 1))).sum(axis=1)
+    sharp = 2 * logits  # overconfident
+    found = summarize(
+        {"logits": sharp, "labels": labels, "val_logits": sharp, "val_labels": labels}
+    )
+    confidence, correct = top(sharp, labels)
+    assert_allclose(found["ece"], direct_ece(confidence, correct, 15))
+    assert found["ece_low"] < found["ece"] < found["ece_high"]
+    grid = np.exp(np.linspace(np.log(1), np.log(4), 200))
+    losses = [-log_softmax(sharp / t, axis=1)[np.arange(2000), labels].mean() for t in grid]
+    assert found["temperature"] == pytest.approx(grid[np.argmin(losses)], rel=0.01)
+    assert found["temperature"] == pytest.approx(2, rel=0.1)
+    assert found["loss_scaled"] == pytest.approx(min(losses), abs=1e-4)
+    order = np.argsort(-confidence, kind="stable")
+    assert_allclose(
+        found["aurc"], (np.cumsum(~correct[order]) / np.arange(1, 2001)).mean(), atol=1e-9
+    )

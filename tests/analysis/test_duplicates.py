@@ -59,6 +59,33 @@ def test_float32_products_equal_int64_arithmetic(images, others, least):
     np.testing.assert_array_equal(distances, np.sqrt(squares.min(axis=1)) / 255)
 
 
+@pytest.mark.parametrize("shape", [(33, 31, 3), (224, 224, 3)])
+def test_products_of_many_values_are_exact(shape):
+    """White against black, where 32 bits overflow, and noise."""
+    images = np.concatenate([np.full((1, *shape), 255, np.uint8), noise(5, 2, *shape)])
+    others = np.concatenate([np.zeros((1, *shape), np.uint8), noise(6, 2, *shape)])
+    for first, second in ((images, others), (images[:1], others[:1]), (others[:1], images[:1])):
+        a, b = first.reshape(len(first), 1, -1), second.reshape(1, len(second), -1)
+        squares = np.array([[((x.astype(int) - y) ** 2).sum() for y in b[0]] for x in a[:, 0]])
+        positions, distances = duplicates.nearest(first, second)
+        np.testing.assert_array_equal(positions, squares.argmin(axis=1))
+        np.testing.assert_array_equal(distances, np.sqrt(squares.min(axis=1)) / 255)
+
+
+def test_a_mirrored_image_in_colour_keeps_its_channels():
+    images, others = noise(7, 3, 6, 5, 3), noise(8, 4, 6, 5, 3)
+    others[2], others[3] = images[1][:, ::-1], images[0][..., ::-1]
+    matches = duplicates.match(images, others)
+    assert (matches.distances < duplicates.NEAR).tolist() == [False, True, False]
+    assert (matches.others[1], matches.mirrored[1], matches.distances[1]) == (2, True, 0)
+    norms = np.sqrt((images.astype(float) ** 2).sum(axis=(1, 2, 3)))
+    both = [
+        cdist(x.reshape(3, -1), others.reshape(4, -1) * 1.0) for x in (images, images[:, :, ::-1])
+    ]
+    np.testing.assert_allclose(matches.distances, np.min(both, axis=(0, 2)) / norms)
+    assert duplicates.exact_duplicates(np.concatenate([others, images[1:2, :, ::-1]])) == [[2, 4]]
+
+
 def test_progress_covers_all_blocks(monkeypatch):
     monkeypatch.setattr(duplicates, "_BLOCK", 4)
     seen = []
@@ -78,7 +105,7 @@ def test_progress_covers_all_blocks(monkeypatch):
         (noise(0, 3, 4, 4) / 255, noise(0, 3, 4, 4), r"images are float64\[3, 4, 4\]"),
         (noise(0, 3, 4, 4), noise(0, 3, 16), r"others are uint8\[3, 16\]"),
         (noise(0, 3, 4, 4), noise(0, 3, 4, 5), r"others \(3, 4, 5\); both must"),
-        (noise(0, 1, 32, 33), noise(0, 1, 32, 33), "at most 1,024 pixels"),
+        (noise(0, 3, 4, 4, 3), noise(0, 3, 4, 4), r"others \(3, 4, 4\); both must"),
         (noise(0, 1, 4, 4), noise(0, 0, 4, 4), r"others \(0, 4, 4\).*at least one"),
     ],
 )

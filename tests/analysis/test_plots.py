@@ -228,3 +228,93 @@ print(hashlib.sha256(plots.encode(plots.learning_curve([line], "loss"))).hexdige
         for env in (plain, plain | changes)
     ]
     assert outputs[0] == outputs[1]
+
+
+RNG = np.random.default_rng(0)
+COLOURS = RNG.integers(0, 256, (6, 5, 10, 3), np.uint8)
+
+
+def shown_images(figure):
+    return [np.asarray(axes.images[0].get_array()) for axes in figure.axes if axes.images]
+
+
+def test_images_in_colour_are_shown_as_they_are():
+    labels, names = np.arange(6) % 2, ["a", "b"]
+    logits = -1.0 * np.eye(2)[labels]  # all wrong
+    predictions = {"logits": logits, "labels": labels, "indices": np.arange(6)}
+    examples = {"worst_images": COLOURS[[4, 2]], "worst_indices": np.array([4, 2])}
+    augmented = COLOURS[:2, None].repeat(3, axis=1) / 255
+    expected = {
+        plots.class_samples(COLOURS, labels, names): COLOURS[[0, 2, 4, 1, 3, 5]],
+        plots.contact_sheet(COLOURS, names * 3): COLOURS,
+        plots.misclassified(COLOURS, labels, logits, names, 6): COLOURS,
+        plots.worst_predictions(predictions, examples, names): COLOURS[[4, 2]],
+        plots.replayed_batch(COLOURS / 255, labels, labels, labels, names): COLOURS / 255,
+    }
+    for figure, images in expected.items():
+        np.testing.assert_array_equal(shown_images(figure), images)
+    originals, *rest = shown_images(plots.augmented_samples(COLOURS[:2], augmented))[:4]
+    np.testing.assert_array_equal(originals, COLOURS[0])
+    np.testing.assert_array_equal(rest, augmented[0])
+
+
+def test_cells_have_the_ratio_of_the_images():
+    for images, ratio in ((COLOURS, 0.5), (COLOURS.swapaxes(1, 2), 2), (COLOURS[:, :1], 0.25)):
+        width, height = plots.class_samples(images, np.arange(6) % 2, ["a", "b"]).get_size_inches()
+        assert height / 2 == pytest.approx(ratio * (width - 1.3) / 3)
+
+
+def test_only_large_images_are_smoothed():
+    for side, interpolation in ((64, "nearest"), (65, "antialiased")):
+        (axes,) = plots.contact_sheet(np.zeros((1, 8, side), np.uint8), ["a"]).axes
+        assert axes.images[0].get_interpolation() == interpolation
+
+
+@pytest.mark.parametrize("num_classes", [2, 20, 21, 100, 1000])
+def test_a_confusion_matrix_of_many_classes_stays_readable(num_classes):
+    counts = np.diag(np.arange(num_classes) % 7 + 1)
+    counts[0, num_classes - 1] = 3  # three of four images of the first class
+    names = [f"class number {number}" for number in range(num_classes)]
+    figure = plots.confusion_matrix(counts.tolist(), names)
+    (axes,) = figure.axes
+    assert max(figure.get_size_inches()) < 12
+    assert len(axes.texts) == (num_classes + 1 if num_classes <= 20 else 0)
+    assert len(axes.get_xticks()) == len(axes.get_yticks()) <= 20
+    for position, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True):
+        assert label.get_text() == f"class number {position:.0f}"[:13] + (
+            names[int(position)][13:] if len(names[int(position)]) <= 14 else "…"
+        )
+    cells = np.asarray(axes.images[0].get_array())
+    block = {1000: 5}.get(num_classes, 1)
+    assert cells.shape == (num_classes // block, num_classes // block)
+    assert cells[0, -1] == pytest.approx(0.75**0.5)
+    assert cells[-1, 0] == 0
+    np.testing.assert_array_equal(np.diag(cells)[1:], 1)
+    assert cells[0, 0] == pytest.approx(0.5 if block == 1 else 1)
+    left, right, bottom, top = axes.images[0].get_extent()
+    assert (left, right, bottom, top) == (-0.5, num_classes - 0.5, num_classes - 0.5, -0.5)
+    assert ("largest of 5 x 5" in axes.get_xlabel()) == (block == 5)
+
+
+def test_cells_that_classes_share_cover_the_last_class():
+    figure = plots.confusion_matrix(np.eye(401, dtype=int).tolist(), ["a"] * 401)
+    (image,) = figure.axes[0].images
+    np.testing.assert_array_equal(image.get_array(), np.eye(134))
+    assert tuple(image.get_extent()) == (-0.5, 401.5, 401.5, -0.5)
+
+
+def test_samples_of_many_classes_are_those_that_have_images():
+    labels = np.repeat(np.arange(0, 100, 5), 2)
+    names = [f"a long name of class {number}" for number in range(100)]
+    figure = plots.class_samples(np.zeros((40, 4, 4), np.uint8), labels, names)
+    assert len(shown_images(figure)) == 40
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert texts == ["a long name o…"] * 20
+    assert max(figure.get_size_inches()) <= 14
+
+
+def test_long_names_of_classes_fit_over_their_images():
+    names = ["a name of more letters than an image has room for", "b\udcff"]
+    figure = plots.misclassified(np.zeros((1, 4, 4)), np.array([1]), np.array([[9.0, 0]]), names, 1)
+    assert figure.axes[0].get_title() == "b?\npredicted a name of mor… (100%)"
+    assert plots.encode(figure)

@@ -3,6 +3,9 @@
 import pytest
 
 from fmnist_jax.commands import run
+from tests.export.conftest import colour_classifier as colour_classifier
+from tests.export.conftest import colour_workdir as colour_workdir
+from tests.export.conftest import colours as colours
 
 # 8 training, 12 validation and 200 test images. All tests share its compiled program.
 SMALL = (

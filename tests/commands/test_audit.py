@@ -123,3 +123,44 @@ def test_invalid_input_prints_one_line(arguments, message, tmp_path, capsys):
     assert message in captured.err
     assert captured.err.startswith("error: ")
     assert len(captured.err.splitlines()) == 1
+
+
+@pytest.mark.usefixtures("_small_training")
+def test_audit_of_other_data(colours, tmp_path, monkeypatch):
+    train = colours.train_images.copy()
+    train[7], train[9] = colours.test_images[3], colours.test_images[4][:, ::-1]
+    data = fm.Dataset(
+        train, colours.train_labels, colours.test_images, colours.test_labels,
+        class_names=colours.class_names, source="colours",
+    )  # fmt: skip
+    monkeypatch.setattr(audit_command.flags, "load_data", lambda _: data)
+    monkeypatch.setattr(audit, "SMALL_SIDE", 1)
+    command = ["--folds", "2", "--epochs", "1", "--workdir", str(tmp_path)]
+    assert audit_command.main(command) == 0
+    found = json.loads((tmp_path / "audit.json").read_text())
+    ((first, second),) = found["exact_duplicates"]
+    assert (first["split"], first["index"], second["index"]) == ("train", 7, 3)
+    pairs = found["near_duplicates"]["pairs"]
+    assert {(p["test"], p["train"], p["mirrored"]) for p in pairs} >= {(3, 7, False), (4, 9, True)}
+    np.testing.assert_allclose(found["splits"]["train"]["mean"], (train / 255).mean())
+    first_line = (tmp_path / "label_issues.txt").read_text().splitlines()[0]
+    assert "positions in the training images" in first_line
+    assert "Fashion-MNIST" not in (tmp_path / "audit.html").read_text()
+
+
+def test_small_images_have_a_network_that_takes_them(monkeypatch):
+    runs = []
+
+    def stop(run, *_, **__):
+        runs.append(run)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(audit, "cross_validate", stop)
+    for side, count in ((8, 40), (17, 2000), (18, 2000)):
+        images, labels = np.zeros((count, 18, side), np.uint8), np.arange(count) % 2
+        data = fm.Dataset(images, labels, images, labels, class_names=("a", "b"))
+        with pytest.raises(ZeroDivisionError):
+            audit.audit_labels(data, 2, 1, 0)
+    assert [run.recipe.arch for run in runs] == ["same_3x3", "same_3x3", "small_dropout"]
+    usual = fm.RECIPES["small_dropout"].batch_size
+    assert [run.recipe.batch_size for run in runs][::2] == [10, usual]

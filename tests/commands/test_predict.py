@@ -1,5 +1,6 @@
 """Pictures are classified from the command line."""
 
+import dataclasses
 import errno
 import gzip
 import json
@@ -148,3 +149,39 @@ def test_a_folder_that_cannot_be_read_is_reported(
     captured = capsys.readouterr()
     assert "classified: 3; unreadable files: 1;" in captured.out
     assert captured.err.startswith(f"error: {closed}: ")
+
+
+def test_pictures_for_a_network_in_colour(
+    colour_workdir, colour_classifier, colours, tmp_path, capsys
+):
+    for number, image in enumerate(colours.test_images[:3]):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+    assert predict_command.main([str(colour_workdir), str(tmp_path), "--json"]) == 0
+    lines = json_lines(capsys)
+    expected = colour_classifier.probabilities(colours.test_images[:3])
+    assert [list(line) for line in lines] == [
+        ["file", "class", "probability", "top", "inverted"]
+    ] * 3
+    for line, row in zip(lines, expected, strict=True):
+        found = {entry["class"]: entry["probability"] for entry in line["top"]}
+        assert found == pytest.approx(dict(zip(colours.class_names, row, strict=True)), abs=1e-6)
+        assert line["inverted"] is False
+    assert predict_command.main([str(colour_workdir), str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert output.splitlines()[0].split() == ["file", "class", "2.", "3."]
+    assert "sheet.png shows the input" in " ".join(output.split())
+
+
+def test_names_of_classes_are_text_and_leave_room_for_files(
+    colour_classifier, colours, tmp_path, monkeypatch, capsys
+):
+    names = ("[bold]" + "a long name " * 3, "[/]", "c")
+    changed = dataclasses.replace(colour_classifier, class_names=names)
+    monkeypatch.setattr(predict_command.flags, "load_classifier", lambda _: changed)
+    Image.fromarray(colours.test_images[0]).save(tmp_path / "photo.png")
+    command = ["run", str(tmp_path / "photo.png"), "--sheet", str(tmp_path / "sheet.png")]
+    assert predict_command.main(command) == 0
+    output = capsys.readouterr().out
+    assert "photo.png" in output
+    assert "[bold]a" in output
+    assert "[/]" in output

@@ -5,6 +5,7 @@ import os
 import tracemalloc
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -368,3 +369,23 @@ def test_an_image_that_cannot_be_read_is_refused(name, message, tmp_path):
     if (tmp_path / name).is_file():
         with pytest.raises(DataError, match=message):
             read_image((tmp_path / name).read_bytes(), 3, (28, 28))
+
+
+@pytest.mark.parametrize("image_shape", [(20, 30), (20, 30, 3)])
+def test_pictures_of_other_sets_are_resized_only(image_shape, photo, tmp_path):
+    alpha = np.full(photo.shape[:2], 255, np.uint8)
+    alpha[:20, 60:] = 0
+    Image.fromarray(np.dstack([photo, alpha])).save(tmp_path / "cut.png")
+    picture: Any
+    (picture,) = read_pictures(tmp_path / "cut.png", image_shape)
+    channels = 1 if len(image_shape) == 2 else 3
+    expected = read_image(tmp_path / "cut.png", channels, (20, 30))
+    np.testing.assert_array_equal(picture.image, expected)
+    assert picture.image[0, -1].min() == 255  # neither inverted nor trimmed
+    assert (picture.inverted, picture.is_original) == (False, False)
+    images = np.zeros((3, 20, 30), np.uint8)  # blank ones are images like others
+    images[1], images[2] = 7, 255
+    write_idx(tmp_path / "images-idx3-ubyte", images)
+    pictures: list = list(read_pictures(tmp_path / "images-idx3-ubyte", image_shape))
+    expected = images if channels == 1 else np.stack([images] * 3, -1)
+    np.testing.assert_array_equal([picture.image for picture in pictures], expected)

@@ -1,9 +1,10 @@
-"""A finished run of a small network with batch statistics."""
+"""Finished runs of a small network with batch statistics, in grey and in colour."""
 
 import flax.linen as nn
 import pytest
 
 import fmnist_jax as fm
+from tests.small import colour_dataset
 
 
 class SmallNorm(nn.Module):
@@ -32,3 +33,22 @@ def workdir(sample, tmp_path_factory):
 @pytest.fixture(scope="session")
 def classifier(workdir):
     return fm.load_classifier(workdir)
+
+
+@pytest.fixture(scope="session")
+def colours():
+    return colour_dataset()
+
+
+@pytest.fixture(scope="session")
+def colour_workdir(colours, tmp_path_factory):
+    """Folder of a run on images in colour that are not square."""
+    recipe = fm.Recipe(arch=f"{__name__}:SmallNorm", epochs=2, batch_size=20, augmentation="shift")
+    workdir = tmp_path_factory.mktemp("run") / "colour"
+    fm.fit(fm.Run(recipe=recipe, workdir=workdir), colours, hooks=())
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def colour_classifier(colour_workdir):
+    return fm.load_classifier(colour_workdir)

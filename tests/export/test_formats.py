@@ -1,5 +1,6 @@
 """Exports give the results of the network in other programs."""
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -97,3 +98,45 @@ def test_a_missing_package_is_named(classifier, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ConfigError, match="onnxruntime is not installed; pip install"):
         formats.export_onnx(classifier, tmp_path)
+
+
+def test_networks_in_colour_are_exported(colour_classifier, colours, tmp_path):
+    images = colours.test_images
+    path = formats.export_stablehlo(colour_classifier, tmp_path)
+    description = json.loads((tmp_path / "model.json").read_text())
+    assert description["input"] == "images: uint8[batch, 12, 20, 3]"
+    loaded = export.deserialize(bytearray(path.read_bytes()))
+    session = onnxruntime.InferenceSession(formats.export_onnx(colour_classifier, tmp_path))
+    assert session.get_inputs()[0].shape == ["batch", 12, 20, 3]
+    for size in (1, 7, 30):
+        check(loaded.call(images[:size]), colour_classifier, images[:size])
+        check(session.run(None, {"images": images[:size]}), colour_classifier, images[:size])
+    with safetensors.safe_open(
+        formats.export_safetensors(colour_classifier, tmp_path), "numpy"
+    ) as file:
+        assert file.get_tensor("params.Conv_0.kernel").shape == (2, 2, 3, 4)
+
+
+@pytest.mark.parametrize("name", formats.FORMATS)
+def test_an_export_with_exchanged_channels_is_not_written(
+    name, colour_classifier, tmp_path, monkeypatch
+):
+    function = formats._function
+
+    def other(classifier):
+        reverse = {(2, 2, 3, 4): lambda kernel: kernel[:, :, ::-1]}
+        variables = jax.tree.map(
+            lambda leaf: reverse.get(leaf.shape, lambda same: same)(leaf), classifier.variables
+        )
+        return function(dataclasses.replace(classifier, variables=variables))
+
+    monkeypatch.setattr(formats, "_function", other)
+    with pytest.raises(VerificationError, match="differ from the network"):
+        formats.FORMATS[name](colour_classifier, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_input_of_fashion_mnist_says_what_it_shows(classifier, tmp_path):
+    formats.export_stablehlo(classifier, tmp_path)
+    description = json.loads((tmp_path / "model.json").read_text())
+    assert description["input"] == "images: uint8[batch, 28, 28], the article light on black"

@@ -1,10 +1,13 @@
 """audit.html: every number is that of audit.json."""
 
+import base64
 import dataclasses
+import io
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import fmnist_jax as fm
 from fmnist_jax.report.audit import write_audit
@@ -149,3 +152,47 @@ def test_hostile_text_is_escaped(data, tmp_path):
     ):  # fmt: skip
         row.update({key: hostile for key in ("label", "name", "predicted") if key in row})
     check_self_contained(read_page(write_audit(tmp_path, audit, data, DISTANCES)))
+
+
+def test_audit_of_other_data_in_colour(tmp_path):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (30, 100, 200, 3), np.uint8), np.arange(30) % 3
+    other = fm.Dataset(
+        images[:20], labels[:20], images[20:], labels[20:], class_names=CLASSES, source="a folder"
+    )
+    page = read_page(write_audit(tmp_path, audit_of(other), other, DISTANCES))
+    check_self_contained(page)
+    assert page.title == page.headings[0] == "Audit of a folder"
+    assert "Fashion-MNIST" not in page.text
+    assert page.text.count('class=" photo"') == len(page.pictures) - 1
+    content = base64.b64decode(page.pictures[3].partition(",")[2])
+    with Image.open(io.BytesIO(content)) as picture:
+        assert (picture.mode, picture.size) == ("RGB", (136, 68))
+        expected = images[7].mean(axis=(0, 1))
+        np.testing.assert_allclose(np.asarray(picture).mean(axis=(0, 1)), expected, atol=2)
+
+
+def test_grey_thumbnails_are_dark_on_white(data, tmp_path):
+    page = read_page(write_audit(tmp_path, audit_of(data), data, DISTANCES))
+    content = base64.b64decode(page.pictures[3].partition(",")[2])
+    with Image.open(io.BytesIO(content)) as picture:
+        np.testing.assert_array_equal(picture, 255 - data.train_images[7])
+
+
+def test_fashion_mnist_is_named(data, tmp_path):
+    sha256 = fm.load_fashion_mnist(sample=True).sha256
+    named = dataclasses.replace(data, sha256=sha256, source="somewhere")
+    page = read_page(write_audit(tmp_path, audit_of(named), named, DISTANCES))
+    assert page.title == "Audit of Fashion-MNIST"
+
+
+def test_means_of_many_classes_are_bounded(data, tmp_path):
+    labels = np.arange(100)
+    images = np.random.default_rng(0).integers(0, 256, (100, 8, 8), np.uint8)
+    names = tuple(f"class {number}" for number in range(100))
+    many = fm.Dataset(images, labels, images[:2], labels[:2], class_names=names)
+    audit = audit_of(many, labels=False) | {"exact_duplicates": []}
+    audit["near_duplicates"]["pairs"] = []
+    page = read_page(write_audit(tmp_path, audit, many, DISTANCES))
+    assert len(page.pictures) == 60 + 1
+    assert "mean training image of the first classes" in page.words

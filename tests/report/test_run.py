@@ -287,3 +287,63 @@ def test_replayed_batch_is_drawn(tmp_path):
     assert plain.startswith(b"\x89PNG")
     # The watermark of the sample.
     assert run.write_replay(tmp_path, replay, CLASSES, sample=True).read_bytes() != plain
+
+
+def write_other(workdir, num_classes, shape):
+    """Files of a run on other data, with images in colour and long names of classes."""
+    rng = np.random.default_rng(0)
+    names = [f"{'long ' * 20}{number}" for number in range(num_classes)]
+    rows = [
+        {"name": name, "precision": 0.5, "recall": 0.5, "f1": (7 * i % num_classes) / num_classes,
+         "support": 5}
+        for i, name in enumerate(names)
+    ]  # fmt: skip
+    data = {
+        "source": "a folder",
+        "sha256": "0" * 64,
+        "train": 9,
+        "val": 0,
+        "excluded": 0,
+        "test": 9,
+    }
+    write_run(workdir, data=data | {"classes": CLASSES})
+    report = files.read_json(workdir / files.REPORT)
+    report |= {
+        "data": data | {"classes": names}, "classes": rows,
+        "confusion_matrix": rng.integers(0, 2, (num_classes, num_classes)).tolist(),
+    }  # fmt: skip
+    files.write_json(workdir / files.REPORT, report)
+    n = 2 * num_classes
+    files.write_arrays(
+        workdir / files.PREDICTIONS, logits=rng.normal(size=(n, num_classes)),
+        labels=np.arange(n) % num_classes, indices=np.arange(n),
+    )  # fmt: skip
+    images = rng.integers(0, 256, (6, *shape), np.uint8)
+    files.write_arrays(
+        workdir / files.EXAMPLES, sample_images=images, sample_labels=np.arange(6) % num_classes,
+        worst_images=images[:3], worst_indices=np.arange(3), originals=images[:2],
+        augmented=rng.random((2, 3, *shape)),
+    )  # fmt: skip
+    return rows
+
+
+@pytest.mark.parametrize("num_classes", [2, 100])
+def test_pages_of_other_data(num_classes, tmp_path):
+    rows = write_other(tmp_path / "run", num_classes, (8, 12, 3))
+    page = read_page(run.write_report(tmp_path / "run"))
+    check_self_contained(page)
+    assert "a folder," in page.words
+    assert "Fashion-MNIST" not in page.text
+    if num_classes > 20:
+        rows = sorted(rows, key=lambda row: row["f1"])
+    names = [row["name"] for row in rows]
+    assert [row[0] for row in page.rows if row[-1] == "5"] == names
+    # Not inverted in dark mode: worst, samples and augmented.
+    assert page.text.count('class="wide photo"') == 3
+    assert ("Per-class metrics, test set, lowest F1 first" in page.headings) == (num_classes > 20)
+
+
+def test_a_page_in_grey_has_no_photos(page):
+    assert "photo" not in page.text.split("</style>")[1]
+    assert "Per-class metrics, test set" in page.headings
+    assert "square root" not in page.words

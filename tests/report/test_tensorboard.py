@@ -1,10 +1,12 @@
 """Event files have the log of a run, without double points after a crash."""
 
 import dataclasses
+import io
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fmnist_jax as fm
@@ -12,7 +14,7 @@ from fmnist_jax.errors import ConfigError, EnvironmentWarning
 from fmnist_jax.report.run import write_report
 from fmnist_jax.report.tensorboard import TensorBoardHook
 from fmnist_jax.runs import files
-from tests.small import SMALL
+from tests.small import LINEAR, SMALL, colour_dataset
 
 
 class Crash(fm.Hook):
@@ -92,3 +94,17 @@ def test_a_figure_that_cannot_be_drawn_costs_no_training(run, sample, monkeypatc
     assert result.report["steps"]
     with pytest.raises(ConfigError, match="a figure cannot be drawn; the results are kept"):
         write_report(run.workdir)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_misclassified_images_keep_their_colours(tmp_path):
+    recipe = fm.Recipe(arch=LINEAR, epochs=1, batch_size=20, learning_rate=1e-7)
+    run = fm.Run(recipe=recipe, workdir=tmp_path / "run", tta=False)
+    fm.fit(run, colour_dataset(num_classes=25), hooks=[TensorBoardHook(tmp_path / "events")])
+    events = read(tmp_path / "events")
+    for name in ("misclassified/val", "confusion/val"):
+        (image,) = events.Images(name)
+        with Image.open(io.BytesIO(image.encoded_image_string)) as picture:
+            pixels = np.asarray(picture).astype(int)
+        assert max(pixels.shape) < 1800
+        assert (np.ptp(pixels, axis=2) > 60).any()

@@ -1,13 +1,12 @@
 """The network of a run, loaded from the folder of the run alone."""
 
-import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.special
+from PIL import Image
 
 import fmnist_jax as fm
 from fmnist_jax.errors import CheckpointError, ConfigError
@@ -83,10 +82,48 @@ def test_other_arrays_are_refused(images, error, message, classifier):
         classifier.predict(images)
 
 
-def test_pictures_need_a_network_of_their_size(classifier):
-    other = dataclasses.replace(classifier, image_shape=(20, 24))
-    with pytest.raises(ConfigError, match=r"reduced to 28 x 28, but .* images of 20 x 24"):
-        list(classify_files(other, [Path("none.png")]))
+def test_a_network_in_colour_takes_colour_only(colour_classifier, colour_workdir, colours):
+    predictions = files.read_arrays(colour_workdir / files.PREDICTIONS)
+    images = colours.test_images
+    np.testing.assert_array_equal(colour_classifier.logits(images), predictions["logits"])
+    assert colour_classifier.image_shape == (12, 20, 3)
+    for other in (images[..., 0], images[..., :1], images.swapaxes(1, 2)):
+        with pytest.raises(
+            ValueError, match=r"have shape \(30, .*trained on images of 12 x 20 x 3"
+        ):
+            colour_classifier.predict(other)
+
+
+def test_a_grey_network_refuses_colour(classifier):
+    with pytest.raises(ValueError, match=r"shape \(2, 28, 28, 3\), but .* on images of 28 x 28$"):
+        classifier.predict(np.zeros((2, 28, 28, 3), np.uint8))
+
+
+def test_pictures_get_the_size_and_the_channels_of_the_training(
+    colour_classifier, colours, tmp_path
+):
+    large = colours.test_images[:3].repeat(4, axis=1).repeat(4, axis=2)
+    for number, image in enumerate(large):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+    Image.fromarray(large[0]).convert("L").save(tmp_path / "3.png")
+    paths = sorted(tmp_path.iterdir())
+    pictures, found = zip(*classify_files(colour_classifier, paths), strict=True)
+    expected = []
+    for path in paths:
+        with Image.open(path) as file:
+            small = file.convert("RGB").resize((20, 12), Image.Resampling.BILINEAR)
+        expected.append(np.asarray(small))
+    np.testing.assert_array_equal([picture.image for picture in pictures], expected)
+    probabilities = colour_classifier.probabilities(np.stack(expected))
+    np.testing.assert_allclose(found, probabilities, rtol=1e-5)
+    assert np.any(probabilities != colour_classifier.probabilities(np.stack(expected)[:, :, ::-1]))
+
+
+def test_articles_are_prepared_for_fashion_mnist_only(classifier, colour_classifier, workdir):
+    assert classifier.prepares_articles
+    assert not colour_classifier.prepares_articles
+    checkpoint = fm.load_checkpoint(workdir)
+    assert checkpoint.settings["data_sha256"] == fm.load_fashion_mnist(sample=True).sha256
 
 
 def test_no_images_have_no_predictions(classifier):

@@ -114,3 +114,15 @@ def test_a_folder_without_run_and_other_data_are_refused(trained, tiny, sample, 
         (broken / files.CONFIG).write_bytes(content)
         with pytest.raises(DamagedFileError, match=r"config\.json"):
             fm.replay(broken, tiny, 1)
+
+
+def test_a_step_in_colour_has_the_augmented_colours(colour_workdir, colours):
+    shown = fm.replay(colour_workdir, colours, 2)
+    assert shown.images.shape == (20, 12, 20, 3)
+    # Shifts move pixels by up to two and mirror; inside, the colours are those of the example.
+    inside = shown.images[:, 2:-2, 2:-2].mean(axis=(1, 2))
+    expected = colours.train_images[shown.examples].mean(axis=(1, 2)) / 255
+    np.testing.assert_allclose(inside, expected, atol=0.04)
+    examples = files.read_arrays(colour_workdir / files.EXAMPLES)
+    assert examples["augmented"].shape == (6, 5, 12, 20, 3)
+    assert examples["sample_images"].shape == (30, 12, 20, 3)
