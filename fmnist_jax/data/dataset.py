@@ -1,6 +1,7 @@
 """`Dataset`: images and labels in memory, and selection of classes."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -162,7 +163,7 @@ def describe(dataset: Dataset) -> dict[str, str]:
     )
     if len(counts) > _NUM_SHOWN:
         by_class = f"{min(counts):,} to {max(counts):,}"
-    groups = exact_duplicates(np.concatenate([dataset.train_images, dataset.test_images]))
+    groups = exact_duplicates(itertools.chain(dataset.train_images, dataset.test_images))
     positions = [position for group in groups for position in group]
     num_train = sum(position < len(dataset.train_labels) for position in positions)
     return {
