@@ -140,7 +140,7 @@ class _Output:
         if self._json:
             print(json.dumps(_json(picture, names)))
         else:
-            cells = [Text(f"{name} {probability:.0%}") for name, probability in names]
+            cells = [f"{name} {probability:.0%}" for name, probability in names]
             name = Text(os.path.relpath(picture.name, self._base))
             inverted = ["yes" if picture.inverted else "no"] * self._classifier.prepares_articles
             self.table.add_row(name, *cells, *inverted)
