@@ -10,8 +10,10 @@ import time
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import fmnist_jax as fm
+from fmnist_jax.commands import claims as claims_command
 from fmnist_jax.commands import export as export_command
 from fmnist_jax.commands import predict as predict_command
 from fmnist_jax.commands import run as run_command
@@ -19,6 +21,7 @@ from fmnist_jax.commands import shell
 from fmnist_jax.recipes import CLAIMS
 from tests.commands.conftest import SMALL
 from tests.conftest import ROOT
+from tests.small import SMALL as SMALL_NET
 
 RUN = [sys.executable, str(ROOT / "experiments" / "run.py")]
 
@@ -76,6 +79,27 @@ def test_a_network_of_a_file_goes_through_the_commands(tmp_path, monkeypatch, ca
     picture = ROOT / "fmnist_jax/data/sample/t10k-images-idx3-ubyte.gz"
     assert predict_command.main([str(workdir), str(picture), "--json", "--quiet"]) == 0
     assert export_command.main([str(workdir), "--quiet"]) == 0
+
+
+def test_a_folder_of_pictures_is_trained_on(tmp_path, capsys, error_line):
+    rng = np.random.default_rng(0)
+    for number, split in enumerate(("train", "val", "test") * 12):
+        place = tmp_path / "set" / split / "ab"[number // 3 % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8))
+        picture.save(place / f"{number}.png")
+    command = ["--arch", SMALL_NET, "--batch-size", "4", "--epochs", "1", "--no-tta",
+               "--dataset", str(tmp_path / "set"), "--workdir", str(tmp_path / "run")]  # fmt: skip
+    assert run_command.main([*command, "--resize", "8", "--class-weights", "balanced"]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    for expected in ("8 x 8 pixels, colour", "a 12, b 12", "12 validation (the split of the data)"):
+        assert expected in output
+    assert "claim" not in output
+    # Other pictures, other sizes: another run.
+    assert run_command.main([*command, "--class-weights", "balanced"]) == 2
+    assert "data_sha256" in capsys.readouterr().err
+    assert claims_command.main(["--dataset", str(tmp_path / "set")]) == 2
+    assert "the claims are about Fashion-MNIST, but this is" in error_line()
 
 
 def test_the_folder_of_a_run_is_named_by_the_network(tmp_path, monkeypatch, capsys):
