@@ -33,7 +33,7 @@ class Dataset:
         data bring; None if a run is to draw one.
       test_indices: int32[m], each test image's position in the published test file.
       source: where the data came from, for display.
-      sha256: of the four arrays and `val_examples`, before classes were selected.
+      sha256: of the four arrays, before classes were selected.
       sample: True for the embedded sample, whose accuracies are not comparable with published ones.
 
     Raises:
@@ -96,9 +96,7 @@ class Dataset:
             indices = np.arange(len(self.test_labels), dtype=np.int32)
             object.__setattr__(self, "test_indices", indices)
         if not self.sha256:
-            arrays = [self.train_images, self.train_labels, self.test_images, self.test_labels]
-            if self.val_examples is not None:
-                arrays.append(self.val_examples)
+            arrays = (self.train_images, self.train_labels, self.test_images, self.test_labels)
             object.__setattr__(self, "sha256", combined_sha256(arrays))
 
 

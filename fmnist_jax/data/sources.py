@@ -142,11 +142,15 @@ def _read_tfds(name: str, size: tuple[int, int] | None) -> ImageSet:
 
 def _create_dataset(image_set: ImageSet) -> Dataset:
     splits, source = dict(image_set.splits), image_set.source
-    for split, (_, labels) in splits.items():
+    for split, (images, labels) in splits.items():
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or len(labels) == 0:
             raise DataError(
                 f"{source}: the {split} labels are {labels.dtype}{list(labels.shape)}; expected "
                 "integers, one per image"
+            )
+        if len(images) != len(labels):
+            raise DataError(
+                f"{source}: {len(images):,} {split} images but {len(labels):,} {split} labels"
             )
     if "test" not in splits:
         images, labels = splits["train"]

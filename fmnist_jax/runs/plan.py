@@ -15,6 +15,7 @@ from fmnist_jax.data.batches import steps_per_epoch
 from fmnist_jax.data.dataset import Dataset
 from fmnist_jax.data.sources import is_fashion_mnist
 from fmnist_jax.data.split import stratified_split
+from fmnist_jax.digest import sha256_array
 from fmnist_jax.distributed.mesh import create_mesh
 from fmnist_jax.distributed.shards import Shards
 from fmnist_jax.errors import ConfigError
@@ -141,9 +142,12 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """The content of config.json: everything that determines the run's training."""
         sources = {"sources": self.sources} if self.sources else {}
+        is_drawn = self.dataset.val_examples is None
+        split = {} if is_drawn else {"val_examples_sha256": sha256_array(self.val_examples)}
         return {
             **to_dict(self.run),
             **sources,
+            **split,
             "classes": list(self.dataset.class_names),
             "data_sha256": self.dataset.sha256,
             "sample": self.dataset.sample,

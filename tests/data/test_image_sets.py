@@ -121,8 +121,11 @@ def test_a_validation_split_is_kept(tmp_path, colours):
     np.testing.assert_array_equal(
         owls.train_images[owls.val_examples], colours.test_images[colours.test_labels != 1]
     )
-    other = dataclasses.replace(dataset, val_examples=None, sha256="")
-    assert dataset.sha256 != other.sha256
+    # A run does not resume with another split of the same images.
+    other = dataclasses.replace(dataset, val_examples=np.arange(30, 50))
+    fm.fit(run, dataset, hooks=())
+    with pytest.raises(fm.errors.ConfigError, match="val_examples_sha256"):
+        fm.fit(run, other, hooks=())
 
 
 def test_test_images_are_drawn_where_there_are_none(tmp_path, colours):
@@ -244,6 +247,7 @@ def test_faulty_folders(change, place, message, tmp_path, colours):
         ({"train_images": np.zeros((40, 9, 12, 3))}, "train_images are float64"),
         ({"train_images": np.zeros((40, 3, 9, 12), np.uint8)}, "uint8\\[count, height, width\\]"),
         ({"test_images": np.zeros((20, 9, 12), np.uint8)}, r"test_images \[9, 12\]; expected"),
+        ({"train_labels": np.arange(39) % 3}, "40 train images but 39 train labels"),
         ({"val_images": np.zeros((2, 8, 8), np.uint8), "val_labels": np.zeros(2, int)},
          r"validation images have \[8, 8\] pixels"),
         ({"train_labels": np.zeros(40, int), "test_labels": np.zeros(20, int)}, "the class 0 only"),
