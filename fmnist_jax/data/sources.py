@@ -51,6 +51,8 @@ _TORCHVISION = "FashionMNIST/raw"
 _MNIST_TRAIN_COUNTS = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
 
 
+# Larger labels are no numbers of classes, but perhaps of images.
+_MAX_CLASSES = 10_000
 # Of a source without test images, this fraction becomes test images, as in Fashion-MNIST.
 _TEST_FRACTION = 1 / 7
 
@@ -171,7 +173,12 @@ def _create_dataset(image_set: ImageSet) -> Dataset:
         train = Split(
             np.concatenate([train.images, images]), np.concatenate([train.labels, labels])
         )
-    num_classes = 1 + max(train.labels.max(), test.labels.max())
+    num_classes = 1 + int(max(train.labels.max(), test.labels.max()))
+    if num_classes > _MAX_CLASSES:
+        raise DataError(
+            f"{source}: has the label {num_classes - 1:,}; expected labels from 0 to the number of "
+            f"classes less one, at most {_MAX_CLASSES - 1:,}"
+        )
     names = image_set.class_names or tuple(map(str, range(num_classes)))
     if len(names) < 2:
         raise DataError(f"{source}: has the class {names[0]} only; expected two or more")
