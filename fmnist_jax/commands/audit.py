@@ -47,7 +47,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     workdir = arguments.workdir
     with files.usable(workdir):
         files.make_folder(workdir)
-    dataset = flags.load_data(arguments)
+    dataset = flags.load_data(arguments, console)
     console.print(f"Data: {dataset.source}", highlight=False, soft_wrap=True)
     labels: dict[str, Any] | None = None
     if not arguments.skip_training:

@@ -55,7 +55,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.arch is None and jax.default_backend() == "cpu":
         archs.remove("deep_augmented")
     runs = [flags.create_run(arguments, arch, arguments.workdir) for arch in archs]
-    dataset = flags.load_data(arguments)
+    dataset = flags.load_data(arguments, console)
     if not is_fashion_mnist(dataset.sha256):
         raise ConfigError(f"the claims are about Fashion-MNIST, but this is {dataset.source}")
     for run in runs:

@@ -79,7 +79,7 @@ def _run(first: argparse.Namespace, second: argparse.Namespace, console: Console
         )
     else:
         # Everything is planned first, so that bad settings are refused before any training.
-        plans = _plan_runs(first, second)
+        plans = _plan_runs(first, second, console)
         executor = flags.create_executor(second)
         runs = [plan.run for side in plans for plan in side]
         executor(runs, plans[0][0].dataset, [fm.ConsoleProgress(console)])
@@ -108,9 +108,11 @@ def _find_runs(side: str) -> list[Path]:
     return []
 
 
-def _plan_runs(first: argparse.Namespace, second: argparse.Namespace) -> list[list[Plan]]:
+def _plan_runs(
+    first: argparse.Namespace, second: argparse.Namespace, console: Console
+) -> list[list[Plan]]:
     """Plans a run of each side for each seed."""
-    dataset = flags.load_data(second)
+    dataset = flags.load_data(second, console)
     flags.check_excluded(first, dataset)
     num_seeds = _NUM_SEEDS if second.seeds is None else second.seeds
     sides = []

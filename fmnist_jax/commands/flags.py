@@ -9,6 +9,8 @@ import typing
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rich.console import Console
+
 import fmnist_jax as fm
 from fmnist_jax import config, errors
 from fmnist_jax.digest import sha256_json
@@ -165,8 +167,8 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return _given(arguments, fm.Recipe) | _given(arguments, fm.Run) | exclude
 
 
-def load_data(arguments: argparse.Namespace) -> fm.Dataset:
-    """Loads the data that the flags describe.
+def load_data(arguments: argparse.Namespace, console: Console) -> fm.Dataset:
+    """Loads the data that the flags describe; the console says what is read.
 
     Raises:
       ConfigError: if --exclude was made for other data, or is combined with --classes, or a flag
@@ -179,6 +181,7 @@ def load_data(arguments: argparse.Namespace) -> fm.Dataset:
             "--exclude lists positions among the images of all classes; leave --classes out"
         )
     if arguments.dataset is not None:
+        console.print(f"Reading {arguments.dataset} ...", highlight=False, soft_wrap=True)
         dataset = fm.load_dataset(
             arguments.dataset,
             resize=arguments.resize,

@@ -88,7 +88,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     run = flags.create_run(arguments, arguments.arch, arguments.workdir or Path("runs"))
     if arguments.verify_resume:
         return _verify_resume(run.recipe, arguments, console)
-    dataset = flags.load_data(arguments)
+    dataset = flags.load_data(arguments, console)
     if arguments.replay is not None:
         return _replay(arguments, dataset, console)
     if arguments.workdir is None:

@@ -57,7 +57,7 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
-    dataset = flags.load_data(arguments)
+    dataset = flags.load_data(arguments, console)
     run = flags.create_run(arguments, arguments.arch, Path())
     plan = create_plan(run, dataset)
     settings = plan.settings

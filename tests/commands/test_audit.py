@@ -133,7 +133,7 @@ def test_audit_of_other_data(colours, tmp_path, monkeypatch):
         train, colours.train_labels, colours.test_images, colours.test_labels,
         class_names=colours.class_names, source="colours",
     )  # fmt: skip
-    monkeypatch.setattr(audit_command.flags, "load_data", lambda _: data)
+    monkeypatch.setattr(audit_command.flags, "load_data", lambda *_: data)
     monkeypatch.setattr(audit, "SMALL_SIDE", 1)
     command = ["--folds", "2", "--epochs", "1", "--workdir", str(tmp_path)]
     assert audit_command.main(command) == 0

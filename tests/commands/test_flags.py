@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import pytest
+from rich.console import Console
 
 import fmnist_jax as fm
 from fmnist_jax.commands import flags, shell
@@ -72,7 +73,7 @@ def test_excluded_images_are_in_no_split(sample, tmp_path):
     listed = tmp_path / "listed.txt"
     listed.write_text("# label issues\n\n" + "".join(f"{n}  # why\n" for n in range(3000)))
     arguments = parse("--sample", "--exclude", str(listed))
-    assert flags.load_data(arguments).sha256 == sample.sha256
+    assert flags.load_data(arguments, Console()).sha256 == sample.sha256
     plan = create_plan(flags.create_run(arguments, "valid_2x2", tmp_path), sample)
     assert min(plan.train_examples.min(), plan.val_examples.min()) == 3000
 
@@ -81,7 +82,7 @@ def test_excluded_images_are_in_no_split(sample, tmp_path):
         flags.create_run(arguments, "valid_2x2", tmp_path)
     listed.write_text(f"# data SHA-256 {'0' * 64}\n12\n")
     with pytest.raises(ConfigError, match="lists images of other data"):
-        flags.load_data(arguments)
+        flags.load_data(arguments, Console())
 
 
 def test_folder_is_named_by_the_settings(sample):
