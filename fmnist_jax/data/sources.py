@@ -204,7 +204,7 @@ def _resized(dataset: Dataset, size: tuple[int, int] | None) -> Dataset:
         for images in (dataset.train_images, dataset.test_images)
     )
     return dataclasses.replace(
-        dataset, train_images=train_images, test_images=test_images, sha256="", sample=False
+        dataset, train_images=train_images, test_images=test_images, sha256=""
     )
 
 

@@ -65,7 +65,12 @@ def read_prepared(prepared: Path, size: tuple[int, int] | None = None) -> ImageS
 
     name = record_files(prepared)[0].name.partition("-")[0]
     is_numbered = name in _NUMBERED
-    features = _Features() if is_numbered else _read_features(prepared)
+    # Of these sets the features are known; older versions of TFDS wrote less about them.
+    features = (
+        _Features("image", "label", 1, _class_names(prepared, "label", 10))
+        if is_numbered
+        else _read_features(prepared)
+    )
     splits: dict[str, Split] = {}
     for split in _SPLITS:
         paths = [path for path in record_files(prepared) if f"-{split}." in path.name]
@@ -97,10 +102,10 @@ def read_prepared(prepared: Path, size: tuple[int, int] | None = None) -> ImageS
 class _Features(NamedTuple):
     """Keys of image and label in an example, and what is known of both."""
 
-    image: str = "image"
-    label: str = "label"
-    channels: int | None = None
-    class_names: tuple[str, ...] | None = None
+    image: str
+    label: str
+    channels: int | None
+    class_names: tuple[str, ...]
 
 
 def _read_features(prepared: Path) -> _Features:
@@ -116,11 +121,15 @@ def _read_features(prepared: Path) -> _Features:
             f"{prepared} is no prepared set of images with one class each: its dataset_info.json "
             f"and features.json say otherwise ({type(error).__name__}: {first_line(error)})"
         ) from error
+    return _Features(image, label, channels, _class_names(prepared, label, num_classes))
+
+
+def _class_names(prepared: Path, label: str, num_classes: int) -> tuple[str, ...]:
     try:
         names = (prepared / f"{label}.labels.txt").read_text(encoding="utf-8").splitlines()
     except OSError:
-        names = [str(number) for number in range(num_classes)]
-    return _Features(image, label, channels, tuple(filter(None, map(str.strip, names))))
+        return tuple(map(str, range(num_classes)))
+    return tuple(filter(None, map(str.strip, names)))
 
 
 def prepare(name: str, data_dir: Path) -> Path:
