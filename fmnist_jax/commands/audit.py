@@ -44,10 +44,10 @@ def create_parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     fm.create_streams(arguments.seed)  # refuses an invalid seed before any work
+    dataset = flags.load_data(arguments, console)
     workdir = arguments.workdir
     with files.usable(workdir):
         files.make_folder(workdir)
-    dataset = flags.load_data(arguments, console)
     console.print(f"Data: {dataset.source}", highlight=False, soft_wrap=True)
     labels: dict[str, Any] | None = None
     if not arguments.skip_training:

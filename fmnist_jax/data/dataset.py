@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -28,7 +29,7 @@ class Dataset:
       train_labels: int32[n], values in [0, num_classes).
       test_images: uint8[m, ...], of the same shape.
       test_labels: int32[m].
-      class_names: one name per class.
+      class_names: one name per class; the default is Fashion-MNIST's ten.
       val_examples: int32[k], positions in the training images of the validation split that the
         data bring; None if a run is to draw one.
       test_indices: int32[m], each test image's position in the published test file.
@@ -64,6 +65,11 @@ class Dataset:
         return tuple(round(float(mean), 4) for mean in means)
 
     def __post_init__(self) -> None:
+        for name, count in Counter(self.class_names).items():
+            if not (isinstance(name, str) and name.isprintable() and count == 1):
+                raise DataError(
+                    f"class_names have {name!r}; expected different strings of printable characters"
+                )
         for split in ("train", "test"):
             images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
             shape = (images.ndim, *images.shape[3:])
@@ -150,7 +156,7 @@ def describe(dataset: Dataset) -> dict[str, str]:
       ...                                    class_names=("a", "b"))).items():
       ...     print(f"{name}: {text}")
       images: 8 x 8 pixels, grey
-      training images by class: a 3, b 1
+      by class, without test images: a 3, b 1
       same pixels as another image: 4 training images, 1 test images
       SHA-256: f6d018aa336e286f
     """
@@ -160,13 +166,13 @@ def describe(dataset: Dataset) -> dict[str, str]:
         f"{name} {count:,}" for name, count in zip(dataset.class_names, counts, strict=True)
     )
     if len(counts) > _NUM_SHOWN:
-        by_class = f"{min(counts):,} to {max(counts):,}"
+        by_class = f"{min(counts):,} to {max(counts):,} of each"
     groups = exact_duplicates(itertools.chain(dataset.train_images, dataset.test_images))
     positions = [position for group in groups for position in group]
     num_train = sum(position < len(dataset.train_labels) for position in positions)
     return {
         "images": f"{height} x {width} pixels, {'grey' if channels == 1 else 'colour'}",
-        "training images by class": by_class,
+        "by class, without test images": by_class,
         "same pixels as another image": f"{num_train:,} training images, "
         f"{len(positions) - num_train:,} test images",
         "SHA-256": dataset.sha256[:16],

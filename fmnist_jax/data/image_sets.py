@@ -1,6 +1,7 @@
 """Image sets in files: NumPy archives and folders of pictures."""
 
 import re
+import unicodedata
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,11 @@ _ARRAYS = {
     split: ((f"{short}_images", f"{short}_labels"), (f"x_{short}", f"y_{short}"))
     for split, short in (("train", "train"), ("validation", "val"), ("test", "test"))
 }
-_FOLDERS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
+_FOLDERS = {
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
 
 # Larger than the largest set of MedMNIST, 107,180 images of 224 x 224 in colour.
 _MAX_BYTES = 1 << 35
@@ -73,7 +78,9 @@ def read_archive(path: Path) -> ImageSet:
         with np.load(path, allow_pickle=False) as arrays:
             for split, choices in _ARRAYS.items():
                 for images, labels in choices:
-                    if images in arrays.files and labels in arrays.files:
+                    if (images in arrays.files) != (labels in arrays.files):
+                        raise DataError(f"{path}: has one of {images} and {labels}; expected both")
+                    if images in arrays.files:
                         splits[split] = Split(arrays[images], _flat(arrays[labels]))
             found = ", ".join(arrays.files) or "nothing"
     except DataError:
@@ -95,12 +102,12 @@ def _flat(labels: np.ndarray) -> np.ndarray:
 
 
 def read_class_names(folder: Path) -> tuple[str, ...] | None:
-    """Reads classes.txt, one name per line in the order of the labels; None if there is none."""
+    """Reads classes.txt, a name per line in the order of the labels; None if there is none."""
     path = folder / CLASSES
     if not path.is_file():
         return None
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     return tuple(line.strip() for line in lines if line.strip())
@@ -114,17 +121,20 @@ def find_pictures(folder: Path) -> dict[str, dict[str, list[Path]]]:
         them. Other files, and hidden ones, are ignored.
 
     Returns:
-      Paths by split and class. A folder without train and test has the split "train" alone.
+      Paths by split and class, the classes in the order of classes.txt, or of their names. A folder
+      without train and test has the split "train" alone.
 
     Raises:
-      DataError: if a split or the pictures of a class are missing, the splits have other classes,
-        or two classes differ in case only.
+      DataError: if a split or the pictures of a class are missing, the splits or classes.txt have
+        other classes, or two classes differ in case only.
     """
-    subfolders = {path.name: path for path in _subfolders(folder)}
+    subfolders = {path.name.lower(): path for path in _subfolders(folder)}
     if not subfolders:
         raise DataError(f"{folder}: holds no subfolder per class, no IDX files and no TFDS records")
     splits = {name: split for split, names in _FOLDERS.items() for name in names}
     places = {splits[name]: subfolders[name] for name in splits if name in subfolders}
+    if len(places) < len(set(subfolders) & set(splits)):
+        raise DataError(f"{folder}: has a split twice: {', '.join(subfolders)}")
     has_splits = {"train", "test"} <= set(places) or set(subfolders) <= set(splits)
     if not has_splits:
         places = {"train": folder}
@@ -134,6 +144,8 @@ def find_pictures(folder: Path) -> dict[str, dict[str, list[Path]]]:
         split: {path.name: _pictures(path) for path in _subfolders(place)}
         for split, place in places.items()
     }
+    if not pictures["train"]:
+        raise DataError(f"{places['train']}: holds no subfolder per class")
     for split, by_class in pictures.items():
         if different := sorted(set(by_class) ^ set(pictures["train"])):
             raise DataError(
@@ -148,10 +160,19 @@ def find_pictures(folder: Path) -> dict[str, dict[str, list[Path]]]:
                 )
     seen: dict[str, str] = {}
     for name in pictures["train"]:
-        if other := seen.setdefault(name.casefold(), "") or None:
-            raise DataError(f"{folder}: the classes {other} and {name} differ in case only")
-        seen[name.casefold()] = name
-    return pictures
+        plain = unicodedata.normalize("NFC", name).casefold()
+        if plain in seen:
+            raise DataError(
+                f"{folder}: the classes {seen[plain]} and {name} differ in case only, or look alike"
+            )
+        seen[plain] = name
+    order = read_class_names(folder) or tuple(pictures["train"])
+    if sorted(order) != sorted(pictures["train"]):
+        raise DataError(
+            f"{folder / CLASSES}: names {_listed(order)}; expected the subfolders, "
+            f"{_listed(list(pictures['train']))}"
+        )
+    return {split: {name: by_class[name] for name in order} for split, by_class in pictures.items()}
 
 
 def read_folder(
@@ -185,6 +206,15 @@ def read_folder(
         f"{name} {each.error}" for name, each in zip(names, results, strict=True) if each.error
     ]
     notes = []
+    # Of any split: `predict` counts such files too.
+    others = [
+        str(path.relative_to(folder))
+        for place in sorted({path.parent for _, path, _ in files})
+        for path in sorted(place.iterdir())
+        if path.suffix.lower() not in PICTURES and path.name[0] != "."
+    ]
+    if others:
+        notes.append(f"{len(others):,} other files are ignored: {_listed(others)}")
     if errors:
         text = f"{len(errors):,} of {len(files):,} pictures cannot be read: {_listed(errors)}"
         if not skip_unreadable or len(errors) == len(files):
@@ -203,7 +233,7 @@ def read_folder(
     split_of = np.array([files[i][0] for i in kept])
     return ImageSet(
         {split: Split(images[split_of == split], labels[split_of == split]) for split in pictures},
-        read_class_names(folder) or tuple(pictures["train"]),
+        tuple(pictures["train"]),
         str(folder),
         tuple(notes),
     )

@@ -53,6 +53,7 @@ _MNIST_TRAIN_COUNTS = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 594
 
 # Larger labels are no numbers of classes, but perhaps of images.
 _MAX_CLASSES = 10_000
+_MAX_SIDE = 1024  # in pixels; small images are what the library is for
 # Of a source without test images, this fraction becomes test images, as in Fashion-MNIST.
 _TEST_FRACTION = 1 / 7
 
@@ -99,16 +100,16 @@ def load_dataset(
       >>> digits.train_images.shape, digits.class_names[:3]
       ((1500, 8, 8), ('0', '1', '2'))
     """
-    if resize is not None and resize < 1:
-        raise DataError(f"resize is {resize}; expected at least 1 pixel")
+    if resize is not None and not (type(resize) is int and 1 <= resize <= _MAX_SIDE):
+        raise DataError(f"resize is {resize!r}; expected an integer from 1 to {_MAX_SIDE:,}")
     size = None if resize is None else (resize, resize)
     if source == "fashion_mnist":
         return _resized(load_fashion_mnist(), size)
     path = local_path(source)
     try:
-        if path.is_dir():
+        if str(source) and path.is_dir():
             image_set = _read_folder(path, size, skip_unreadable)
-        elif path.exists():
+        elif path.is_file():
             image_set = read_archive(path)
         elif re.fullmatch(r"\w+(/[\w-]+)?", str(source)):
             image_set = _read_tfds(str(source), size)
@@ -160,6 +161,9 @@ def _create_dataset(image_set: ImageSet) -> Dataset:
         splits["train"] = Split(images[kept], labels[kept])
         splits["test"] = Split(images[drawn], labels[drawn])
         source += f", {len(drawn):,} of its training images, drawn with seed 0, as test images"
+        if len(drawn) < 1:
+            raise DataError(f"{source}: has too few images to draw test images from")
+    source, names = _without_empty_classes(splits, source, image_set.class_names)
     train, test = splits["train"], splits["test"]
     val_examples = None
     if "validation" in splits:
@@ -173,15 +177,6 @@ def _create_dataset(image_set: ImageSet) -> Dataset:
         train = Split(
             np.concatenate([train.images, images]), np.concatenate([train.labels, labels])
         )
-    num_classes = 1 + int(max(train.labels.max(), test.labels.max()))
-    if num_classes > _MAX_CLASSES:
-        raise DataError(
-            f"{source}: has the label {num_classes - 1:,}; expected labels from 0 to the number of "
-            f"classes less one, at most {_MAX_CLASSES - 1:,}"
-        )
-    names = image_set.class_names or tuple(map(str, range(num_classes)))
-    if len(names) < 2:
-        raise DataError(f"{source}: has the class {names[0]} only; expected two or more")
     sha256 = combined_sha256(_published_form(train, test))
     if is_fashion_mnist(sha256):
         return Dataset(
@@ -189,6 +184,37 @@ def _create_dataset(image_set: ImageSet) -> Dataset:
             sample=sha256 == joined_sha256(SAMPLE_SHA256), val_examples=val_examples,
         )  # fmt: skip
     return Dataset(*train, *test, class_names=names, source=source, val_examples=val_examples)
+
+
+def _without_empty_classes(
+    splits: dict[str, Split], source: str, class_names: tuple[str, ...] | None
+) -> tuple[str, tuple[str, ...]]:
+    """Leaves out classes without images; returns the source with a note, and the other names."""
+    highest = max(int(split.labels.max()) for split in splits.values())
+    if highest >= _MAX_CLASSES:
+        raise DataError(
+            f"{source}: has the label {highest:,}; expected labels from 0 to the number of classes "
+            f"less one, at most {_MAX_CLASSES - 1:,}"
+        )
+    names = class_names or tuple(map(str, range(highest + 1)))
+    if highest >= len(names):
+        raise DataError(f"{source}: has the label {highest}, but {len(names)} names of classes")
+    labels = np.unique(splits["train"].labels)
+    for split, (_, others) in splits.items():
+        if len(unknown := np.setdiff1d(others, labels)):
+            raise DataError(
+                f"{source}: the {split} images have the label {unknown[0]}, which no training "
+                "image has"
+            )
+    if len(labels) < 2:
+        raise DataError(f"{source}: has the class {names[labels[0]]} only; expected two or more")
+    if labels[0] < 0:
+        raise DataError(f"{source}: has the label {labels[0]}; expected labels from 0")
+    if len(labels) < len(names):
+        source += f", without {len(names) - len(labels)} classes that have no images"
+        for split, (images, others) in splits.items():
+            splits[split] = Split(images, np.searchsorted(labels, others))
+    return source, tuple(names[label] for label in labels)
 
 
 def _published_form(train: Split, test: Split) -> list[np.ndarray]:

@@ -167,7 +167,9 @@ def prepare(name: str, data_dir: Path) -> Path:
     except DataError:
         raise
     except tfds.core.registered.DatasetNotFoundError as error:
-        raise DataError(f"TFDS has no data set {name}") from error
+        raise DataError(
+            f"there is no file or folder {name}, and TFDS has no data set of this name"
+        ) from error
     except Exception as error:  # requests, TFDS and the file system share no base class
         raise DataError(f"TFDS could not prepare {name}: {first_line(error)}") from error
     return Path(builder.data_dir)

@@ -103,6 +103,29 @@ def test_a_folder_of_pictures_is_read_as_it_was_written(tmp_path, colours):
     assert_same(fm.load_dataset(tmp_path / "set.npz"), colours)
 
 
+def test_classes_are_in_the_order_of_the_list(tmp_path, colours):
+    write_pictures(tmp_path, colours)
+    (tmp_path / "classes.txt").write_text("owl\ncat\ndog\n", encoding="utf-8-sig")
+    dataset = fm.load_dataset(tmp_path)
+    assert dataset.class_names == ("owl", "cat", "dog")
+    np.testing.assert_array_equal(dataset.train_labels, (colours.train_labels + 1) % 3)
+
+
+def test_classes_without_images_are_left_out(tmp_path, colours):
+    labels = {name: getattr(colours, name) * 2 + 1 for name in ("train_labels", "test_labels")}
+    dataset = fm.load_dataset(write_archive(tmp_path / "set.npz", colours, **labels))
+    assert dataset.class_names == ("1", "3", "5")
+    assert dataset.source.endswith("without 3 classes that have no images")
+    np.testing.assert_array_equal(dataset.train_labels, colours.train_labels)
+
+
+def test_other_files_are_named(tmp_path, colours):
+    write_pictures(tmp_path, colours)
+    (tmp_path / "test" / "owl" / "owl.gif").touch()
+    with pytest.warns(fm.errors.DataWarning, match=r"1 other files are ignored: test/owl/owl\.gif"):
+        fm.load_dataset(tmp_path)
+
+
 def test_a_validation_split_is_kept(tmp_path, colours):
     write_pictures(tmp_path, colours)
     (tmp_path / "val").mkdir()
@@ -218,6 +241,27 @@ def one_class(folder):
     (folder / "test").rename(folder / "classes" / "test")
 
 
+def no_classes(folder):
+    for place in folder.glob("*/*"):
+        for path in place.iterdir():
+            path.rename(place.parent / f"{place.name}{path.name}")
+        place.rmdir()
+
+
+def both_names(folder):
+    (folder / "val").mkdir()
+    (folder / "valid").mkdir()
+
+
+def unprintable(folder):
+    for split in ("train", "test"):
+        (folder / split / "owl").rename(folder / split / "owl\x1b[31m")
+
+
+def names(text):
+    return lambda folder: (folder / "classes.txt").write_text(text)
+
+
 @pytest.mark.parametrize(
     ("change", "place", "message"),
     [
@@ -227,6 +271,15 @@ def one_class(folder):
         (cases, ".", "the classes Cat and cat differ in case only|cat and Cat differ in case only"),
         (one_class, "classes", "has the class dog only"),
         (lambda folder: None, "train/owl", "holds no subfolder per class"),
+        (no_classes, ".", "train: holds no subfolder per class"),
+        (both_names, ".", "has a split twice"),
+        (unprintable, ".", "class_names have .*; expected different strings of printable"),
+        (
+            names("cat\ndog"),
+            ".",
+            "classes.txt: names cat, dog; expected the subfolders, cat, dog, owl",
+        ),
+        (names("cat\ndog\nwol"), ".", "names cat, dog, wol; expected the subfolders"),
         (lambda folder: (folder / "test").rename(folder / "val"), ".", "no folder test; it has"),
     ],
 )
@@ -239,7 +292,8 @@ def test_faulty_folders(change, place, message, tmp_path, colours):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"test_images": None}, "no test split; expected test_images, test_labels or x_test"),
+        ({"test_images": None}, "has one of test_images and test_labels; expected both"),
+        ({"test_images": None, "test_labels": None}, "no test split; expected test_images, test_l"),
         ({"train_labels": np.full(40, 0.5)}, r"train labels are float64\[40\]; expected integers"),
         ({"train_labels": np.full(40, "cat")}, r"train labels are <U3\[40\]"),
         ({"test_labels": np.eye(20, 3, dtype=int)}, r"test labels are int64\[20, 3\]"),
@@ -251,7 +305,9 @@ def test_faulty_folders(change, place, message, tmp_path, colours):
         ({"val_images": np.zeros((2, 8, 8), np.uint8), "val_labels": np.zeros(2, int)},
          r"validation images have \[8, 8\] pixels"),
         ({"train_labels": np.zeros(40, int), "test_labels": np.zeros(20, int)}, "the class 0 only"),
-        ({"test_labels": np.full(20, -1)}, "test_labels are empty or out of range"),
+        ({"val_images": np.zeros((2, 9, 12, 3), np.uint8)}, "one of val_images and val_labels"),
+        ({"test_labels": np.full(20, 3)}, "the test images have the label 3, which no training"),
+        ({"test_labels": np.full(20, -1)}, "the test images have the label -1, which no"),
         ({"test_labels": np.full(20, 10**9)}, "has the label 1,000,000,000"),
     ],
 )  # fmt: skip
@@ -298,12 +354,18 @@ def test_unknown_sources(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(fm.errors.DataError, match=r"x/y/z is neither a file nor a folder, nor"):
         fm.load_dataset("x/y/z")
-    with pytest.raises(fm.errors.DataError, match="TFDS has no data set fashion_mist"):
+    with pytest.raises(
+        fm.errors.DataError, match="no file or folder fashion_mist, and TFDS has no"
+    ):
         fm.load_dataset("fashion_mist")
     with pytest.raises(fm.errors.ConfigError, match="is a URL"):
         fm.load_dataset("https://example.org/set.npz")
-    with pytest.raises(fm.errors.DataError, match="resize is 0"):
-        fm.load_dataset(resize=0)
+    with pytest.raises(fm.errors.DataError, match="is neither a file nor a folder"):
+        fm.load_dataset("")
+    wrong: Any
+    for wrong in (0, 10**6, "12", True):
+        with pytest.raises(fm.errors.DataError, match=f"resize is {wrong!r}; expected an integer"):
+            fm.load_dataset(resize=wrong)
 
 
 class Colours(tensorflow_datasets.core.GeneratorBasedBuilder):

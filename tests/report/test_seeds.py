@@ -28,7 +28,7 @@ def write_seeds(workdir, n=3, **changes):
         "sample": False,
         "arch": "small_dropout",
         "recipe": report["recipe"],
-        "data": {"test": 10_000},
+        "data": {"test": 10_000, "source": "the set <b>"},
         "test_accuracy": metric(0.81, n),
         "val_accuracy": metric(0.72, n),
         "train_accuracy": metric(0.63, n),
@@ -55,6 +55,7 @@ def test_numbers_are_those_of_the_file(tmp_path):
     check_self_contained(page)
     assert 'class="warning"' not in page.text
     assert page.title == "small_dropout: 3 seeds"
+    assert "Data: the set &lt;b&gt;." in page.text
     mean = summary["test_accuracy"]["mean"]
     assert f"{(mean * (1 - mean)) ** 0.5:.2f} percentage points" in page.text  # of 10,000 images
     assert page.headings[0] == "small_dropout, 3 seeds"
