@@ -1,7 +1,9 @@
 """Image sets through TensorFlow Datasets, without TensorFlow."""
 
+import contextlib
 import hashlib
 import json
+import os
 import socket
 import struct
 import sys
@@ -189,11 +191,19 @@ def _check_features(name: str, info: Any) -> None:
         )
 
 
-def _without_tensorflow(builder: Any) -> Any:
-    """Replaces TensorFlow in the file of a builder by what reads files."""
-    files = types.SimpleNamespace(gfile=types.SimpleNamespace(GFile=open))
-    module = sys.modules[type(builder).__module__]
-    return mock.patch.object(module, "tf", types.SimpleNamespace(io=files), create=True)
+@contextlib.contextmanager
+def _without_tensorflow(builder: Any) -> Iterator[None]:
+    """Replaces TensorFlow where TFDS extracts and reads files by functions of Python."""
+    from tensorflow_datasets.core.download import extractor
+
+    functions = types.SimpleNamespace(
+        io=types.SimpleNamespace(gfile=types.SimpleNamespace(GFile=open)),
+        compat=types.SimpleNamespace(as_text=os.fsdecode),
+    )
+    with contextlib.ExitStack() as stack:
+        for module in (sys.modules[type(builder).__module__], extractor):
+            stack.enter_context(mock.patch.object(module, "tf", functions, create=True))
+        yield
 
 
 def _as_picture(feature: Any) -> Any:
