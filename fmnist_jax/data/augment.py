@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+_PIXEL_MEAN = 0.2860  # of the training images of Fashion-MNIST
 # Area of an erased rectangle, as a fraction of the image, and its minimum aspect ratio; the maximum
 # is the inverse (Zhong et al. 2017).
 _ERASE_AREA, _ERASE_ASPECT = (0.02, 0.4), 0.3
@@ -170,8 +171,8 @@ class RandomShift:
         with the first or second ("alternating flip", Jordan 2024).
       erase: probability of setting a rectangle to `erase_value` (random erasing, Zhong et al.
         2017). Sides are clipped to the image.
-      erase_value: one value per channel, in [0, 1]. The default is the mean pixel of Fashion-MNIST;
-        for other data a run takes theirs.
+      erase_value: one value per channel, in [0, 1]. None is the mean pixel of the training images
+        in a run, and elsewhere that of Fashion-MNIST.
       image_size: None; images keep their size.
 
     Example:
@@ -187,7 +188,7 @@ class RandomShift:
     shift: int = 1
     flip: bool = True
     erase: float = 0.0
-    erase_value: tuple[float, ...] = (0.2860,)
+    erase_value: tuple[float, ...] | None = None
     image_size: None = None
 
     def __call__(
@@ -233,9 +234,10 @@ class RandomShift:
             for size, start, length in zip((height, width), corner, sides, strict=True)
         ]
         erased = inside[0][:, None] & inside[1][None, :] & (draws[6] < self.erase)
+        value = self.erase_value or (_PIXEL_MEAN,)
         if image.ndim == 2:
-            return jnp.where(erased, self.erase_value[0], pixels)
-        return jnp.where(erased[..., None], jnp.float32(self.erase_value)[None, None, :], pixels)
+            return jnp.where(erased, value[0], pixels)
+        return jnp.where(erased[..., None], jnp.float32(value)[None, None, :], pixels)
 
 
 def apply(

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from fmnist_jax.data.pictures import decode_image
+from fmnist_jax.data.pictures import PICTURES, decode, resized
 from fmnist_jax.errors import DataError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 CLASSES = "classes.txt"
 
 # MedMNIST's and Keras' names of the arrays of a split, and of the folders of one.
@@ -128,12 +127,13 @@ def find_pictures(folder: Path) -> dict[str, dict[str, list[Path]]]:
       DataError: if a split or the pictures of a class are missing, the splits or classes.txt have
         other classes, or two classes differ in case only.
     """
-    subfolders = {path.name.lower(): path for path in _subfolders(folder)}
+    found = _subfolders(folder)
+    subfolders = {path.name.lower(): path for path in found}
     if not subfolders:
         raise DataError(f"{folder}: holds no subfolder per class, no IDX files and no TFDS records")
     splits = {name: split for split, names in _FOLDERS.items() for name in names}
     places = {splits[name]: subfolders[name] for name in splits if name in subfolders}
-    if len(places) < len(set(subfolders) & set(splits)):
+    if len(places) < sum(path.name.lower() in splits for path in found):
         raise DataError(f"{folder}: has a split twice: {', '.join(subfolders)}")
     has_splits = {"train", "test"} <= set(places) or set(subfolders) <= set(splits)
     if not has_splits:
@@ -274,13 +274,14 @@ class _Read(NamedTuple):
 
 
 def _read(path: Path, size: tuple[int, int] | None) -> _Read:
+    def convert(picture: Image.Image) -> _Read:
+        is_converted = picture.has_transparency_data or picture.mode.startswith(("I", "F"))
+        return _Read(resized(picture, size=size), is_converted=is_converted)
+
     try:
-        image = decode_image(path, size=size)
+        return decode(path, convert)
     except DataError as error:
         return _Read(error=error)
-    with Image.open(path) as picture:
-        is_converted = picture.has_transparency_data or picture.mode.startswith(("I", "F"))
-    return _Read(image, is_converted=is_converted)
 
 
 def _listed(items: Sequence[str]) -> str:

@@ -3,7 +3,6 @@
 The latter are light on black, 28 x 28.
 """
 
-import contextlib
 import functools
 import io
 import os
@@ -13,7 +12,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -22,10 +21,13 @@ from fmnist_jax.data import idx
 from fmnist_jax.data.batches import input_shape
 from fmnist_jax.errors import DataError, DataWarning
 
+T = TypeVar("T")
+
 SIZE = 28
 
 # Of files found in a folder; a file that is passed by name may have any suffix.
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", "idx3-ubyte", "idx3-ubyte.gz")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = (*PICTURES, "idx3-ubyte", "idx3-ubyte.gz")
 
 # The images of the largest set in this format, EMNIST, have 0.55 GB.
 _MAX_BYTES = 1 << 30
@@ -139,16 +141,7 @@ def read_image(
       >>> image.shape, image[0, 0].tolist(), read_image(file.getvalue(), 1).shape
       ((32, 40, 3), [255, 0, 0], (60, 80))
     """
-    with _noted("picture" if isinstance(source, bytes) else source):
-        return decode_image(source, channels, size)
-
-
-def decode_image(
-    source: Path | bytes, channels: int | None = None, size: tuple[int, int] | None = None
-) -> np.ndarray:
-    """As `read_image`, for many files in threads: the warnings are those of Pillow."""
-    content = source if isinstance(source, bytes) else _content(source)
-    return _decoded(content, functools.partial(resized, channels=channels, size=size))
+    return decode(source, functools.partial(resized, channels=channels, size=size))
 
 
 def resized(
@@ -282,23 +275,29 @@ def _extent(shares: np.ndarray, factor: int) -> tuple[int, int]:
 def _read(
     content: bytes, name: Path | str, convert: Callable[[Image.Image], np.ndarray]
 ) -> np.ndarray:
-    with _noted(name):
-        return _decoded(content, convert)
-
-
-@contextlib.contextmanager
-def _noted(name: Path | str) -> Iterator[None]:
-    """Adds a name to warnings; not for threads, which share the filters of warnings."""
+    """Converts a picture; warnings have the name."""
     with warnings.catch_warnings(record=True) as noted:
         warnings.simplefilter("always")
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error of `_decoded`
-        yield
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error of `decode`
+        image = decode(content, convert)
     for note in noted:
         warnings.warn(f"{name}: {note.message}", DataWarning, stacklevel=2)
+    return image
 
 
-def _decoded(content: bytes, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
-    """Converts the picture in a file, turned upright."""
+def decode(source: Path | bytes, convert: Callable[[Image.Image], T]) -> T:
+    """Returns what `convert` makes of the picture in a PNG, JPEG or WebP file, turned upright.
+
+    Warnings are those of Pillow. Their filters are left alone, because threads share them.
+
+    Args:
+      source: as for `read_image`.
+      convert: called with the picture.
+
+    Raises:
+      DataError: as `read_image`.
+    """
+    content = source if isinstance(source, bytes) else _content(source)
     if not content:
         raise DataError("is empty")
     if content[:8] == _PNG:

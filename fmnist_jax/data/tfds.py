@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from fmnist_jax.data.image_sets import ImageSet, Split, stack
-from fmnist_jax.data.pictures import decode_image
+from fmnist_jax.data.pictures import read_image
 from fmnist_jax.errors import DataError, first_line
 
 _TIMEOUT_SECONDS = 5.0
@@ -84,7 +84,7 @@ def read_prepared(prepared: Path, size: tuple[int, int] | None = None) -> ImageS
                 for record in _records(path):
                     feature = tf_example_pb2.Example.FromString(record).features.feature
                     content = feature[features.image].bytes_list.value[0]
-                    images.append(decode_image(content, features.channels, size))
+                    images.append(read_image(content, features.channels, size))
                     labels.append(feature[features.label].int64_list.value[0])
         except Exception as error:  # protobuf, Pillow and array_record share no base class
             raise DataError(

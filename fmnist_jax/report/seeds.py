@@ -1,11 +1,13 @@
 """seeds.html from the files of several seeds."""
 
 from pathlib import Path
+from typing import Any
 
 from fmnist_jax.analysis import plots
 from fmnist_jax.report.render import missing_values_as_damage, write_page
 from fmnist_jax.report.run import read_history
 from fmnist_jax.runs import files
+from fmnist_jax.studies.seeds import MACRO_FIGURES
 
 
 def write_seeds_report(workdir: Path) -> Path:
@@ -14,7 +16,9 @@ def write_seeds_report(workdir: Path) -> Path:
     Raises:
       DamagedFileError: if `fit_seeds` has not finished there, or a file cannot be read.
     """
-    summary = files.read_results(workdir / files.SEEDS)
+    summary: dict[str, Any] = dict.fromkeys(MACRO_FIGURES) | files.read_results(
+        workdir / files.SEEDS
+    )
     with missing_values_as_damage(workdir):
         histories = [read_history(workdir / run) for run in summary["runs"]]
         split = "train" if summary["val_accuracy"] is None else "val"

@@ -338,8 +338,10 @@ def _create_layout(run: Run) -> Layout:
 def _fitted(augment: Augmentation | None, run: Run, dataset: Dataset) -> Augmentation | None:
     """Fills in the image size of the recipe and the mean pixel of the data; checks the strength."""
     recipe = run.recipe
-    if isinstance(augment, RandomShift) and not is_fashion_mnist(dataset.sha256):
-        return dataclasses.replace(augment, erase_value=dataset.mean_pixel)
+    if isinstance(augment, RandomShift):
+        is_known = augment.erase_value is not None or is_fashion_mnist(dataset.sha256)
+        if augment.erase and not is_known:
+            augment = dataclasses.replace(augment, erase_value=dataset.mean_pixel)
     if not isinstance(augment, RandomAffine):
         return augment  # the network itself resizes the images
     augment = dataclasses.replace(augment, image_size=recipe.image_size)

@@ -126,11 +126,13 @@ def summarize(workdirs: Sequence[Path]) -> dict[str, Any]:
     # Imported here, because scikit-learn takes a second.
     from fmnist_jax.analysis import calibration, scores, stats
 
-    reports = [files.read_results(workdir / files.REPORT) for workdir in workdirs]
+    reports: list[dict[str, Any]] = [
+        dict.fromkeys(MACRO_FIGURES) | files.read_results(workdir / files.REPORT)
+        for workdir in workdirs
+    ]
     summary = {name: reports[0][name] for name in ("sample", "arch", "recipe", "data")}
     for name in FIGURES:
-        read = dict.get if name in MACRO_FIGURES else dict.__getitem__
-        values: list[Any] = [read(report, name) for report in reports]
+        values = [report[name] for report in reports]
         summary[name] = None if None in values else stats.summarize(values)
     predictions = [files.read_arrays(workdir / files.PREDICTIONS) for workdir in workdirs]
     logits = ensemble_logits([one["logits"] for one in predictions])

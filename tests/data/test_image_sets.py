@@ -250,7 +250,7 @@ def no_classes(folder):
 
 def both_names(folder):
     (folder / "val").mkdir()
-    (folder / "valid").mkdir()
+    (folder / "Val").mkdir()
 
 
 def unprintable(folder):
@@ -434,3 +434,17 @@ def test_data_that_are_not_known_are_described(colours):
     twice = dataclasses.replace(colours, **arrays, test_indices=None)
     text = describe(twice)["same pixels as another image"]
     assert text == "80 training images, 40 test images"
+
+
+def test_erased_rectangles_have_the_mean_pixel_of_the_data(colours, sample, tmp_path):
+    def value(dataset, **options):
+        recipe = fm.Recipe(arch="tests.small:Linear", epochs=1, batch_size=8,
+                           augmentation="shift_erase", augmentation_options=options)  # fmt: skip
+        plan = create_plan(fm.Run(recipe=recipe, workdir=tmp_path), dataset)
+        augment: Any = plan.config.augment
+        return augment.erase_value
+
+    expected = colours.train_images.mean(axis=(0, 1, 2)) / 255
+    np.testing.assert_allclose(value(colours), expected, atol=5e-5)
+    assert value(colours, erase_value=(0.5, 0.5, 0.5)) == (0.5, 0.5, 0.5)
+    assert value(sample) is None
